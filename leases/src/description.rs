@@ -1,0 +1,127 @@
+//! The one open file description that a file is guarded and mapped through.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::FallocateFlags;
+
+use crate::error::{Error, Result};
+use crate::export::{Attributes, denied_or_failed, write_zeroes};
+
+/// Names one inode for good. Inode numbers are used again, so the birth time belongs to it.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct FileIdentity {
+    /// `st_dev`
+    pub device: u64,
+    /// `st_ino`
+    pub inode: u64,
+    /// Nanoseconds since 1970; 0 where the file system keeps no birth time.
+    pub birth_time_ns: u64,
+}
+
+impl fmt::Display for FileIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "inode {} on device {:#x}", self.inode, self.device)
+    }
+}
+
+/// An open file description (open(2)), for reading and writing. A guard is granted only while it is
+/// the file's single one, so it serves guard and mapping alike, is never duplicated and never
+/// leaves the process. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Description {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    fd: OwnedFd,
+    path: PathBuf,
+    identity: FileIdentity,
+    armed: AtomicBool,
+}
+
+impl Description {
+    pub(crate) fn new(fd: OwnedFd, path: PathBuf) -> Result<Self> {
+        let identity = Attributes::of(fd.as_fd(), &path)?.identity;
+        Ok(Self { inner: Arc::new(Inner { fd, path, identity, armed: AtomicBool::new(false) }) })
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd.as_fd()
+    }
+
+    /// The name it was opened by, for messages.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Names the inode for good.
+    pub fn identity(&self) -> FileIdentity {
+        self.inner.identity
+    }
+
+    /// The file's size in bytes now. Under a guard it can't change but through this description.
+    pub fn size(&self) -> Result<u64> {
+        Ok(self.attributes()?.size)
+    }
+
+    /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
+    pub fn dax(&self) -> Result<bool> {
+        Ok(self.attributes()?.dax)
+    }
+
+    fn attributes(&self) -> Result<Attributes> {
+        Attributes::of(self.fd(), self.path())
+    }
+
+    /// Makes the file exactly `size` bytes long. What is added is allocated, written with zeroes
+    /// and flushed. To be done before the file is guarded: a change of size through this
+    /// description would break its own delegation.
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let old = self.size()?;
+        if size < old {
+            rustix::fs::ftruncate(self.fd(), size)
+                .map_err(|e| denied_or_failed(e.into(), "ftruncate", self.path()))?;
+        }
+        if size > old {
+            self.extend(old, size)?;
+        }
+        rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
+    }
+
+    fn extend(&self, old: u64, size: u64) -> Result<()> {
+        // Allocating in one go gives contiguous extents, and says at once if there is no room.
+        match rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(self.no_space(size - old, e.into())),
+        }
+        write_zeroes(self.fd(), old..size).map_err(|e| self.no_space(size - old, e))
+    }
+
+    fn no_space(&self, bytes: u64, source: std::io::Error) -> Error {
+        match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => {
+                Error::NoSpace { path: self.path().to_owned(), bytes, source }
+            }
+            _ => self.failed("fallocate", source),
+        }
+    }
+
+    /// Takes the right to arm this description; false if it is armed.
+    pub(crate) fn claim(&self) -> bool {
+        !self.inner.armed.swap(true, Ordering::SeqCst)
+    }
+
+    /// Gives the right to arm back.
+    pub(crate) fn disclaim(&self) {
+        self.inner.armed.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn failed(&self, call: &'static str, source: std::io::Error) -> Error {
+        Error::File { call, path: self.path().to_owned(), source }
+    }
+}

@@ -1,0 +1,168 @@
+//! What can go wrong, and what to do about it.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::openers::Opener;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a file could not be opened, guarded, mapped or fenced.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The path can't be used beneath an export.
+    #[error(
+        "{path:?} leaves the export: {why}; name a file by its path inside the export, without \"..\", \
+         symbolic links or other mounts"
+    )]
+    OutsideExport {
+        /// As the caller gave it.
+        path: String,
+        /// Which rule it broke.
+        why: &'static str,
+    },
+    /// No such file, or a folder on the way is missing.
+    #[error("there is no file {}", path.display())]
+    NotFound {
+        /// Export and path.
+        path: PathBuf,
+    },
+    /// The file is there already.
+    #[error("{} exists already; ask for it to be resized, or choose another name", path.display())]
+    Exists {
+        /// Export and path.
+        path: PathBuf,
+    },
+    /// Only regular files have extents to keep in place.
+    #[error("{} is {kind}, not a regular file", path.display())]
+    NotRegular {
+        /// Export and path.
+        path: PathBuf,
+        /// "a directory", "a FIFO", …
+        kind: &'static str,
+    },
+    /// The export itself can't be used.
+    #[error("can't use {} as an export; it must be a directory that this process may search", path.display())]
+    Export {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The process may not do this to the file.
+    #[error("may not {call} {}; run as the file's owner, or with {capability}", path.display())]
+    Denied {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        call: &'static str,
+        /// What would allow it.
+        capability: &'static str,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// Somebody else has the file open, so the kernel grants no guard.
+    #[error("{} is in use by {}; a guard needs the file to itself: close it there and try again",
+            path.display(), Listed(openers))]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// Who, as far as /proc tells.
+        openers: Vec<Opener>,
+    },
+    /// A description takes one guard at a time.
+    #[error("{} has a guard already through this description; release it first", path.display())]
+    AlreadyArmed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file system takes neither delegations nor leases.
+    #[error("{} lies on a file system that grants no leases (or fs.leases-enable is 0)", path.display())]
+    NoGuard {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// The file system has no room, or a quota is used up.
+    #[error("no room for {} bytes in {}; free space or raise the quota", bytes, path.display())]
+    NoSpace {
+        /// The file.
+        path: PathBuf,
+        /// How much was asked for.
+        bytes: u64,
+        /// `ENOSPC` or `EDQUOT`.
+        source: io::Error,
+    },
+    /// A range that does not lie inside the mapping.
+    #[error("bytes {start}..{end} are not inside the {len} bytes that are mapped")]
+    OutOfMapping {
+        /// First byte.
+        start: u64,
+        /// One past the last byte.
+        end: u64,
+        /// Length of the mapping.
+        len: u64,
+    },
+    /// Nothing new may be built on a mapping that is fenced.
+    #[error("the mapping is fenced already; pin the file again to get a new one")]
+    AlreadyFenced,
+    /// The guard was broken while work on it was under way.
+    #[error("the guard on the file was broken meanwhile")]
+    Broken,
+    /// A system call on a file failed.
+    #[error("{call} failed on {}", path.display())]
+    File {
+        /// The system call.
+        call: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// A system call on a mapping failed.
+    #[error("{call} failed on a mapping of {len} bytes")]
+    Memory {
+        /// The system call.
+        call: &'static str,
+        /// Length of the range.
+        len: usize,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// The watcher thread could not be started.
+    #[error("could not start the thread that waits for lease breaks")]
+    Watcher {
+        /// Why.
+        source: io::Error,
+    },
+    /// A kernel setting could not be read.
+    #[error("can't read {path}")]
+    Sysctl {
+        /// The file under /proc.
+        path: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Joins openers for a message.
+struct Listed<'a>(&'a [Opener]);
+
+impl std::fmt::Display for Listed<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return f
+                .write_str("a process that /proc doesn't show to us (another user's, or nfsd)");
+        }
+        for (n, opener) in self.0.iter().enumerate() {
+            if n > 0 {
+                f.write_str(", ")?;
+            }
+            write!(f, "{opener}")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,309 @@
+//! A directory beneath which files are reached, and nothing outside it.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
+
+use crate::description::{Description, FileIdentity};
+use crate::error::{Error, Result};
+
+/// How much is zeroed with one write.
+const ZEROES: usize = 1 << 20;
+
+/// A path inside an export: relative, not empty, without `..` and NUL. What it crosses is checked
+/// by the kernel when it is opened.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct RelativePath(PathBuf);
+
+impl RelativePath {
+    /// Checks the form of a path.
+    pub fn parse(path: &str) -> Result<Self> {
+        let refuse = |why| Err(Error::OutsideExport { path: path.to_owned(), why });
+        if path.is_empty() {
+            return refuse("it is empty");
+        }
+        if path.starts_with('/') {
+            return refuse("it starts at the root");
+        }
+        if path.contains('\0') {
+            return refuse("it holds a NUL byte");
+        }
+        if path.split('/').any(|part| part == "..") {
+            return refuse("it holds \"..\"");
+        }
+        if path.split('/').all(|part| part.is_empty() || part == ".") {
+            return refuse("it names the export itself");
+        }
+        Ok(Self(PathBuf::from(path)))
+    }
+
+    /// The path as given.
+    pub fn as_path(&self) -> &Path {
+        &self.0
+    }
+
+    fn parent(&self) -> &Path {
+        match self.0.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        }
+    }
+
+    fn file_name(&self) -> Result<&OsStr> {
+        self.0.file_name().ok_or_else(|| Error::OutsideExport {
+            path: self.0.display().to_string(),
+            why: "it names no file",
+        })
+    }
+}
+
+/// A directory that is open for looking up files beneath it.
+#[derive(Debug)]
+pub struct Export {
+    root: OwnedFd,
+    path: PathBuf,
+}
+
+/// How [`Export::create`] makes a file.
+#[derive(Debug)]
+pub struct Create {
+    /// Exactly this many bytes, allocated and zero.
+    pub size: u64,
+    /// Permission bits before the umask.
+    pub mode: u32,
+}
+
+impl Export {
+    /// Opens a directory.
+    pub fn open(path: &Path) -> Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|e| Error::Export { path: path.to_owned(), source: e.into() })?;
+        Ok(Self { root, path: path.to_owned() })
+    }
+
+    /// The directory as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Finds a file without opening it (`O_PATH`), so that no lease on it is broken.
+    pub fn locate(&self, path: &RelativePath) -> Result<Located> {
+        let fd = self.open_beneath(path.as_path(), OFlags::PATH, Mode::empty(), path)?;
+        let path = self.path.join(path.as_path());
+        let attributes = Attributes::of(fd.as_fd(), &path)?;
+        attributes.demand_regular(&path)?;
+        Ok(Located { fd, path, attributes })
+    }
+
+    /// Makes a file of exactly `create.size` zero bytes, allocated and written, and its name
+    /// durable. What fails half-way is removed again.
+    ///
+    /// The bytes are written, not only allocated: populating holes or unwritten extents through a
+    /// mapping later would hold the process's `mmap_lock` for seconds, and a fence with it.
+    pub fn create(&self, path: &RelativePath, create: &Create) -> Result<Description> {
+        let full = self.path.join(path.as_path());
+        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        let name = path.file_name()?;
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let fd = rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(create.mode))
+            .map_err(|e| refusal(e.into(), "create", path, &full))?;
+        let made = Description::new(fd, full.clone()).and_then(|file| {
+            file.resize(create.size)?;
+            sync_folder(&folder, &full)?;
+            Ok(file)
+        });
+        if made.is_err() {
+            // The file is ours (O_EXCL) and holds nothing; the first error is the one to report.
+            let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
+        }
+        made
+    }
+
+    fn open_beneath(
+        &self,
+        what: &Path,
+        flags: OFlags,
+        mode: Mode,
+        asked: &RelativePath,
+    ) -> Result<OwnedFd> {
+        let rules = ResolveFlags::BENEATH
+            | ResolveFlags::NO_SYMLINKS
+            | ResolveFlags::NO_MAGICLINKS
+            | ResolveFlags::NO_XDEV;
+        rustix::fs::openat2(&self.root, what, flags | OFlags::CLOEXEC, mode, rules)
+            .map_err(|e| refusal(e.into(), "open", asked, &self.path.join(asked.as_path())))
+    }
+}
+
+fn sync_folder(folder: &OwnedFd, path: &Path) -> Result<()> {
+    rustix::fs::fsync(folder).map_err(|e| Error::File {
+        call: "fsync of the folder",
+        path: path.to_owned(),
+        source: e.into(),
+    })
+}
+
+/// A file that was found but not opened.
+#[derive(Debug)]
+pub struct Located {
+    fd: OwnedFd,
+    path: PathBuf,
+    attributes: Attributes,
+}
+
+impl Located {
+    /// Names the inode for good.
+    pub fn identity(&self) -> FileIdentity {
+        self.attributes.identity
+    }
+
+    /// Export and path, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size in bytes when it was found.
+    pub fn size(&self) -> u64 {
+        self.attributes.size
+    }
+
+    /// Bytes of storage that the file held when it was found.
+    pub fn allocated(&self) -> u64 {
+        self.attributes.allocated
+    }
+
+    /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
+    pub fn dax(&self) -> bool {
+        self.attributes.dax
+    }
+
+    /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not
+    /// wait for them: then the file is [`Error::Busy`].
+    pub fn open(&self) -> Result<Description> {
+        // A descriptor's link in /proc leads to the inode, whatever its name is by now.
+        let link = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        match rustix::fs::open(link.as_str(), flags, Mode::empty()) {
+            Ok(fd) => Description::new(fd, self.path.clone()),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::TXTBSY) => Err(Error::Busy {
+                path: self.path.clone(),
+                openers: crate::openers::openers(self.identity(), None),
+            }),
+            Err(e) => Err(denied_or_failed(e.into(), "open", &self.path)),
+        }
+    }
+}
+
+/// What statx(2) says of a file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attributes {
+    pub(crate) identity: FileIdentity,
+    pub(crate) size: u64,
+    pub(crate) allocated: u64,
+    pub(crate) dax: bool,
+    kind: FileType,
+}
+
+impl Attributes {
+    pub(crate) fn of(fd: BorrowedFd<'_>, path: &Path) -> Result<Self> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, mask)
+            .map_err(|e| Error::File { call: "statx", path: path.to_owned(), source: e.into() })?;
+        let born = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
+        let birth_time_ns = match u64::try_from(stat.stx_btime.tv_sec) {
+            Ok(seconds) if born => {
+                seconds.saturating_mul(1_000_000_000) + u64::from(stat.stx_btime.tv_nsec)
+            }
+            _ => 0,
+        };
+        Ok(Self {
+            identity: FileIdentity {
+                device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+                inode: stat.stx_ino,
+                birth_time_ns,
+            },
+            size: stat.stx_size,
+            allocated: stat.stx_blocks * 512,
+            dax: stat.stx_attributes.contains(StatxAttributes::DAX),
+            kind: FileType::from_raw_mode(stat.stx_mode.into()),
+        })
+    }
+
+    fn demand_regular(&self, path: &Path) -> Result<()> {
+        let kind = match self.kind {
+            FileType::RegularFile => return Ok(()),
+            FileType::Directory => "a directory",
+            FileType::Fifo => "a FIFO",
+            FileType::Socket => "a socket",
+            FileType::Symlink => "a symbolic link",
+            FileType::BlockDevice | FileType::CharacterDevice => "a device",
+            _ => "of an unknown kind",
+        };
+        Err(Error::NotRegular { path: path.to_owned(), kind })
+    }
+}
+
+/// Writes zeroes over `range` of a file.
+pub(crate) fn write_zeroes(fd: BorrowedFd<'_>, range: std::ops::Range<u64>) -> io::Result<()> {
+    let zeroes = vec![0u8; ZEROES.min(usize::try_from(range.end - range.start).unwrap_or(ZEROES))];
+    let mut at = range.start;
+    while at < range.end {
+        let piece = zeroes.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
+        at += rustix::io::pwrite(fd, &zeroes[..piece], at)? as u64;
+    }
+    Ok(())
+}
+
+/// Turns the errno of a look-up or creation beneath the export into what the caller can act on.
+fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &Path) -> Error {
+    let outside = |why| Error::OutsideExport { path: asked.as_path().display().to_string(), why };
+    match source.raw_os_error() {
+        Some(libc::EXDEV) => {
+            outside("it leaves the directory or enters another mounted file system")
+        }
+        Some(libc::ELOOP) => outside("it crosses a symbolic link"),
+        Some(libc::ENOENT | libc::ENOTDIR) => Error::NotFound { path: full.to_owned() },
+        Some(libc::EEXIST) => Error::Exists { path: full.to_owned() },
+        Some(libc::EISDIR) => Error::NotRegular { path: full.to_owned(), kind: "a directory" },
+        _ => denied_or_failed(source, call, full),
+    }
+}
+
+/// Tells "may not" from "did not work".
+pub(crate) fn denied_or_failed(source: io::Error, call: &'static str, path: &Path) -> Error {
+    let path = path.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::Denied {
+            path,
+            call,
+            capability: "write permission on the file and its folder",
+            source,
+        },
+        _ => Error::File { call, path, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_that_leave_the_export_are_refused() {
+        for path in ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "./", "a\0b"] {
+            let refused = RelativePath::parse(path);
+            assert!(matches!(refused, Err(Error::OutsideExport { .. })), "{path:?}");
+        }
+    }
+
+    #[test]
+    fn paths_inside_the_export_are_taken() {
+        for path in ["a", "a/b", "./a", "..a", "a..b/c", "a b"] {
+            assert!(RelativePath::parse(path).is_ok(), "{path:?}");
+        }
+    }
+}

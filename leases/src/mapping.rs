@@ -1,0 +1,327 @@
+//! A mapped file, the shares of it that hardware holds, and the fence over it.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use nix::sys::mman::{MapFlags, MmapAdvise};
+
+use crate::description::Description;
+use crate::error::{Error, Result};
+use crate::sys;
+use crate::watch::GuardId;
+
+/// Mappings start on and fill a multiple of this, so that the file system can use huge pages.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A file mapped shared, for reading and writing, from its first byte on. Made by
+/// [`Armed::map`](crate::Armed::map), and unmapped when it and every share of it are gone.
+///
+/// There is no safe access to the bytes: others write them, and a page past the file's end would
+/// raise SIGBUS.
+#[derive(Debug)]
+pub struct Mapping {
+    inner: Arc<Inner>,
+    guard: GuardId,
+}
+
+#[derive(Debug)]
+struct Inner {
+    address: NonNull<u8>,
+    len: usize,
+    map_sync: bool,
+    fenced: AtomicBool,
+    pinned_shares: AtomicUsize,
+}
+
+// SAFETY: the pointer is to memory that only system calls and hardware reach, never a reference.
+unsafe impl Send for Inner {}
+// SAFETY: as above; what changes is atomic.
+unsafe impl Sync for Inner {}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and the last holder of it is being dropped: every share was
+        // given back, so no hardware uses it either.
+        let unmapped = unsafe { sys::unmap(self.address, self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own whole mapping: {unmapped:?}");
+    }
+}
+
+/// Proof that nothing reaches the file through the mapping any more: what
+/// [`Guard::release`](crate::Guard::release) asks for.
+#[derive(Debug)]
+#[must_use = "the guard is released with it"]
+pub struct Fenced {
+    pub(crate) guard: GuardId,
+}
+
+/// Why a fence is not complete.
+#[derive(Debug, thiserror::Error)]
+pub enum FenceFailed {
+    /// Hardware has pinned pages, which a page table can't take back: the fence is complete once
+    /// every pinned region has been deregistered. Nothing new can be registered meanwhile.
+    #[error("{shares} pinned regions still reach the file; deregister them, then fence again")]
+    PinnedShares {
+        /// How many are out.
+        shares: usize,
+    },
+    /// The kernel refused. Deregistering every region is a fence too.
+    #[error("mprotect failed")]
+    Kernel {
+        /// Its word.
+        source: std::io::Error,
+    },
+}
+
+impl Mapping {
+    /// Maps at least `len` bytes of the file, with `MAP_SYNC` where the file system can.
+    pub(crate) fn new(description: &Description, guard: GuardId, len: u64) -> Result<Self> {
+        let wanted =
+            usize::try_from(len).ok().and_then(|len| len.checked_next_multiple_of(HUGE_PAGE));
+        let len = wanted.and_then(NonZeroUsize::new).ok_or(Error::Memory {
+            call: "mmap",
+            len: wanted.unwrap_or(usize::MAX),
+            source: std::io::Error::from_raw_os_error(libc::EINVAL),
+        })?;
+        let failed = |call| move |source| Error::Memory { call, len: len.get(), source };
+        let address = reserve_aligned(len).map_err(failed("mmap"))?;
+        let map_sync = match map_file(address, len, description) {
+            Ok(map_sync) => map_sync,
+            Err(source) => {
+                // SAFETY: the reservation is ours and nothing was put there.
+                let _ = unsafe { sys::unmap(address, len.get()) };
+                return Err(failed("mmap")(source));
+            }
+        };
+        let inner = Inner {
+            address,
+            len: len.get(),
+            map_sync,
+            fenced: AtomicBool::new(false),
+            pinned_shares: AtomicUsize::new(0),
+        };
+        // A child that inherited the mapping would keep the guard alive after this process.
+        inner.advise(MmapAdvise::MADV_DONTFORK).map_err(failed("madvise(MADV_DONTFORK)"))?;
+        inner.advise(MmapAdvise::MADV_DONTDUMP).map_err(failed("madvise(MADV_DONTDUMP)"))?;
+        Ok(Self { inner: Arc::new(inner), guard })
+    }
+
+    /// Length in bytes: a multiple of 2 MiB, so it reaches past the file's end.
+    #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
+    pub fn len(&self) -> usize {
+        self.inner.len
+    }
+
+    /// Whether the mapping took `MAP_SYNC`: the file's metadata is durable before a page of it can
+    /// be written (mmap(2)). Only then is flushing data alone enough.
+    pub fn map_sync(&self) -> bool {
+        self.inner.map_sync
+    }
+
+    /// A share for hardware that follows this process's page tables (RDMA on-demand paging): a
+    /// fence cuts it off at once.
+    pub fn share(&self) -> Result<Share> {
+        self.demand_open()?;
+        Ok(Share { inner: Arc::clone(&self.inner) })
+    }
+
+    /// A share for hardware that pins pages: only its return is a fence.
+    pub fn pinned_share(&self) -> Result<PinnedShare> {
+        self.inner.pinned_shares.fetch_add(1, Ordering::SeqCst);
+        // Counted first, looked second: either the fence sees the share or the share sees the fence.
+        let share = PinnedShare { inner: Arc::clone(&self.inner) };
+        self.demand_open()?;
+        Ok(share)
+    }
+
+    fn demand_open(&self) -> Result<()> {
+        if self.inner.fenced.load(Ordering::SeqCst) { Err(Error::AlreadyFenced) } else { Ok(()) }
+    }
+
+    /// Makes the pages of `range` present and writable, so that hardware need not fault on them,
+    /// in pieces of 2 MiB: a piece holds the process's `mmap_lock`, which the fence needs too.
+    /// Stops with [`Error::Broken`] when `go_on` says no. The range must end within the file.
+    pub fn populate(&self, range: Range<u64>, mut go_on: impl FnMut() -> bool) -> Result<()> {
+        let range = self.checked(range)?;
+        let mut at = range.start;
+        while at < range.end {
+            if !go_on() {
+                return Err(Error::Broken);
+            }
+            let end = range.end.min((at + 1).next_multiple_of(HUGE_PAGE));
+            self.populate_piece(at..end)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn populate_piece(&self, piece: Range<usize>) -> Result<()> {
+        let piece = self.whole_pages(piece);
+        // SAFETY: the range lies inside our own mapping (`checked`), and populating discards nothing.
+        unsafe { sys::advise(self.at(piece.start), piece.len(), MmapAdvise::MADV_POPULATE_WRITE) }
+            .map_err(|source| Error::Memory {
+                call: "madvise(MADV_POPULATE_WRITE)",
+                len: piece.len(),
+                source,
+            })
+    }
+
+    /// Writes what was stored in `range`, by hardware too, back to the medium (msync(2) with
+    /// `MS_SYNC`). Works after the fence as well.
+    pub fn flush(&self, range: Range<u64>) -> Result<()> {
+        self.share_for_flush().flush(range)
+    }
+
+    /// What a flush needs, to be carried to another thread: it keeps the memory mapped meanwhile.
+    pub fn share_for_flush(&self) -> Flusher {
+        Flusher { inner: Arc::clone(&self.inner) }
+    }
+
+    /// The fence: from the moment this returns `Ok`, nothing reaches the file through the mapping
+    /// (mprotect(2) with `PROT_NONE`, a barrier for everything that follows page tables: the MMU
+    /// notifier waits for the device). A fenced mapping is never made accessible again. Any thread
+    /// may call it, and again.
+    pub fn fence(&self) -> Result<Fenced, FenceFailed> {
+        self.inner.fenced.store(true, Ordering::SeqCst);
+        // SAFETY: the range is our own mapping, and this crate makes no references into it.
+        unsafe { sys::make_inaccessible(self.inner.address, self.inner.len) }
+            .map_err(|source| FenceFailed::Kernel { source })?;
+        match self.inner.pinned_shares.load(Ordering::SeqCst) {
+            0 => Ok(Fenced { guard: self.guard }),
+            shares => Err(FenceFailed::PinnedShares { shares }),
+        }
+    }
+
+    fn checked(&self, range: Range<u64>) -> Result<Range<usize>> {
+        self.inner.checked(range)
+    }
+
+    fn whole_pages(&self, range: Range<usize>) -> Range<usize> {
+        whole_pages(range, self.inner.len)
+    }
+
+    fn at(&self, offset: usize) -> NonNull<u8> {
+        self.inner.at(offset)
+    }
+}
+
+impl Inner {
+    fn advise(&self, advice: MmapAdvise) -> std::io::Result<()> {
+        // SAFETY: the range is our own mapping; the callers' advice concerns fork and core dumps.
+        unsafe { sys::advise(self.address, self.len, advice) }
+    }
+
+    fn checked(&self, range: Range<u64>) -> Result<Range<usize>> {
+        let len = self.len as u64;
+        if range.start >= range.end || range.end > len {
+            return Err(Error::OutOfMapping { start: range.start, end: range.end, len });
+        }
+        Ok(range.start as usize..range.end as usize)
+    }
+
+    fn at(&self, offset: usize) -> NonNull<u8> {
+        // SAFETY: every caller passes an offset that `checked` found inside the mapping.
+        unsafe { self.address.add(offset) }
+    }
+}
+
+/// A flush that keeps its memory mapped while it runs.
+#[derive(Clone, Debug)]
+pub struct Flusher {
+    inner: Arc<Inner>,
+}
+
+impl Flusher {
+    /// As [`Mapping::flush`].
+    pub fn flush(&self, range: Range<u64>) -> Result<()> {
+        let range = whole_pages(self.inner.checked(range)?, self.inner.len);
+        // SAFETY: the range lies inside our own mapping, which this value keeps.
+        unsafe { sys::sync(self.inner.at(range.start), range.len()) }
+            .map_err(|source| Error::Memory { call: "msync", len: range.len(), source })
+    }
+}
+
+fn whole_pages(range: Range<usize>, len: usize) -> Range<usize> {
+    let page = rustix::param::page_size();
+    range.start - range.start % page..range.end.next_multiple_of(page).min(len)
+}
+
+/// Reserves `len` bytes (a multiple of 2 MiB) on a 2 MiB boundary.
+fn reserve_aligned(len: NonZeroUsize) -> std::io::Result<NonNull<u8>> {
+    let larger = len.checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let start = sys::reserve(larger)?;
+    let head = start.as_ptr().align_offset(HUGE_PAGE);
+    // SAFETY: `head` is below 2 MiB, and the reservation is that much longer than `len`.
+    let aligned = unsafe { start.add(head) };
+    // SAFETY: head + len is at most the length of the reservation.
+    let rest = unsafe { aligned.add(len.get()) };
+    for (address, surplus) in [(start, head), (rest, HUGE_PAGE - head)] {
+        if surplus > 0 {
+            // SAFETY: a part of our own reservation that nothing uses.
+            unsafe { sys::unmap(address, surplus) }?;
+        }
+    }
+    Ok(aligned)
+}
+
+/// Maps the file over the reservation; says whether with `MAP_SYNC`.
+fn map_file(address: NonNull<u8>, len: NonZeroUsize, file: &Description) -> std::io::Result<bool> {
+    let sync = MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC;
+    // SAFETY: `address` is a reservation of `len` bytes that nothing refers to.
+    match unsafe { sys::map_over(address, len, sync, file.fd()) } {
+        Ok(()) => return Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+        Err(e) => return Err(e),
+    }
+    // SAFETY: as above; the failed call left the reservation as it was.
+    unsafe { sys::map_over(address, len, MapFlags::MAP_SHARED, file.fd()) }?;
+    Ok(false)
+}
+
+/// A share of a [`Mapping`] for hardware that follows page tables: as long as it lives, the
+/// addresses are not given to anything else. It can't be pinned: the fence would not wait for it.
+#[derive(Debug)]
+pub struct Share {
+    inner: Arc<Inner>,
+}
+
+/// A share of a [`Mapping`] for hardware that pins pages. No fence is complete while one lives.
+#[derive(Debug)]
+pub struct PinnedShare {
+    inner: Arc<Inner>,
+}
+
+impl Share {
+    /// First byte of the mapping. Not to be dereferenced: see [`Mapping`].
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.inner.address.as_ptr()
+    }
+
+    /// Length of the mapping in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
+    pub fn len(&self) -> usize {
+        self.inner.len
+    }
+}
+
+impl PinnedShare {
+    /// First byte of the mapping. Not to be dereferenced: see [`Mapping`].
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.inner.address.as_ptr()
+    }
+
+    /// Length of the mapping in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
+    pub fn len(&self) -> usize {
+        self.inner.len
+    }
+}
+
+impl Drop for PinnedShare {
+    fn drop(&mut self) {
+        self.inner.pinned_shares.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,184 @@
+//! Who else has a file open, and who waits for it: what /proc tells, as far as rights go.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::description::{Description, FileIdentity};
+
+/// How somebody has a file open.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OpenMode {
+    /// Open for reading.
+    Read,
+    /// Open for writing, or for both.
+    Write,
+    /// No descriptor any more, but a mapping.
+    Mapped,
+    /// /proc does not tell.
+    Unknown,
+}
+
+/// A process that has a file open or mapped.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Opener {
+    /// Process id.
+    pub pid: u32,
+    /// The process's short name (`/proc/PID/comm`).
+    pub command: String,
+    /// Descriptor number; `None` for a mapping.
+    pub fd: Option<u32>,
+    /// How it is open.
+    pub mode: OpenMode,
+}
+
+impl fmt::Display for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} ({}", self.pid, self.command)?;
+        match (self.fd, self.mode) {
+            (Some(fd), OpenMode::Read) => write!(f, ", fd {fd}, reading)"),
+            (Some(fd), OpenMode::Write) => write!(f, ", fd {fd}, writing)"),
+            (Some(fd), _) => write!(f, ", fd {fd})"),
+            (None, OpenMode::Mapped) => write!(f, ", mapped)"),
+            (None, _) => write!(f, ")"),
+        }
+    }
+}
+
+/// Lists the processes that have a file open or mapped, `ours` left out. Processes that we may not
+/// look into do not appear.
+pub fn openers(file: FileIdentity, ours: Option<&Description>) -> Vec<Opener> {
+    use std::os::fd::AsRawFd;
+    let own_fd = ours.map(|description| description.fd().as_raw_fd() as u32);
+    let me = std::process::id();
+    let mut found = Vec::new();
+    for pid in processes() {
+        let before = found.len();
+        for fd in descriptors_of(pid, file) {
+            if pid == me && Some(fd) == own_fd {
+                continue;
+            }
+            if let Some(mode) = mode(pid, fd) {
+                found.push(Opener { pid, command: command(pid), fd: Some(fd), mode });
+            }
+        }
+        if pid != me && found.len() == before && maps(pid, file) {
+            found.push(Opener { pid, command: command(pid), fd: None, mode: OpenMode::Mapped });
+        }
+    }
+    found
+}
+
+/// Lists the processes that the kernel holds back until a lease on this file is let go: the
+/// `LEASE BREAKER` lines of /proc/locks, see proc_locks(5).
+pub fn waiting_breakers(file: FileIdentity) -> Vec<Opener> {
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    breaker_pids(&locks, file)
+        .into_iter()
+        .map(|(pid, mode)| Opener { pid, command: command(pid), fd: None, mode })
+        .collect()
+}
+
+/// A waiter's line carries no inode of its own; it follows the line of the lease it waits for, with
+/// the same number.
+fn breaker_pids(locks: &str, file: FileIdentity) -> Vec<(u32, OpenMode)> {
+    let inode = format!(
+        "{:02x}:{:02x}:{}",
+        rustix::fs::major(file.device),
+        rustix::fs::minor(file.device),
+        file.inode
+    );
+    let mut ours = false;
+    let mut found = Vec::new();
+    for line in locks.lines() {
+        let mut words = line.split_whitespace().skip(1);
+        match words.next() {
+            Some("->") => {
+                let words: Vec<&str> = words.collect();
+                if let ["LEASE" | "DELEG", "BREAKER", kind, pid, ..] = words[..]
+                    && ours
+                    && let Ok(pid) = pid.parse()
+                {
+                    let mode = if kind == "READ" { OpenMode::Read } else { OpenMode::Write };
+                    found.push((pid, mode));
+                }
+            }
+            _ => ours = line.split_whitespace().any(|word| word == inode),
+        }
+    }
+    found
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    numbers_in(Path::new("/proc"))
+}
+
+fn numbers_in(folder: &Path) -> impl Iterator<Item = u32> + use<> {
+    fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
+fn descriptors_of(pid: u32, file: FileIdentity) -> impl Iterator<Item = u32> {
+    let folder = format!("/proc/{pid}/fd");
+    numbers_in(Path::new(&folder)).filter(move |fd| {
+        // stat through the link opens nothing, so it breaks no lease.
+        fs::metadata(format!("{folder}/{fd}"))
+            .is_ok_and(|meta| meta.dev() == file.device && meta.ino() == file.inode)
+    })
+}
+
+/// `None` for an `O_PATH` descriptor: it names the file but does not open it.
+fn mode(pid: u32, fd: u32) -> Option<OpenMode> {
+    let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    let flags = info
+        .lines()
+        .find_map(|line| line.strip_prefix("flags:"))
+        .and_then(|octal| i32::from_str_radix(octal.trim(), 8).ok());
+    match flags {
+        Some(flags) if flags & libc::O_PATH != 0 => None,
+        Some(flags) if flags & libc::O_ACCMODE == libc::O_RDONLY => Some(OpenMode::Read),
+        Some(_) => Some(OpenMode::Write),
+        None => Some(OpenMode::Unknown),
+    }
+}
+
+fn maps(pid: u32, file: FileIdentity) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let device =
+        format!("{:02x}:{:02x}", rustix::fs::major(file.device), rustix::fs::minor(file.device));
+    let inode = file.inode.to_string();
+    maps.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(3);
+        words.next() == Some(&device) && words.next() == Some(&inode)
+    })
+}
+
+fn command(pid: u32) -> String {
+    match fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(name) => name.trim_end().to_owned(),
+        Err(_) => "gone".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_breaker_belongs_to_the_lease_line_before_it() {
+        let locks = "1: LEASE  BREAKING  UNLCK 70 00:1b:2 0 EOF\n\
+                     1: -> LEASE  BREAKER   WRITE 72 <none>:0 0 EOF\n\
+                     1: -> LEASE  BREAKER   READ 73 <none>:0 0 EOF\n\
+                     2: DELEG  BREAKING  READ 70 00:1b:3 0 EOF\n\
+                     2: -> DELEG  BREAKER   READ 74 <none>:0 0 EOF\n\
+                     3: POSIX  ADVISORY  WRITE 75 00:1b:2 0 EOF\n";
+        let file =
+            |inode| FileIdentity { device: rustix::fs::makedev(0, 0x1b), inode, birth_time_ns: 0 };
+        assert_eq!(breaker_pids(locks, file(2)), [(72, OpenMode::Write), (73, OpenMode::Read)]);
+        assert_eq!(breaker_pids(locks, file(3)), [(74, OpenMode::Read)]);
+        assert_eq!(breaker_pids(locks, file(4)), []);
+    }
+}

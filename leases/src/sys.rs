@@ -1,0 +1,307 @@
+//! The doors to the kernel that no crate has: one typed function per fcntl command and per memory
+//! call, each with one unsafe block.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, MsFlags, ProtFlags};
+
+// <linux/fcntl.h>; libc has none of these for linux-gnu.
+const F_SETSIG: libc::c_int = 10;
+const F_GETSIG: libc::c_int = 11;
+const F_SETOWN_EX: libc::c_int = 15;
+const F_OWNER_TID: libc::c_int = 0;
+const F_GETDELEG: libc::c_int = 1039;
+const F_SETDELEG: libc::c_int = 1040;
+
+/// `struct f_owner_ex` of fcntl(2).
+#[repr(C)]
+struct OwnerEx {
+    kind: libc::c_int,
+    pid: libc::pid_t,
+}
+
+/// `struct delegation` of <linux/fcntl.h> (6.19).
+#[repr(C)]
+#[derive(Default)]
+struct Delegation {
+    flags: u32,
+    kind: u16,
+    pad: u16,
+}
+
+/// The fields of `siginfo_t` that a signal set by `F_SETSIG` fills (`_sigpoll` in
+/// <asm-generic/siginfo.h>).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct SigPoll {
+    signo: libc::c_int,
+    errno: libc::c_int,
+    code: libc::c_int,
+    #[cfg(target_pointer_width = "64")]
+    pad: libc::c_int,
+    band: libc::c_long,
+    fd: libc::c_int,
+}
+
+const _: () = assert!(size_of::<SigPoll>() <= size_of::<libc::siginfo_t>());
+const _: () = assert!(size_of::<Delegation>() == 8);
+
+/// What a lease or delegation allows, or what a break asks for (fcntl(2), `F_GETLEASE`).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum LeaseType {
+    /// `F_RDLCK`
+    Read,
+    /// `F_WRLCK`
+    Write,
+    /// `F_UNLCK`
+    None,
+}
+
+impl LeaseType {
+    fn raw(self) -> libc::c_int {
+        match self {
+            LeaseType::Read => libc::F_RDLCK,
+            LeaseType::Write => libc::F_WRLCK,
+            LeaseType::None => libc::F_UNLCK,
+        }
+    }
+
+    fn from_raw(raw: libc::c_int) -> Self {
+        match raw {
+            libc::F_RDLCK => LeaseType::Read,
+            libc::F_WRLCK => LeaseType::Write,
+            _ => LeaseType::None,
+        }
+    }
+}
+
+fn fcntl_int(
+    fd: BorrowedFd<'_>,
+    command: libc::c_int,
+    arg: libc::c_int,
+) -> io::Result<libc::c_int> {
+    // SAFETY: `fd` is open for the call, and every command passed here takes an int or nothing.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, arg) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// `F_SETLEASE`, fcntl(2).
+pub(crate) fn lease_set(fd: BorrowedFd<'_>, kind: LeaseType) -> io::Result<()> {
+    fcntl_int(fd, libc::F_SETLEASE, kind.raw()).map(drop)
+}
+
+/// `F_GETLEASE`, fcntl(2): during a break, what the break asks for. Applies an expiry that is due.
+pub(crate) fn lease_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
+    fcntl_int(fd, libc::F_GETLEASE, 0).map(LeaseType::from_raw)
+}
+
+/// `F_SETDELEG`, F_SETDELEG(2const), Linux 6.19. `EINVAL` on older kernels.
+pub(crate) fn delegation_set(fd: BorrowedFd<'_>, kind: LeaseType) -> io::Result<()> {
+    let mut arg = Delegation { kind: kind.raw() as u16, ..Delegation::default() };
+    // SAFETY: `fd` is open for the call and `arg` is a live struct of the layout it expects.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_SETDELEG, &raw mut arg) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// `F_GETDELEG`: as [`lease_get`], for a delegation.
+pub(crate) fn delegation_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
+    let mut arg = Delegation::default();
+    // SAFETY: `fd` is open for the call and `arg` is a live, writable struct of its layout.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETDELEG, &raw mut arg) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(LeaseType::from_raw(arg.kind.into()))
+    }
+}
+
+/// `F_SETSIG`: which signal a break sends. Must come again after each `F_UNLCK` or expiry, which
+/// wipe it; without it the break sends SIGIO, whose default action ends the process.
+pub(crate) fn signal_set(fd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    fcntl_int(fd, F_SETSIG, signal).map(drop)
+}
+
+/// `F_GETSIG`: 0 once the kernel has taken the lease away.
+pub(crate) fn signal_get(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    fcntl_int(fd, F_GETSIG, 0)
+}
+
+/// `F_SETOWN_EX` with `F_OWNER_TID`: the signal goes to this one thread.
+pub(crate) fn owner_set(fd: BorrowedFd<'_>, thread: libc::pid_t) -> io::Result<()> {
+    let owner = OwnerEx { kind: F_OWNER_TID, pid: thread };
+    // SAFETY: `fd` is open for the call and `owner` is a live struct of the layout it expects.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, &raw const owner) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The real-time signal that breaks come by. The highest ones are the least used, and the signal
+/// is sent to the watcher thread alone.
+pub(crate) static BREAK_SIGNAL: LazyLock<libc::c_int> = LazyLock::new(|| libc::SIGRTMAX() - 7);
+
+/// A signal set of every signal that the watcher waits for.
+pub(crate) struct WatchedSignals(libc::sigset_t);
+
+impl WatchedSignals {
+    /// Blocks *all* signals in the calling thread and returns the set to wait for: the break
+    /// signal, and SIGIO, which the kernel falls back to when its queue is full.
+    pub(crate) fn block_in_this_thread() -> io::Result<Self> {
+        let mut all = empty_set();
+        // SAFETY: `all` is an initialised set.
+        unsafe { libc::sigfillset(&raw mut all) };
+        // SAFETY: `all` is an initialised set; a null old set is allowed (pthread_sigmask(3)).
+        let error = unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut())
+        };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        let mut watched = empty_set();
+        for signal in [*BREAK_SIGNAL, libc::SIGIO] {
+            // SAFETY: `watched` is an initialised set and both numbers are valid signals.
+            unsafe { libc::sigaddset(&raw mut watched, signal) };
+        }
+        Ok(Self(watched))
+    }
+
+    /// Waits for one of the signals; `Timeout` after `patience`.
+    pub(crate) fn wait(&self, patience: Duration) -> io::Result<Signal> {
+        let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+        let timeout = libc::timespec {
+            tv_sec: patience.as_secs() as libc::time_t,
+            tv_nsec: patience.subsec_nanos().into(),
+        };
+        // SAFETY: the set is initialised, `info` is writable, `timeout` is a live timespec.
+        let signal =
+            unsafe { libc::sigtimedwait(&raw const self.0, info.as_mut_ptr(), &raw const timeout) };
+        if signal < 0 {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::EAGAIN) => Ok(Signal::Timeout),
+                Some(libc::EINTR) => Ok(Signal::Other),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: `info` is zeroed or filled by the kernel, at least as large as `SigPoll`, and
+        // aligned for it (asserted above); all bit patterns are valid.
+        let poll = unsafe { info.as_ptr().cast::<SigPoll>().read() };
+        Ok(match (signal, poll.code) {
+            (libc::SIGIO, _) => Signal::Overflow,
+            // SI_USER, SI_QUEUE and SI_TKILL are not positive: a wake-up, not a break.
+            (_, code) if code <= 0 => Signal::Other,
+            _ => Signal::Break(poll.fd),
+        })
+    }
+}
+
+/// What ended a wait.
+pub(crate) enum Signal {
+    /// A break of the lease on this descriptor.
+    Break(RawFd),
+    /// The signal queue was full: any lease may be broken.
+    Overflow,
+    /// Nothing came.
+    Timeout,
+    /// A wake-up.
+    Other,
+}
+
+fn empty_set() -> libc::sigset_t {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `set` is writable; sigemptyset can't fail on a valid pointer.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset initialised it.
+    unsafe { set.assume_init() }
+}
+
+/// The calling thread's id (gettid(2)).
+pub(crate) fn thread_id() -> libc::pid_t {
+    nix::unistd::gettid().as_raw()
+}
+
+/// Wakes a thread of this process that waits in [`WatchedSignals::wait`].
+pub(crate) fn wake_thread(thread: libc::pid_t) {
+    // SAFETY: tgkill takes three integers; a thread that is gone yields ESRCH, which is harmless.
+    unsafe {
+        libc::syscall(libc::SYS_tgkill, std::process::id() as libc::pid_t, thread, *BREAK_SIGNAL)
+    };
+}
+
+/// Reserves `len` bytes of addresses that nothing can touch.
+pub(crate) fn reserve(len: std::num::NonZeroUsize) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new anonymous mapping at an address of the kernel's choice disturbs nothing.
+    let address = unsafe {
+        nix::sys::mman::mmap_anonymous(
+            None,
+            len,
+            ProtFlags::PROT_NONE,
+            MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE,
+        )
+    }?;
+    Ok(address.cast())
+}
+
+/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved.
+///
+/// # Safety
+/// `address..address + len` must be a reservation (or part of one) of the caller's own that
+/// nothing refers to.
+pub(crate) unsafe fn map_over(
+    address: NonNull<u8>,
+    len: std::num::NonZeroUsize,
+    flags: MapFlags,
+    fd: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let place = std::num::NonZeroUsize::new(address.as_ptr() as usize);
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: MAP_FIXED replaces only the caller's own reservation, as this function demands.
+    unsafe { nix::sys::mman::mmap(place, len, protection, flags | MapFlags::MAP_FIXED, fd, 0) }?;
+    Ok(())
+}
+
+/// munmap(2).
+///
+/// # Safety
+/// The range must be the caller's own mapping and nothing may use it any more, hardware included.
+pub(crate) unsafe fn unmap(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    // SAFETY: demanded of the caller.
+    unsafe { nix::sys::mman::munmap(address.cast(), len) }?;
+    Ok(())
+}
+
+/// `mprotect(PROT_NONE)`: every access faults from the moment this returns.
+///
+/// # Safety
+/// The range must be the caller's own mapping, and no reference into it may exist.
+pub(crate) unsafe fn make_inaccessible(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    // SAFETY: demanded of the caller.
+    unsafe { nix::sys::mman::mprotect(address.cast(), len, ProtFlags::PROT_NONE) }?;
+    Ok(())
+}
+
+/// madvise(2) with advice that changes no content.
+///
+/// # Safety
+/// The range must be the caller's own mapping, and `advice` must not discard pages.
+pub(crate) unsafe fn advise(
+    address: NonNull<u8>,
+    len: usize,
+    advice: MmapAdvise,
+) -> io::Result<()> {
+    // SAFETY: demanded of the caller.
+    unsafe { nix::sys::mman::madvise(address.cast(), len, advice) }?;
+    Ok(())
+}
+
+/// msync(2) with `MS_SYNC`: what was stored in the range is on the medium when this returns.
+///
+/// # Safety
+/// The range must be the caller's own mapping.
+pub(crate) unsafe fn sync(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    // SAFETY: demanded of the caller; MS_SYNC neither discards nor moves pages.
+    unsafe { nix::sys::mman::msync(address.cast(), len, MsFlags::MS_SYNC) }?;
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! The one thread that hears the kernel's breaks.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::guard::{GuardState, Lease};
+use crate::sys::{self, Signal, WatchedSignals};
+
+/// How often all guards are looked at even if no signal came. A net under the signals, not the way
+/// breaks are found.
+const RESCAN: Duration = Duration::from_secs(1);
+
+/// Names one arming of one file within this process; never used again.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct GuardId(u64);
+
+impl fmt::Display for GuardId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guard {}", self.0)
+    }
+}
+
+/// What the breaker wants.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum BreakKind {
+    /// To open the file for reading. Beware: `open(O_RDONLY|O_TRUNC)` counts as a reader too.
+    Reader,
+    /// To truncate it, to open it for writing, or, under a delegation, to unlink, rename, link or
+    /// change it.
+    Writer,
+}
+
+/// Somebody wants a guarded file and waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Break {
+    /// Which guard.
+    pub guard: GuardId,
+    /// What they want.
+    pub kind: BreakKind,
+    /// When the signal arrived here. The kernel's clock started a moment before.
+    pub at: Instant,
+}
+
+/// Hears breaks on a thread of its own, with its own signal mask: nothing is asked of the
+/// program's main. Each break of a guard is reported once, and once more if a writer comes after a
+/// reader. The watcher must outlive the guards that it watches; when it is dropped, they are no
+/// longer heard.
+#[derive(Debug)]
+pub struct Watcher {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    thread: libc::pid_t,
+    stop: AtomicBool,
+    ids: AtomicU64,
+    entries: Mutex<HashMap<RawFd, Entry>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    lease: Arc<Lease>,
+    reported: Option<BreakKind>,
+}
+
+impl Watcher {
+    /// Starts the thread. Breaks come out of the receiver; one may name a guard that
+    /// [`Description::arm`](crate::Description::arm) refused with [`Error::Broken`].
+    pub fn start() -> Result<(Self, Receiver<Break>)> {
+        let (breaks, receiver) = channel();
+        let (ready, started) = channel();
+        let thread = std::thread::Builder::new()
+            .name("pinfold-breaks".to_owned())
+            .spawn(move || run(&ready, &breaks))
+            .map_err(|source| Error::Watcher { source })?;
+        let shared = started
+            .recv()
+            .map_err(io::Error::other)
+            .and_then(|result| result)
+            .map_err(|source| Error::Watcher { source })?;
+        Ok((Self { shared, thread: Some(thread) }, receiver))
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        sys::wake_thread(self.shared.thread);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was printed when it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>) {
+    // Before anybody can name this thread as a signal's owner, it must have them blocked.
+    let signals = match WatchedSignals::block_in_this_thread() {
+        Ok(signals) => signals,
+        Err(error) => return drop(ready.send(Err(error))),
+    };
+    let shared = Arc::new(Shared {
+        thread: sys::thread_id(),
+        stop: AtomicBool::new(false),
+        ids: AtomicU64::new(1),
+        entries: Mutex::default(),
+    });
+    if ready.send(Ok(Arc::clone(&shared))).is_err() {
+        return;
+    }
+    while !shared.stop.load(Ordering::SeqCst) {
+        match signals.wait(RESCAN) {
+            Ok(Signal::Break(fd)) => shared.look_at(fd, breaks),
+            Ok(Signal::Overflow | Signal::Timeout) => shared.rescan(breaks),
+            Ok(Signal::Other) => {}
+            // sigtimedwait fails only for arguments that are wrong, and ours don't change.
+            Err(error) => panic!("waiting for lease breaks: {error}"),
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn next_id(&self) -> GuardId {
+        GuardId(self.ids.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn thread(&self) -> libc::pid_t {
+        self.thread
+    }
+
+    pub(crate) fn add(&self, lease: Arc<Lease>) {
+        let fd = lease.description.fd().as_raw_fd();
+        self.entries().insert(fd, Entry { lease, reported: None });
+    }
+
+    pub(crate) fn remove(&self, lease: &Lease) {
+        let fd = lease.description.fd().as_raw_fd();
+        let mut entries = self.entries();
+        // The description may have been armed again since.
+        if entries.get(&fd).is_some_and(|entry| entry.lease.id == lease.id) {
+            entries.remove(&fd);
+        }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<RawFd, Entry>> {
+        // No code that holds it can leave the map half-changed.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look_at(&self, fd: RawFd, breaks: &Sender<Break>) {
+        // No entry: a signal that was under way while its guard was released.
+        if let Some(entry) = self.entries().get_mut(&fd) {
+            entry.report(breaks);
+        }
+    }
+
+    fn rescan(&self, breaks: &Sender<Break>) {
+        for entry in self.entries().values_mut() {
+            entry.report(breaks);
+        }
+    }
+}
+
+impl Entry {
+    /// The descriptor's number may have been used again since the signal was sent, so what counts
+    /// is what the kernel says of the lease now.
+    fn report(&mut self, breaks: &Sender<Break>) {
+        let kind = match self.lease.state() {
+            Ok(GuardState::Broken(kind)) => kind,
+            Ok(GuardState::Held) => return,
+            // Not to know is to assume the worst.
+            Err(_) => BreakKind::Writer,
+        };
+        if self.reported.is_some_and(|reported| reported >= kind) {
+            return;
+        }
+        self.reported = Some(kind);
+        // Nobody listens any more: the program is ending.
+        let _ = breaks.send(Break { guard: self.lease.id, kind, at: Instant::now() });
+    }
+}
