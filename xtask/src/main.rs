@@ -1,3 +1,129 @@
-//! placeholder
+//! The developer's tasks: `cargo xtask --help` names them.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod console;
+mod initramfs;
+mod kernel;
+mod kvm;
+mod mirror;
+mod mounts;
+mod paths;
+mod qemu;
+mod setup;
+mod signals;
+mod terminal;
+mod vm;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::{Parser, Subcommand};
+
+use kernel::{Kernel, Suite};
+use vm::{End, Job};
+
+/// The lab itself failed, not what ran in it.
+const LAB_FAILED: u8 = 125;
+
+/// Starts the developer's tasks.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install the Debian packages that building and the lab need
+    #[command(after_help = "Example:\n  cargo xtask setup --yes")]
+    Setup {
+        /// Don't ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
+    #[command(subcommand)]
+    Vm(VmTask),
+}
+
+#[derive(Subcommand)]
+enum VmTask {
+    /// Run a command in a new guest and end with its status
+    #[command(
+        after_help = "Exit status: the command's own, 128+N if signal N ended it or us, 125 \
+        if the VM failed or took too long.\n\
+        The host's root is there, read-only; TMPDIR, $PINFOLD_LAB_EXT4 and $PINFOLD_LAB_XFS are \
+        writable.\n\nExample:\n  cargo xtask vm run -- sh -c 'uname -r; df $PINFOLD_LAB_XFS'"
+    )]
+    Run {
+        #[command(flatten)]
+        options: vm::Options,
+        /// Seconds that the command may take
+        #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+        timeout: u64,
+        /// The command and its arguments
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Give a prompt in a new guest; leaving the shell ends it
+    #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
+    Shell {
+        #[command(flatten)]
+        options: vm::Options,
+    },
+    /// Fill the cache with kernels, so that later runs need no network
+    #[command(after_help = "Example:\n  cargo xtask vm fetch --update newest")]
+    Fetch {
+        /// Look for newer versions of what is cached
+        #[arg(long)]
+        update: bool,
+        /// Which kernels
+        #[arg(value_enum, default_values_t = [Suite::Newest, Suite::Bookworm])]
+        kernels: Vec<Suite>,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let failure = if matches!(cli.task, Task::Vm(_)) { LAB_FAILED } else { 1 };
+    match signals::take_over().and_then(|()| run(cli.task)) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(failure)
+        }
+    }
+}
+
+fn run(task: Task) -> Result<u8> {
+    match task {
+        Task::Setup { yes } => setup::run(yes).map(|()| 0),
+        Task::Vm(VmTask::Run { options, timeout, command }) => {
+            let job = Job::Run(command, Duration::from_secs(timeout));
+            Ok(status(&vm::run(&options, &job, &None)?))
+        }
+        Task::Vm(VmTask::Shell { options }) => {
+            ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");
+            Ok(status(&vm::run(&options, &Job::Shell, &None)?))
+        }
+        Task::Vm(VmTask::Fetch { update, kernels }) => {
+            setup::require_lab()?;
+            for suite in kernels {
+                let kernel = if update { Kernel::update(suite)? } else { Kernel::get(suite)? };
+                println!("{suite}: {}", kernel.release);
+            }
+            Ok(0)
+        }
+    }
+}
+
+fn status(end: &End) -> u8 {
+    match end {
+        End::Exit(status) => *status,
+        End::Lost { .. } => LAB_FAILED,
+        End::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(0),
+    }
+}

@@ -1,0 +1,149 @@
+#!/bin/sh
+# PID 1 of the lab's guest, run by busybox on the host's root: gives it two DAX file systems and
+# a soft NIC, runs the command, reports its status and powers off. Whatever can't be set up ends
+# the boot with "init: failure": a test never runs on less than it asked for.
+lab=$(dirname "$0")
+# shellcheck source=/dev/null
+. "$lab/settings.sh"
+PATH=$lab/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+
+bb() { "$lab/busybox" "$@"; }
+# busybox's shell would take its own modprobe, which knows no -d.
+modprobe() { "$lab/bin/modprobe" "$@"; }
+
+power_off() {
+    echo o >/proc/sysrq-trigger
+    while :; do bb sleep 60; done
+}
+
+fail() {
+    echo "init: failure: $*" >/dev/console
+    power_off
+}
+
+mount_or_fail() { bb mount "$@" || fail "mount $* says no"; }
+
+load() {
+    for module in "$@"; do
+        modprobe "$module" || fail "module $module does not load"
+    done
+}
+
+# The host's modprobe configuration is about another kernel: -C and -i leave it out.
+write_modprobe() {
+    bb mkdir -p "$lab/bin"
+    cat >"$lab/bin/modprobe" <<END
+#!/bin/sh
+exec $HOST_MODPROBE -C /dev/null -d '$MODULE_TREE' -S '$(bb uname -r)' -i "\$@"
+END
+    bb chmod 755 "$lab/bin/modprobe"
+    echo "$lab/bin/modprobe" >/proc/sys/kernel/modprobe
+}
+
+mount_system() {
+    mount_or_fail -t proc proc /proc
+    mount_or_fail -t sysfs sys /sys
+    mount_or_fail -t devtmpfs dev /dev
+    bb mkdir -p /dev/pts /dev/shm
+    mount_or_fail -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
+    mount_or_fail -t tmpfs -o mode=1777 shm /dev/shm
+    for dir in $EXTRA_TMPFS; do
+        mount_or_fail -t tmpfs -o mode=755 tmpfs "$dir"
+    done
+    bb mkdir -p "$LAB_BASE/ext4" "$LAB_BASE/xfs" "$LAB_BASE/tmp"
+    bb chmod 1777 "$LAB_BASE/tmp"
+}
+
+# A virtio port by its name.
+port() {
+    for dir in /sys/class/virtio-ports/*; do
+        if [ "$(cat "$dir/name" 2>/dev/null)" = "$1" ]; then
+            echo "/dev/${dir##*/}"
+            return
+        fi
+    done
+    fail "no virtio port $1"
+}
+
+dax_mount() {
+    device=$1 type=$2 dir=$3
+    shift 3
+    [ -b "$device" ] || fail "no pmem device $device"
+    "$@" "$device" >/dev/null || fail "$1 fails on $device"
+    bb mount -t "$type" -o dax=always "$device" "$dir" || fail "$type on $device takes no DAX"
+    bb grep -q "^$device $dir $type .*dax=always" /proc/mounts || fail "$type on $device is not DAX"
+}
+
+add_pmem() {
+    load libnvdimm nd_e820 nd_pmem ext4 xfs
+    dax_mount /dev/pmem0 ext4 "$LAB_BASE/ext4" mkfs.ext4 -q -F -b 4096
+    dax_mount /dev/pmem1 xfs "$LAB_BASE/xfs" mkfs.xfs -q -f
+}
+
+add_nic() {
+    ip link set lo up || fail "lo does not come up"
+    # 6.1 loads rxe only after this one, and does not say so in modules.dep.
+    modprobe -q crc32_generic
+    load ib_uverbs rdma_ucm rdma_rxe
+    rdma link add rxe0 type rxe netdev lo || fail "rxe0 can't be added on lo"
+    [ -e /sys/class/infiniband/rxe0 ] || fail "rxe0 is not there"
+}
+
+# Output goes through fifos: a program can then open /dev/stdout again, which a port refuses.
+run_command() {
+    bb mkfifo "$lab/out" "$lab/err"
+    bb cat "$lab/out" >&4 3>&- 5>&- &
+    cats=$!
+    bb cat "$lab/err" >&5 3>&- 4>&- &
+    cats="$cats $!"
+    echo started >&3
+    bb setsid /bin/sh "$lab/command.sh" </dev/null >"$lab/out" 2>"$lab/err" 3>&- 4>&- 5>&- &
+    wait $!
+    status=$?
+    end_leftovers
+    # A process stuck in the kernel may hold a fifo open for ever.
+    # shellcheck disable=SC2086 # two process ids
+    (bb sleep 5 && kill $cats) 2>/dev/null &
+    for cat in $cats; do wait "$cat"; done
+    printf '%s' "$END_MARK" >&4
+    printf '%s' "$END_MARK" >&5
+}
+
+# What the command left running would hold its output open.
+end_leftovers() {
+    for dir in /proc/[0-9]*; do
+        pid=${dir#/proc/}
+        case " 1 $cats " in *" $pid "*) continue ;; esac
+        # Kernel threads have no program.
+        [ -e "$dir/exe" ] && kill -9 "$pid" 2>/dev/null
+    done
+}
+
+run_shell() {
+    echo started >&3
+    bb setsid /bin/sh -c "exec /bin/sh '$lab/command.sh' <>/dev/hvc0 >&0 2>&1" 3>&-
+    status=$?
+}
+
+mount_system
+write_modprobe
+load virtio_console
+exec 3<>"$(port pinfold.control)"
+bb hostname pinfold-lab
+add_pmem
+add_nic
+echo "$LEASE_BREAK_TIME" >/proc/sys/fs/lease-break-time
+ulimit -l unlimited
+ulimit -c 0
+if [ "$MODE" = shell ]; then
+    run_shell
+else
+    exec 4>"$(port pinfold.stdout)" 5>"$(port pinfold.stderr)"
+    run_command
+fi
+echo "status $status" >&3
+# The host answers when it has read everything.
+read -r _ <&3
+echo "init: success"
+power_off

@@ -1,0 +1,37 @@
+//! Turns the signals that end a program into events, so that a guest is ended in order.
+
+use std::sync::Mutex;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::vm::Event;
+
+/// The session that runs now.
+static SESSION: Mutex<Option<Sender<Event>>> = Mutex::new(None);
+
+/// Takes SIGINT, SIGTERM and SIGHUP over. Call it before other threads start: they inherit that
+/// the signals are blocked, so only the one here gets them.
+pub(crate) fn take_over() -> Result<()> {
+    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    set.thread_block().context("cannot block signals")?;
+    thread::spawn(move || {
+        while let Ok(signal) = set.wait() {
+            let session = SESSION.lock().ok().and_then(|session| session.clone());
+            let told = session.is_some_and(|s| s.send(Event::Signal(signal as i32)).is_ok());
+            if !told {
+                std::process::exit(128 + signal as i32);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// From now on signals are events of this session; once it is over they end the program.
+pub(crate) fn forward(events: Sender<Event>) {
+    if let Ok(mut session) = SESSION.lock() {
+        *session = Some(events);
+    }
+}
