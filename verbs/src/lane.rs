@@ -1,0 +1,668 @@
+//! The lane: a connection that writes and reads, and owns the buffers of what is in flight.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::mem;
+use std::ops::Range;
+use std::ptr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use crate::buffer::Buffer;
+use crate::completion::{CompletionQueue, CompletionStatus, WorkCompletion};
+use crate::error::Error;
+use crate::pd::ProtectionDomain;
+use crate::queue_pair::{Connected, Endpoint, Init, Mtu, Posted, QueuePair, QueuePairBuilder};
+use crate::region::{Access, RemoteKey};
+use crate::sys::{self, ffi};
+
+/// A range of the peer's memory. Plain data: whether the peer agrees, the completion tells.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct RemoteSlice {
+    /// The address of the first byte, as the peer names it.
+    pub address: u64,
+    /// The key to it.
+    pub key: RemoteKey,
+    /// The number of bytes.
+    pub len: usize,
+}
+
+/// A part of an operation: these bytes of the buffer, to or from those of the peer.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Piece {
+    /// Bytes of the buffer.
+    pub local: Range<usize>,
+    /// Bytes of the peer, as many.
+    pub remote: RemoteSlice,
+}
+
+/// A lane that isn't connected: it has an endpoint to tell the peer, and no way to post.
+///
+/// ```compile_fail,E0599
+/// # use pinfold_verbs::{Buffer, UnconnectedLane};
+/// # fn f(lane: UnconnectedLane, buffer: Buffer) {
+/// lane.post_write(buffer, &[], ());
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct UnconnectedLane {
+    queue_pair: QueuePair<Init>,
+    completions: CompletionQueue,
+    depth: u32,
+}
+
+impl UnconnectedLane {
+    /// Creates a lane on which up to `depth` pieces may be in flight (at least 1, and no more than
+    /// the device can), with a completion queue of its own.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`CompletionQueue::new`] and [`QueuePairBuilder::build`].
+    pub fn new(domain: &ProtectionDomain, depth: u32) -> Result<Self, Error> {
+        let device = domain.device();
+        let depth = depth.min(device.capabilities().max_qp_wr).max(1);
+        let completions = CompletionQueue::new(device, depth)?;
+        let queue_pair = QueuePairBuilder::new(domain)
+            .completion_queue(&completions)
+            .send_depth(depth)
+            .remote_access(Access::default())
+            .build()?;
+        Ok(Self { queue_pair, completions, depth })
+    }
+
+    /// What the peer must know to connect to this end.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        self.queue_pair.endpoint()
+    }
+
+    /// Connects to the peer. **It may block for a second**: see [`QueuePair::connect`].
+    ///
+    /// # Errors
+    ///
+    /// [`LaneConnectFailed`] with the lane, which may be tried again.
+    pub fn connect<T: Send>(
+        self,
+        peer: &Endpoint,
+        path_mtu: Mtu,
+    ) -> Result<Lane<T>, LaneConnectFailed> {
+        let Self { queue_pair, completions, depth } = self;
+        match queue_pair.connect(peer, path_mtu) {
+            Ok(queue_pair) => {
+                let port = queue_pair.protection_domain().device().port();
+                Ok(Lane {
+                    queue_pair,
+                    completions,
+                    table: Mutex::new(Table::new(depth)),
+                    depth,
+                    max_piece_bytes: port.max_message_bytes.clamp(1, MESSAGE_BYTES_MAX),
+                    turn: tokio::sync::Mutex::new(()),
+                    more: Notify::new(),
+                })
+            }
+            Err(failed) => Err(LaneConnectFailed {
+                lane: Box::new(Self { queue_pair: *failed.queue_pair, completions, depth }),
+                error: failed.error,
+            }),
+        }
+    }
+}
+
+/// A connect that went wrong, with the lane.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct LaneConnectFailed {
+    /// The lane, which may be tried again.
+    pub lane: Box<UnconnectedLane>,
+    /// Why.
+    #[source]
+    pub error: Error,
+}
+
+impl From<LaneConnectFailed> for Error {
+    fn from(failed: LaneConnectFailed) -> Self {
+        failed.error
+    }
+}
+
+/// A connection that writes to and reads from a peer's memory without the peer's processor.
+///
+/// An operation is a buffer, some pieces and a tag: the caller's note of what it was, often the
+/// sender of a oneshot channel. It comes back as a [`Completed`] with buffer and tag when *all* its
+/// pieces have ended. The pieces go out in the order of the posts; a READ sees what was written
+/// before it on the same lane.
+///
+/// After the first error everything that is or will be posted comes back as
+/// [`Flushed`](CompletionStatus::Flushed): a failed lane never hangs, and never recovers.
+///
+/// Dropping it destroys the queue pair and then frees the buffers in flight; their tags are dropped.
+pub struct Lane<T> {
+    queue_pair: QueuePair<Connected>,
+    completions: CompletionQueue,
+    table: Mutex<Table<Buffer, T>>,
+    depth: u32,
+    max_piece_bytes: u32,
+    /// One task at a time arms the queue and waits for its event.
+    turn: tokio::sync::Mutex<()>,
+    /// Woken when a `poll` has left operations for the task that waits.
+    more: Notify,
+}
+
+/// An operation that has ended.
+#[derive(Debug)]
+pub struct Completed<T> {
+    /// The buffer, the caller's again.
+    pub buffer: Buffer,
+    /// The caller's note.
+    pub tag: T,
+    /// How it ended: the first status that wasn't success, if any.
+    pub status: CompletionStatus,
+    /// Bytes of the pieces that succeeded. Of the others nothing is known: each may have
+    /// transferred all, a part or none of its bytes.
+    pub bytes: usize,
+}
+
+impl<T: Send> Lane<T> {
+    /// Starts to copy pieces of the buffer into the peer's memory (RDMA WRITE).
+    ///
+    /// # Errors
+    ///
+    /// [`PostError`] with everything in it; nothing was started. [`Error::QueueFull`] when there
+    /// are fewer [free slots](Self::free_slots) than pieces; [`Error::NoPieces`],
+    /// [`Error::EmptyPiece`], [`Error::PieceOutOfBounds`], [`Error::PieceLengthsDiffer`],
+    /// [`Error::PieceTooLong`], [`Error::RemoteOverflow`], [`Error::ForeignBuffer`] for a mistake
+    /// of the caller; [`Error::PostSend`] when the device refuses.
+    pub fn post_write(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
+        self.post(ffi::ibv_wr_opcode::IBV_WR_RDMA_WRITE, buffer, pieces, tag)
+    }
+
+    /// Starts to copy from the peer's memory into pieces of the buffer (RDMA READ).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`post_write`](Self::post_write).
+    pub fn post_read(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
+        self.post(ffi::ibv_wr_opcode::IBV_WR_RDMA_READ, buffer, pieces, tag)
+    }
+
+    /// Waits for an operation to end. Waits for ever when none is in flight: whoever posts, wakes
+    /// it. Several tasks may wait, and each operation goes to one of them. Dropping the future
+    /// loses nothing.
+    ///
+    /// It stays with the tokio runtime in which it is first called.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRuntime`]; [`Error::PollCompletionQueue`], [`Error::ArmCompletionQueue`] or
+    /// [`Error::AwaitCompletion`], after which the lane is of no use.
+    pub async fn next_completion(&self) -> Result<Completed<T>, Error> {
+        let _turn = self.turn.lock().await;
+        loop {
+            if let Some(done) = self.take()? {
+                return Ok(done);
+            }
+            self.completions.arm()?;
+            // What came in between the last look and the arming gives no event.
+            if let Some(done) = self.take()? {
+                return Ok(done);
+            }
+            tokio::select! {
+                event = self.completions.event() => event?,
+                () = self.more.notified() => {}
+            }
+        }
+    }
+
+    /// Takes an operation that has ended, without waiting.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PollCompletionQueue`], after which the lane is of no use.
+    pub fn poll(&self) -> Result<Option<Completed<T>>, Error> {
+        let done = self.take()?;
+        if !self.table().done.is_empty() {
+            self.more.notify_one();
+        }
+        Ok(done)
+    }
+
+    /// Gives up on everything that is in flight: it comes back soon, mostly as
+    /// [`Flushed`](CompletionStatus::Flushed), and so does what is posted later.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ModifyQueuePair`].
+    pub fn abort(&self) -> Result<(), Error> {
+        self.queue_pair.fail()
+    }
+
+    /// Pieces that may be in flight at a time.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.depth as usize
+    }
+
+    /// Pieces that may be posted now.
+    #[must_use]
+    pub fn free_slots(&self) -> usize {
+        self.table().free_requests as usize
+    }
+
+    /// The longest piece, in bytes.
+    #[must_use]
+    pub fn max_piece_bytes(&self) -> usize {
+        self.max_piece_bytes as usize
+    }
+
+    /// This end.
+    #[must_use]
+    pub fn endpoint(&self) -> Endpoint {
+        self.queue_pair.endpoint()
+    }
+
+    /// The connection under it: its peer, path MTU and state.
+    #[must_use]
+    pub fn queue_pair(&self) -> &QueuePair<Connected> {
+        &self.queue_pair
+    }
+
+    fn post(
+        &self,
+        opcode: ffi::ibv_wr_opcode::Type,
+        buffer: Buffer,
+        pieces: &[Piece],
+        tag: T,
+    ) -> Result<(), PostError<T>> {
+        let ours = self.queue_pair.protection_domain().is_same(buffer.protection_domain());
+        let checked = if ours {
+            check_pieces(pieces, buffer.len(), self.max_piece_bytes)
+        } else {
+            Err(Error::ForeignBuffer)
+        };
+        if let Err(error) = checked {
+            return Err(PostError { buffer, tag, error });
+        }
+        let address = buffer.address();
+        let local_key = buffer.local_key();
+
+        // Held across the post, so that no completion is looked at before its operation is known.
+        let mut table = self.table();
+        let slot = table.insert(buffer, tag, pieces.len(), self.depth)?;
+        let mut lists: Vec<ffi::ibv_sge> = Vec::with_capacity(pieces.len());
+        let mut requests: Vec<ffi::ibv_send_wr> = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            // At most `MESSAGE_BYTES_MAX`, as checked above.
+            let len = u32::try_from(piece.remote.len).unwrap_or(u32::MAX);
+            lists.push(ffi::ibv_sge {
+                addr: address + piece.local.start as u64,
+                length: len,
+                lkey: local_key,
+            });
+            let mut request: ffi::ibv_send_wr = sys::zeroed();
+            request.wr_id = request_id(slot, len);
+            request.num_sge = 1;
+            request.opcode = opcode;
+            request.send_flags = ffi::ibv_send_flags::IBV_SEND_SIGNALED.0;
+            request.wr.rdma =
+                ffi::rdma_t { remote_addr: piece.remote.address, rkey: piece.remote.key.get() };
+            requests.push(request);
+        }
+        let mut next = ptr::null_mut();
+        for (request, list) in requests.iter_mut().zip(&mut lists).rev() {
+            request.sg_list = list;
+            request.next = next;
+            next = request;
+        }
+
+        // SAFETY: `next` is the first of the requests, which are linked to each other and to their
+        // lists, and both vectors live beyond the call. The buffer is registered, as long as the
+        // pieces say, and in the table: it leaves only when all its requests have completed, or
+        // after the queue pair is destroyed (`Drop`).
+        match unsafe { self.queue_pair.post(next) } {
+            Posted::All => Ok(()),
+            Posted::UpTo { refused, error } => {
+                let accepted = requests.iter().position(|request| ptr::eq(request, refused));
+                if accepted == Some(0) {
+                    let (buffer, tag) = table.remove(slot, pieces.len());
+                    return Err(PostError { buffer, tag, error });
+                }
+                // Some pieces are with the device, or (without a word from it) all may be. They
+                // come back once the queue pair has failed, and the operation with them.
+                let accepted = accepted.unwrap_or(pieces.len());
+                tracing::warn!(%error, accepted, "an operation was posted in part only");
+                table.give_up(slot, pieces.len() - accepted);
+                drop(table);
+                if let Err(error) = self.queue_pair.fail() {
+                    tracing::error!(%error, "cannot fail the queue pair either");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn take(&self) -> Result<Option<Completed<T>>, Error> {
+        let mut table = self.table();
+        if table.done.is_empty() {
+            self.completions.drain(|completion| table.settle(completion))?;
+        }
+        Ok(table.done.pop_front().map(|operation| Completed {
+            buffer: operation.buffer,
+            tag: operation.tag,
+            status: operation.status,
+            bytes: operation.bytes,
+        }))
+    }
+}
+
+impl<T> Lane<T> {
+    fn table(&self) -> MutexGuard<'_, Table<Buffer, T>> {
+        // Nothing panics while it is held, and if it did, the buffers must stay where they are.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Drop for Lane<T> {
+    /// The order matters: queue pair, then buffers in flight; the fields follow (completion queue,
+    /// channel, protection domain).
+    fn drop(&mut self) {
+        if self.queue_pair.release().is_err() {
+            // The device may still read and write them. Dropping the queue pair says so in the log.
+            let table = mem::replace(&mut *self.table(), Table::new(0));
+            mem::forget(table);
+        }
+    }
+}
+
+impl<T> fmt::Debug for Lane<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lane")
+            .field("queue_pair", &self.queue_pair)
+            .field("depth", &self.depth)
+            .field("free", &self.table().free_requests)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An operation that wasn't started, with all that the caller gave.
+pub struct PostError<T> {
+    /// The buffer.
+    pub buffer: Buffer,
+    /// The caller's note.
+    pub tag: T,
+    /// Why.
+    pub error: Error,
+}
+
+impl<T> From<PostError<T>> for Error {
+    fn from(refused: PostError<T>) -> Self {
+        refused.error
+    }
+}
+
+impl<T> fmt::Display for PostError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<T> fmt::Debug for PostError<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostError").field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<T> std::error::Error for PostError<T> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&self.error)
+    }
+}
+
+/// The longest message of the protocol: 2 GiB (IBTA 9.7.2).
+const MESSAGE_BYTES_MAX: u32 = 1 << 31;
+
+/// The number of a work request: its operation's slot, and its length.
+fn request_id(slot: u32, len: u32) -> u64 {
+    u64::from(slot) << 32 | u64::from(len)
+}
+
+fn check_pieces(pieces: &[Piece], len: usize, limit: u32) -> Result<(), Error> {
+    if pieces.is_empty() {
+        return Err(Error::NoPieces);
+    }
+    for (piece, Piece { local, remote }) in pieces.iter().enumerate() {
+        let (start, end) = (local.start, local.end);
+        if start > end || end > len {
+            return Err(Error::PieceOutOfBounds { piece, start, end, len });
+        }
+        let bytes = end - start;
+        if bytes != remote.len {
+            return Err(Error::PieceLengthsDiffer { piece, local: bytes, remote: remote.len });
+        }
+        if bytes == 0 {
+            return Err(Error::EmptyPiece { piece });
+        }
+        if bytes > limit as usize {
+            return Err(Error::PieceTooLong { piece, len: bytes, limit });
+        }
+        if remote.address.checked_add(bytes as u64).is_none() {
+            return Err(Error::RemoteOverflow { piece });
+        }
+    }
+    Ok(())
+}
+
+/// What is in flight. Pure: it knows nothing of the device.
+struct Table<B, T> {
+    slots: Vec<Option<Operation<B, T>>>,
+    free_slots: Vec<u32>,
+    free_requests: u32,
+    done: VecDeque<Operation<B, T>>,
+}
+
+struct Operation<B, T> {
+    buffer: B,
+    tag: T,
+    status: CompletionStatus,
+    bytes: usize,
+    /// Work requests that haven't ended.
+    open: usize,
+}
+
+impl<B, T> Table<B, T> {
+    fn new(depth: u32) -> Self {
+        Self {
+            slots: (0..depth).map(|_| None).collect(),
+            free_slots: (0..depth).rev().collect(),
+            free_requests: depth,
+            done: VecDeque::new(),
+        }
+    }
+
+    /// Enters an operation of that many work requests, and says in which slot; or none, when there
+    /// is no room, with what was given.
+    fn reserve(&mut self, buffer: B, tag: T, requests: usize) -> Result<u32, (B, T)> {
+        let wanted = match u32::try_from(requests) {
+            Ok(wanted) if wanted <= self.free_requests => wanted,
+            _ => return Err((buffer, tag)),
+        };
+        // An operation has at least one request, so there are never fewer slots than requests.
+        let Some(slot) = self.free_slots.pop() else { return Err((buffer, tag)) };
+        self.free_requests -= wanted;
+        let status = CompletionStatus::Success;
+        self.slots[slot as usize] =
+            Some(Operation { buffer, tag, status, bytes: 0, open: requests });
+        Ok(slot)
+    }
+
+    /// Takes back an operation of which nothing was posted.
+    fn withdraw(&mut self, slot: u32, requests: usize) -> Option<(B, T)> {
+        let operation = self.slots.get_mut(slot as usize)?.take()?;
+        self.free_slots.push(slot);
+        self.free_requests += u32::try_from(requests).unwrap_or(0);
+        Some((operation.buffer, operation.tag))
+    }
+
+    /// Notes that the last `requests` of an operation were never posted.
+    fn give_up(&mut self, slot: u32, requests: usize) {
+        if let Some(Some(operation)) = self.slots.get_mut(slot as usize) {
+            operation.status = CompletionStatus::NotPosted;
+            operation.open -= requests;
+            self.free_requests += u32::try_from(requests).unwrap_or(0);
+        }
+    }
+
+    /// Takes in the end of a work request.
+    fn settle(&mut self, completion: WorkCompletion) {
+        let slot = (completion.id >> 32) as usize;
+        let bytes = (completion.id & u64::from(u32::MAX)) as usize;
+        let Some(Some(operation)) = self.slots.get_mut(slot) else {
+            tracing::error!(id = completion.id, "a completion without an operation");
+            return;
+        };
+        self.free_requests += 1;
+        operation.open -= 1;
+        if completion.status.is_success() {
+            operation.bytes += bytes;
+        } else if operation.status.is_success() {
+            operation.status = completion.status;
+        }
+        if operation.open == 0 {
+            self.done.extend(self.slots[slot].take());
+            self.free_slots.push(u32::try_from(slot).unwrap_or(0));
+        }
+    }
+}
+
+impl<T> Table<Buffer, T> {
+    fn insert(
+        &mut self,
+        buffer: Buffer,
+        tag: T,
+        pieces: usize,
+        depth: u32,
+    ) -> Result<u32, PostError<T>> {
+        let free = self.free_requests;
+        self.reserve(buffer, tag, pieces).map_err(|(buffer, tag)| PostError {
+            buffer,
+            tag,
+            error: Error::QueueFull { pieces, free, depth },
+        })
+    }
+
+    fn remove(&mut self, slot: u32, pieces: usize) -> (Buffer, T) {
+        self.withdraw(slot, pieces).expect("the slot was filled under the same lock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(local: Range<usize>, len: usize) -> Piece {
+        Piece { local, remote: RemoteSlice { address: 4096, key: RemoteKey::new(1), len } }
+    }
+
+    fn end(slot: u32, len: u32, status: CompletionStatus) -> WorkCompletion {
+        WorkCompletion { id: request_id(slot, len), status, vendor_error: 0 }
+    }
+
+    #[test]
+    fn a_lane_may_go_to_any_thread() {
+        fn check<T: Send + Sync>() {}
+        check::<Lane<std::cell::Cell<u8>>>();
+        check::<UnconnectedLane>();
+        check::<QueuePair<Connected>>();
+        check::<Buffer>();
+    }
+
+    #[test]
+    fn pieces_are_checked() {
+        let good = [piece(0..100, 100), piece(4095..4096, 1)];
+        check_pieces(&good, 4096, 1 << 20).unwrap();
+        let refused = |pieces: &[Piece]| check_pieces(pieces, 4096, 1000).unwrap_err();
+        assert!(matches!(refused(&[]), Error::NoPieces));
+        assert!(matches!(
+            refused(&[piece(0..1, 1), piece(8..8, 0)]),
+            Error::EmptyPiece { piece: 1 }
+        ));
+        assert!(matches!(refused(&[piece(4000..4097, 97)]), Error::PieceOutOfBounds { .. }));
+        let backwards = Range { start: 9, end: 8 };
+        assert!(matches!(refused(&[piece(backwards, 1)]), Error::PieceOutOfBounds { .. }));
+        assert!(matches!(refused(&[piece(0..8, 9)]), Error::PieceLengthsDiffer { .. }));
+        assert!(matches!(refused(&[piece(0..1001, 1001)]), Error::PieceTooLong { .. }));
+        let mut wrapping = piece(0..8, 8);
+        wrapping.remote.address = u64::MAX - 7;
+        assert!(matches!(refused(&[wrapping]), Error::RemoteOverflow { piece: 0 }));
+    }
+
+    #[test]
+    fn an_operation_ends_with_its_last_piece() {
+        let mut table = Table::new(4);
+        let slot = table.reserve("buffer", "tag", 3).unwrap();
+        assert_eq!(table.free_requests, 1);
+        table.settle(end(slot, 10, CompletionStatus::Success));
+        table.settle(end(slot, 20, CompletionStatus::Success));
+        assert!(table.done.is_empty());
+        table.settle(end(slot, 30, CompletionStatus::Success));
+        let done = table.done.pop_front().unwrap();
+        assert_eq!((done.buffer, done.tag, done.bytes), ("buffer", "tag", 60));
+        assert!(done.status.is_success());
+        assert_eq!(table.free_requests, 4);
+        assert_eq!(table.free_slots.len(), 4);
+    }
+
+    #[test]
+    fn the_first_bad_status_wins() {
+        let mut table = Table::new(4);
+        let slot = table.reserve((), (), 3).unwrap();
+        table.settle(end(slot, 10, CompletionStatus::Success));
+        table.settle(end(slot, 20, CompletionStatus::RemoteAccess));
+        table.settle(end(slot, 30, CompletionStatus::Flushed));
+        let done = table.done.pop_front().unwrap();
+        assert_eq!(done.status, CompletionStatus::RemoteAccess);
+        assert_eq!(done.bytes, 10);
+    }
+
+    #[test]
+    fn a_full_table_gives_everything_back() {
+        let mut table = Table::new(2);
+        let first = table.reserve("a", 1, 1).unwrap();
+        assert_eq!(table.reserve("b", 2, 2), Err(("b", 2)));
+        let second = table.reserve("b", 2, 1).unwrap();
+        assert_ne!(first, second);
+        assert_eq!(table.reserve("c", 3, 1), Err(("c", 3)));
+        table.settle(end(first, 1, CompletionStatus::Success));
+        table.reserve("c", 3, 1).unwrap();
+    }
+
+    #[test]
+    fn what_was_not_posted_is_withdrawn() {
+        let mut table = Table::new(2);
+        let slot = table.reserve("a", 1, 2).unwrap();
+        assert_eq!(table.withdraw(slot, 2), Some(("a", 1)));
+        assert_eq!(table.free_requests, 2);
+        assert_eq!(table.free_slots.len(), 2);
+    }
+
+    #[test]
+    fn a_partial_post_ends_with_what_was_accepted() {
+        let mut table = Table::new(3);
+        let slot = table.reserve("a", 1, 3).unwrap();
+        table.give_up(slot, 2);
+        assert_eq!(table.free_requests, 2);
+        table.settle(end(slot, 8, CompletionStatus::Flushed));
+        let done = table.done.pop_front().unwrap();
+        assert_eq!(done.status, CompletionStatus::NotPosted);
+        assert_eq!(table.free_requests, 3);
+    }
+
+    #[test]
+    fn a_stray_completion_changes_nothing() {
+        let mut table: Table<(), ()> = Table::new(1);
+        table.settle(end(0, 1, CompletionStatus::Success));
+        table.settle(end(77, 1, CompletionStatus::Success));
+        assert_eq!(table.free_requests, 1);
+        assert!(table.done.is_empty());
+    }
+}
