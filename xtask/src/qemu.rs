@@ -160,12 +160,18 @@ fn memory_mib(pmem_mib: u32) -> u32 {
     if pmem_mib == 0 { MEMORY_MIB } else { MEMORY_MIB + 2 * pmem_mib + PMEM_GAP_MIB }
 }
 
-/// The kernel's command line. `memmap=size!start` makes pmem of plain memory. The limits of the
-/// kernel's watchdogs are wide because two busy host processors look like a lockup from inside.
+/// The kernel's command line. `memmap=size!start` makes pmem of plain memory.
+///
+/// Under TCG a second processor now and then meets a breakpoint that the kernel, patching its own
+/// code, has already taken out, and dies of it. Most patching is over when the guest's init
+/// brings that processor up, and with a clock declared reliable none is done for the clock later.
+/// The limits of the watchdogs are wide: two busy host processors look like a lockup from inside.
 fn append(pmem_mib: u32) -> String {
-    let mut line = "console=ttyS0,115200 panic=-1 oops=panic watchdog_thresh=60 \
-                    rcupdate.rcu_cpu_stall_timeout=120 workqueue.watchdog_thresh=120"
-        .to_owned();
+    let mut line =
+        "console=ttyS0,115200 panic=-1 oops=panic maxcpus=1 tsc=reliable mitigations=off \
+                    watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 \
+                    workqueue.watchdog_thresh=120"
+            .to_owned();
     if pmem_mib > 0 {
         let second = PMEM_START_MIB + pmem_mib + PMEM_GAP_MIB;
         line += &format!(" memmap={pmem_mib}M!{PMEM_START_MIB}M memmap={pmem_mib}M!{second}M");
