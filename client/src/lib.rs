@@ -1,2 +1,62 @@
-//! placeholder
+//! The client side of Pinfold: pin a range of a file on a storage host, and write and read it with
+//! one-sided RDMA, without the host's processor, until its file system wants it back.
+//!
+//! ```no_run
+//! use pinfold_client::{ConnectOptions, IfExists, PinRequest, Session};
+//!
+//! # async fn example() -> Result<(), pinfold_client::Error> {
+//! let session = Session::connect(ConnectOptions::new("http://storage:7350")).await?;
+//! session.create("data", "log", 1 << 20, IfExists::Fail).await?;
+//! let pin = session.pin(PinRequest::read_write("data", "log")).await?;
+//!
+//! let mut buffer = session.buffer(4096).await?;
+//! buffer.as_mut_slice().fill(7);
+//! let (buffer, _) = pin.write(8192, buffer, 4096).await?;
+//! pin.commit().await?; // survives power loss from here on
+//!
+//! let (buffer, report) = pin.read(8192, 4096, buffer).await?;
+//! assert_eq!((buffer.as_slice()[0], report.rdma_bytes), (7, 4096));
+//! pin.unpin().await?;
+//! session.close().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! * **A pin can be taken back at any time**, when a process on the storage host wants the file. The
+//!   session lets what is in flight end, lets nothing new begin, and says so to the server; then
+//!   every call on the pin returns [`Error::Revoked`]. [`Session::events`] tells as it happens. What
+//!   a [`commit`](Pin::commit) acknowledged before is durable; the rest is to be written again.
+//! * **A transfer owns its buffer**, and gives it back with its result. A future can be dropped at
+//!   any time: the buffer stays with the device until the device is done with it.
+//! * **Quirks of the server's device are kept**: a request that the device would misplace is refused
+//!   here, with [`Error::Misaligned`], before it is sent.
+//! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
+
+mod control;
+mod error;
+mod event;
+mod fabric;
+mod file;
+mod grant;
+mod lane;
+mod options;
+mod pin;
+mod pin_state;
+mod pin_table;
+mod plan;
+mod revocation;
+mod session;
+mod stream;
+
+pub use error::{Error, TransferError};
+pub use event::{Event, Events};
+pub use file::{Created, FileIdentity, FileStat, IfExists};
+pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segment};
+pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
+pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
+pub use pinfold_proto::Reason;
+pub use pinfold_verbs::{Buffer, CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};
+pub use revocation::{DrainNotice, Loss, Revocation, RevocationReason, RevocationTimings};
+pub use session::Session;
+pub use tonic::Code;

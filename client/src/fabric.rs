@@ -1,0 +1,215 @@
+//! This host's RDMA device as one session uses it: a protection domain, and a lane that is made
+//! anew when it breaks.
+
+use std::sync::{self, Arc, MutexGuard, PoisonError};
+
+use pinfold_proto::v1;
+use pinfold_verbs::{
+    Buffer, CompletionStatus, Device, Endpoint, Gid, Mtu, Piece, ProtectionDomain, QueuePairNumber,
+    UnconnectedLane,
+};
+use tokio::sync::{Mutex, oneshot};
+
+use crate::control::Control;
+use crate::lane::{Claim, Direction, Done, LaneHandle, Work};
+use crate::pin_state::Gone;
+use crate::pin_table::PinCell;
+use crate::plan::PROBE_BYTES;
+use crate::{Error, RdmaDevice};
+
+/// A lane can break between the moment it was found live and the moment it takes the work. More
+/// often than this in a row is no accident.
+const LANES_PER_OPERATION: usize = 3;
+
+/// An open device, and the session's lane on it.
+#[derive(Debug)]
+pub(crate) struct Fabric {
+    domain: ProtectionDomain,
+    depth: u32,
+    lane: Mutex<Option<LaneHandle>>,
+    /// Takes what the read before a commit brings; nobody looks at it.
+    probe_buffer: sync::Mutex<Option<Buffer>>,
+}
+
+/// An operation on its way to the lane.
+pub(crate) struct Operation<'a> {
+    pub(crate) direction: Direction,
+    /// At most [`Fabric::depth`] of them.
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) buffer: Buffer,
+    /// The pin that it goes to; absent for a raw one.
+    pub(crate) pin: Option<&'a Arc<PinCell>>,
+}
+
+/// Why an operation has no completion.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The pin takes none.
+    Gone(Gone),
+    /// It was never posted, or its completion can't be had.
+    Error(Error),
+}
+
+impl Fabric {
+    /// Opens a device; `None` if none is wanted.
+    pub(crate) async fn open(choice: RdmaDevice, depth: u32) -> Result<Option<Self>, Error> {
+        let open = move || match choice {
+            RdmaDevice::Auto => Device::open_first().map(Some),
+            RdmaDevice::Named(name) => Device::open(&name).map(Some),
+            RdmaDevice::None => Ok(None),
+        };
+        let device = blocking(open).await.map_err(|source| Error::NoRdmaDevice { source })?;
+        let Some(device) = device else {
+            return Ok(None);
+        };
+        let depth = depth.clamp(1, device.capabilities().max_qp_wr.max(1));
+        let domain = ProtectionDomain::new(&device)
+            .map_err(|source| Error::Verbs { doing: "allocate a protection domain", source })?;
+        Ok(Some(Self {
+            domain,
+            depth,
+            lane: Mutex::new(None),
+            probe_buffer: sync::Mutex::new(None),
+        }))
+    }
+
+    /// How many requests fit in the send queue.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth as usize
+    }
+
+    /// Allocates and registers a buffer.
+    pub(crate) async fn buffer(&self, capacity: usize) -> Result<Buffer, Error> {
+        let domain = self.domain.clone();
+        blocking(move || Buffer::new(&domain, capacity))
+            .await
+            .map_err(|source| Error::Verbs { doing: "register a buffer", source })
+    }
+
+    /// A buffer for [`plan::probe`](crate::plan::probe).
+    pub(crate) async fn probe_buffer(&self) -> Result<Buffer, Error> {
+        let kept = self.kept_probe_buffer().take();
+        match kept {
+            Some(buffer) => Ok(buffer),
+            None => self.buffer(PROBE_BYTES).await,
+        }
+    }
+
+    /// Keeps it for the next commit.
+    pub(crate) fn return_probe_buffer(&self, buffer: Buffer) {
+        *self.kept_probe_buffer() = Some(buffer);
+    }
+
+    fn kept_probe_buffer(&self) -> MutexGuard<'_, Option<Buffer>> {
+        self.probe_buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The live lane; connects one if there is none.
+    pub(crate) async fn lane(&self, control: &Control) -> Result<LaneHandle, Error> {
+        let mut slot = self.lane.lock().await;
+        if let Some(lane) = slot.as_ref().filter(|lane| lane.is_live()) {
+            return Ok(lane.clone());
+        }
+        let lane = self.connect(control).await?;
+        Ok(slot.insert(lane).clone())
+    }
+
+    /// Runs an operation to its completion, waiting for room in the send queue. The buffer comes
+    /// back, except when the completion can't be had.
+    pub(crate) async fn run(
+        &self,
+        control: &Control,
+        operation: Operation<'_>,
+    ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
+        let Operation { direction, pieces, mut buffer, pin } = operation;
+        let requests = pieces.len() as u32;
+        for _ in 0..LANES_PER_OPERATION {
+            let lane = match self.lane(control).await {
+                Ok(lane) => lane,
+                Err(error) => return Err((Failure::Error(error), Some(buffer))),
+            };
+            let Ok(room) = lane.room(requests).await else {
+                continue;
+            };
+            // Last, so that whoever waits for room does not hold up a drain.
+            let ticket = match pin.map(PinCell::begin).transpose() {
+                Ok(ticket) => ticket,
+                Err(gone) => return Err((Failure::Gone(gone), Some(buffer))),
+            };
+            let (reply, done) = oneshot::channel();
+            let claim = Claim { _room: room, _ticket: ticket };
+            let work = Work { direction, pieces: pieces.clone(), buffer, claim, reply };
+            match lane.submit(work) {
+                Ok(()) => return finish(done).await,
+                Err(refused) => buffer = refused.buffer,
+            }
+        }
+        Ok((buffer, CompletionStatus::Flushed))
+    }
+
+    async fn connect(&self, control: &Control) -> Result<LaneHandle, Error> {
+        let (domain, depth) = (self.domain.clone(), self.depth);
+        let lane = blocking(move || UnconnectedLane::new(&domain, depth))
+            .await
+            .map_err(|source| Error::Verbs { doing: "create a queue pair", source })?;
+        let (server, path_mtu_bytes) =
+            control.connect_queue_pair(to_wire(&lane.endpoint())).await?;
+        let unusable = |what| Error::Protocol { doing: "connect a queue pair".to_owned(), what };
+        let server = from_wire(&server).ok_or_else(|| unusable("an unusable endpoint"))?;
+        let path_mtu = Mtu::from_bytes(path_mtu_bytes).ok_or_else(|| unusable("no path MTU"))?;
+        let lane = blocking(move || lane.connect(&server, path_mtu)).await.map_err(|failed| {
+            Error::Verbs { doing: "connect a queue pair", source: failed.into() }
+        })?;
+        tracing::debug!(path_mtu_bytes, "lane connected");
+        Ok(LaneHandle::start(lane, depth))
+    }
+}
+
+async fn finish(
+    done: oneshot::Receiver<Done>,
+) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
+    // The lane's task is gone without an answer: with its runtime, or because the device gave no
+    // completions any more. The buffer went with the queue pair.
+    let Ok(Done { buffer, result }) = done.await else {
+        let error =
+            Error::LaneLost { doing: "transfer".to_owned(), status: CompletionStatus::Flushed };
+        return Err((Failure::Error(error), None));
+    };
+    match result {
+        Ok(status) => Ok((buffer, status)),
+        Err(source) => {
+            let error = Error::Verbs { doing: "post a request", source };
+            Err((Failure::Error(error), Some(buffer)))
+        }
+    }
+}
+
+/// Verbs make system calls that can take a while: registering pins pages, connecting resolves the
+/// peer's address.
+async fn blocking<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(call).await {
+        Ok(value) => value,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}
+
+fn to_wire(endpoint: &Endpoint) -> v1::Endpoint {
+    v1::Endpoint {
+        queue_pair_number: endpoint.queue_pair_number.get(),
+        packet_sequence_number: endpoint.packet_sequence_number,
+        gid: endpoint.gid.octets().to_vec(),
+        lid: endpoint.lid.into(),
+        max_path_mtu_bytes: endpoint.path_mtu_bytes,
+    }
+}
+
+/// `None` for what no device can have; the rest is checked by `connect`.
+fn from_wire(endpoint: &v1::Endpoint) -> Option<Endpoint> {
+    Some(Endpoint {
+        queue_pair_number: QueuePairNumber::new(endpoint.queue_pair_number),
+        packet_sequence_number: endpoint.packet_sequence_number,
+        gid: Gid::new(endpoint.gid.as_slice().try_into().ok()?),
+        lid: endpoint.lid.try_into().ok()?,
+        path_mtu_bytes: endpoint.max_path_mtu_bytes,
+    })
+}

@@ -1,0 +1,100 @@
+//! What a file is to a client: its name, its identity, and what `stat` says about it.
+
+use std::fmt;
+
+use pinfold_proto::v1;
+
+use crate::Generation;
+
+/// Names one inode for good, where a path may come to name another one.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct FileIdentity {
+    /// Device number of the file system, as the server sees it.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Birth time in nanoseconds since 1970, 0 where the file system keeps none. Inode numbers are
+    /// used again, so it takes both.
+    pub birth_time_ns: u64,
+}
+
+/// What [`create`](crate::Session::create) does about a file that is already there.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum IfExists {
+    /// Refuse, and leave it alone.
+    #[default]
+    Fail,
+    /// Give it the new size. Refused while it is pinned.
+    Resize,
+}
+
+/// What [`create`](crate::Session::create) did.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Created {
+    /// The file's identity: pass it to [`PinRequest::expect_identity`](crate::PinRequest) to be
+    /// sure to pin this very file.
+    pub identity: FileIdentity,
+    /// False where the file was there and was resized.
+    pub created: bool,
+}
+
+/// What [`stat`](crate::Session::stat) knows about a file.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct FileStat {
+    /// The inode behind the path.
+    pub identity: FileIdentity,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes of storage that the file holds.
+    pub allocated: u64,
+    /// Whether loads and stores reach the medium directly.
+    pub dax: bool,
+    /// The live generation, if the file is guarded now.
+    pub generation: Option<Generation>,
+    /// How many pins are on it now, of all sessions.
+    pub pins: u32,
+}
+
+/// An export and a path in it, for messages.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct FileName {
+    pub(crate) export: String,
+    pub(crate) path: String,
+}
+
+impl FileName {
+    pub(crate) fn new(export: &str, path: &str) -> Self {
+        Self { export: export.to_owned(), path: path.to_owned() }
+    }
+}
+
+impl fmt::Display for FileName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.export, self.path)
+    }
+}
+
+impl From<v1::FileIdentity> for FileIdentity {
+    fn from(wire: v1::FileIdentity) -> Self {
+        Self { device: wire.device, inode: wire.inode, birth_time_ns: wire.birth_time_ns }
+    }
+}
+
+impl From<FileIdentity> for v1::FileIdentity {
+    fn from(identity: FileIdentity) -> Self {
+        Self {
+            device: identity.device,
+            inode: identity.inode,
+            birth_time_ns: identity.birth_time_ns,
+        }
+    }
+}
+
+impl From<IfExists> for v1::IfExists {
+    fn from(choice: IfExists) -> Self {
+        match choice {
+            IfExists::Fail => Self::Fail,
+            IfExists::Resize => Self::Resize,
+        }
+    }
+}

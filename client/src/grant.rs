@@ -1,0 +1,322 @@
+//! What the server granted for a pin, parsed once and trusted from then on.
+
+use std::fmt;
+use std::ops::Range;
+
+use pinfold_proto::v1;
+
+use crate::FileIdentity;
+
+/// Names one guarding of one file; never used again, across restarts of the server too.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Generation {
+    /// Random for each run of the server.
+    pub incarnation: u64,
+    /// Counts up within it.
+    pub counter: u64,
+}
+
+/// What a pin lets its holder do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Access {
+    /// One-sided reads.
+    Read,
+    /// One-sided reads and writes.
+    ReadWrite,
+}
+
+/// What holds the file still while it is pinned.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum GuardTier {
+    /// A file lease: opens and truncate(2) wait.
+    Lease,
+    /// A delegation: unlink, rename, link and attribute changes wait too.
+    Delegation,
+    /// Something that this version does not know by name.
+    Unknown,
+}
+
+/// A way to make writes survive power loss.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Durability {
+    /// [`Pin::commit`](crate::Pin::commit) flushes.
+    Commit,
+}
+
+/// A rule of the server's device. The device reports success and misplaces data when it is broken,
+/// so this library keeps it: a request that would break it is refused here.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Quirks {
+    /// Every request starts at a remote address that is a multiple of this. 1: any.
+    pub start_alignment_bytes: u32,
+    /// If not 0: the queue pair has exactly this path MTU.
+    pub path_mtu_bytes: u32,
+}
+
+/// A stretch of the file that one memory region of the server covers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Segment {
+    /// Where it starts in the file.
+    pub file_offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+    /// What to put in an RDMA request for its first byte.
+    pub remote_address: u64,
+    /// The key that goes with it.
+    pub remote_key: u32,
+}
+
+impl Segment {
+    /// One past its last byte in the file.
+    pub fn file_end(&self) -> u64 {
+        self.file_offset + self.length
+    }
+}
+
+/// What a pin may reach, and how.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Grant {
+    /// The pin's number in its session.
+    pub pin_id: u64,
+    /// Which guarding of the file it belongs to.
+    pub generation: Generation,
+    /// The inode that is pinned.
+    pub identity: FileIdentity,
+    /// The bytes of the file that are pinned.
+    pub range: Range<u64>,
+    /// How they are reached: ordered by file offset, without gaps, covering the range.
+    pub segments: Vec<Segment>,
+    /// What may be done.
+    pub access: Access,
+    /// What holds the file still.
+    pub guard: GuardTier,
+    /// The file's end, to the byte. Bytes beyond it in the last page would vanish, so this library
+    /// writes none.
+    pub valid_end: u64,
+    /// Size of the pages that map the file, as far as the server knows.
+    pub page_size_bytes: u32,
+    /// Whether loads and stores reach the medium directly.
+    pub dax: bool,
+    /// Whether block allocation is durable before a page can be written.
+    pub map_sync: bool,
+    /// The ways to durability on offer.
+    pub durability: Vec<Durability>,
+    /// Rules of the server's device.
+    pub quirks: Quirks,
+}
+
+/// The server's answer contradicts the protocol.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Malformed(pub(crate) &'static str);
+
+impl Grant {
+    /// The bytes that can be used: the pin, as far as the file goes.
+    pub fn usable(&self) -> Range<u64> {
+        self.range.start..self.range.end.min(self.valid_end).max(self.range.start)
+    }
+
+    /// Checks everything that later code relies on, so that arithmetic on a grant cannot overflow
+    /// and a pin's bytes are in exactly one segment each.
+    pub(crate) fn parse(wire: v1::PinResponse) -> Result<Self, Malformed> {
+        let range = wire.range.ok_or(Malformed("a grant without a range"))?;
+        if range.start >= range.end {
+            return Err(Malformed("a grant of an empty range"));
+        }
+        let segments: Vec<_> = wire.segments.iter().map(Segment::from).collect();
+        check_cover(&segments, range.start..range.end)?;
+        let quirks = wire.quirks.unwrap_or_default();
+        Ok(Self {
+            pin_id: wire.pin_id,
+            generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
+            identity: wire.identity.ok_or(Malformed("a grant without an identity"))?.into(),
+            range: range.start..range.end,
+            segments,
+            access: parse_access(wire.access)?,
+            guard: parse_guard(wire.guard),
+            valid_end: wire.valid_end,
+            page_size_bytes: wire.page_size_bytes,
+            dax: wire.dax,
+            map_sync: wire.map_sync,
+            durability: wire.durability.into_iter().filter_map(parse_durability).collect(),
+            quirks: Quirks {
+                // An absent rule is no rule.
+                start_alignment_bytes: quirks.start_alignment_bytes.max(1),
+                path_mtu_bytes: quirks.path_mtu_bytes,
+            },
+        })
+    }
+}
+
+fn check_cover(segments: &[Segment], range: Range<u64>) -> Result<(), Malformed> {
+    let mut reached = range.start;
+    for segment in segments {
+        if segment.file_offset != reached || segment.length == 0 {
+            return Err(Malformed("segments with a gap, an overlap or no bytes"));
+        }
+        reached = reached
+            .checked_add(segment.length)
+            .ok_or(Malformed("a segment past the last file offset"))?;
+        segment
+            .remote_address
+            .checked_add(segment.length)
+            .ok_or(Malformed("a segment past the last address"))?;
+    }
+    if reached != range.end {
+        return Err(Malformed("segments that do not cover the granted range"));
+    }
+    Ok(())
+}
+
+fn parse_access(wire: i32) -> Result<Access, Malformed> {
+    match v1::Access::try_from(wire) {
+        Ok(v1::Access::Read) => Ok(Access::Read),
+        Ok(v1::Access::ReadWrite) => Ok(Access::ReadWrite),
+        Ok(v1::Access::Unspecified) | Err(_) => Err(Malformed("a grant of unknown access")),
+    }
+}
+
+fn parse_guard(wire: i32) -> GuardTier {
+    match v1::GuardTier::try_from(wire) {
+        Ok(v1::GuardTier::Lease) => GuardTier::Lease,
+        Ok(v1::GuardTier::Delegation) => GuardTier::Delegation,
+        Ok(v1::GuardTier::Unspecified) | Err(_) => GuardTier::Unknown,
+    }
+}
+
+/// An offer that this version does not know is no offer.
+fn parse_durability(wire: i32) -> Option<Durability> {
+    match v1::Durability::try_from(wire) {
+        Ok(v1::Durability::Commit) => Some(Durability::Commit),
+        Ok(v1::Durability::Unspecified) | Err(_) => None,
+    }
+}
+
+impl From<&v1::Segment> for Segment {
+    fn from(wire: &v1::Segment) -> Self {
+        Self {
+            file_offset: wire.file_offset,
+            length: wire.length,
+            remote_address: wire.remote_address,
+            remote_key: wire.remote_key,
+        }
+    }
+}
+
+impl From<v1::Generation> for Generation {
+    fn from(wire: v1::Generation) -> Self {
+        Self { incarnation: wire.incarnation, counter: wire.counter }
+    }
+}
+
+impl From<Generation> for v1::Generation {
+    fn from(generation: Generation) -> Self {
+        Self { incarnation: generation.incarnation, counter: generation.counter }
+    }
+}
+
+impl From<Access> for v1::Access {
+    fn from(access: Access) -> Self {
+        match access {
+            Access::Read => Self::Read,
+            Access::ReadWrite => Self::ReadWrite,
+        }
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}:{}", self.incarnation, self.counter)
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::ReadWrite => "read-write",
+        })
+    }
+}
+
+impl fmt::Display for GuardTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lease => "lease",
+            Self::Delegation => "delegation",
+            Self::Unknown => "unknown",
+        })
+    }
+}
+
+impl fmt::Display for Durability {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Commit => f.write_str("commit"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wire() -> v1::PinResponse {
+        let segment = |file_offset, length, remote_address| v1::Segment {
+            file_offset,
+            length,
+            remote_address,
+            remote_key: 7,
+        };
+        v1::PinResponse {
+            pin_id: 1,
+            generation: Some(v1::Generation { incarnation: 2, counter: 3 }),
+            identity: Some(v1::FileIdentity { device: 4, inode: 5, birth_time_ns: 6 }),
+            range: Some(v1::ByteRange { start: 100, end: 300 }),
+            segments: vec![segment(100, 150, 0x1000), segment(250, 50, 0x9000)],
+            access: v1::Access::ReadWrite.into(),
+            guard: v1::GuardTier::Lease.into(),
+            valid_end: 280,
+            durability: vec![v1::Durability::Commit.into(), 99],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_good_grant_is_taken() {
+        let grant = Grant::parse(wire()).unwrap();
+        assert_eq!(grant.range, 100..300);
+        assert_eq!(grant.usable(), 100..280);
+        assert_eq!(grant.durability, [Durability::Commit]);
+        assert_eq!(grant.quirks.start_alignment_bytes, 1);
+    }
+
+    #[test]
+    fn a_grant_past_the_end_of_the_file_has_nothing_usable() {
+        let grant = Grant::parse(v1::PinResponse { valid_end: 50, ..wire() }).unwrap();
+        assert!(grant.usable().is_empty());
+    }
+
+    #[test]
+    fn segments_must_cover_the_range() {
+        for break_it in [
+            (|wire| wire.segments.clear()) as fn(&mut v1::PinResponse),
+            |wire| wire.segments[1].file_offset = 251,
+            |wire| wire.segments[1].file_offset = 249,
+            |wire| wire.segments[1].length = 49,
+            |wire| wire.segments[1].length = 51,
+            |wire| wire.segments[1].length = u64::MAX,
+            |wire| wire.segments[0].remote_address = u64::MAX - 10,
+            |wire| wire.range = Some(v1::ByteRange { start: 300, end: 100 }),
+            |wire| wire.range = None,
+            |wire| wire.generation = None,
+            |wire| wire.identity = None,
+            |wire| wire.access = 0,
+        ] {
+            let mut broken = wire();
+            break_it(&mut broken);
+            assert!(Grant::parse(broken.clone()).is_err(), "{broken:?}");
+        }
+    }
+}

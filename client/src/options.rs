@@ -1,0 +1,124 @@
+//! How to connect.
+
+use std::fs;
+use std::time::Duration;
+
+/// The server cuts nothing off itself: it refuses a longer name.
+const CLIENT_NAME_BYTES_MAX: usize = 256;
+
+const DEFAULT_SEND_WINDOW: u32 = 64;
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How to connect to a server.
+#[derive(Clone, Debug)]
+pub struct ConnectOptions {
+    pub(crate) endpoint: String,
+    pub(crate) client_name: String,
+    pub(crate) rdma_device: RdmaDevice,
+    pub(crate) send_window: u32,
+    pub(crate) drain_policy: DrainPolicy,
+    pub(crate) timeout: Duration,
+}
+
+/// Which RDMA device of this host a session uses.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum RdmaDevice {
+    /// The first one with an active port.
+    #[default]
+    Auto,
+    /// The one of this name, such as `rxe0` or `mlx5_0`.
+    Named(String),
+    /// None: the session can create and stat files, not pin them.
+    None,
+}
+
+/// What a session does when the server wants pins back.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum DrainPolicy {
+    /// Lets nothing new begin on them, and answers when what was in flight has ended: no write is
+    /// lost, and the queue pair survives.
+    #[default]
+    Automatic,
+    /// Does nothing and goes on posting, until the keys die and the queue pair with them. This is
+    /// the client that does not listen, against which the server has to protect the file; it is
+    /// here to show and to test that.
+    Ignore,
+}
+
+impl ConnectOptions {
+    /// Connects to this server (`http://HOST:PORT`), with the first RDMA device of this host.
+    pub fn new(endpoint: impl Into<String>) -> Self {
+        Self {
+            endpoint: endpoint.into(),
+            client_name: default_client_name(),
+            rdma_device: RdmaDevice::Auto,
+            send_window: DEFAULT_SEND_WINDOW,
+            drain_policy: DrainPolicy::Automatic,
+            timeout: DEFAULT_TIMEOUT,
+        }
+    }
+
+    /// Who connects, for the operator's eyes: cut off after 256 bytes. Default: program and host.
+    #[must_use]
+    pub fn client_name(mut self, name: impl Into<String>) -> Self {
+        self.client_name = name.into();
+        let mut end = self.client_name.len().min(CLIENT_NAME_BYTES_MAX);
+        while !self.client_name.is_char_boundary(end) {
+            end -= 1;
+        }
+        self.client_name.truncate(end);
+        self
+    }
+
+    /// Which RDMA device to use. Default: [`RdmaDevice::Auto`].
+    #[must_use]
+    pub fn rdma_device(mut self, device: RdmaDevice) -> Self {
+        self.rdma_device = device;
+        self
+    }
+
+    /// How many requests may be in flight; more wait for their turn. Default: 64.
+    #[must_use]
+    pub fn send_window(mut self, requests: u32) -> Self {
+        self.send_window = requests.max(1);
+        self
+    }
+
+    /// What to do when the server wants pins back. Default: [`DrainPolicy::Automatic`].
+    #[must_use]
+    pub fn drain_policy(mut self, policy: DrainPolicy) -> Self {
+        self.drain_policy = policy;
+        self
+    }
+
+    /// How long the server may take to open the session. Default: 10 s.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+}
+
+fn default_client_name() -> String {
+    let program = std::env::current_exe()
+        .ok()
+        .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
+        .unwrap_or_else(|| "unknown program".to_owned());
+    match fs::read_to_string("/proc/sys/kernel/hostname") {
+        Ok(host) => format!("{program} on {}", host.trim()),
+        Err(_) => program,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_off_between_characters() {
+        let options = ConnectOptions::new("http://localhost:1").client_name("ü".repeat(200));
+        assert_eq!(options.client_name.len(), 256);
+        let options = options.client_name("a".to_owned() + &"ü".repeat(200));
+        assert_eq!(options.client_name.len(), 255);
+    }
+}

@@ -1,0 +1,250 @@
+//! The pins of a session: which are there, and what the server's notices mean for them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, mpsc};
+
+use crate::pin_state::{Finished, Gone, PinState};
+use crate::{DrainNotice, Loss, Revocation};
+
+/// All pins of one session.
+#[derive(Debug)]
+pub(crate) struct PinTable {
+    inner: Mutex<Inner>,
+    /// Takes the numbers of pins that the server waits for and that are drained now.
+    drained: mpsc::UnboundedSender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    pins: HashMap<u64, Arc<PinCell>>,
+    /// Pin requests that have no answer yet.
+    expected: usize,
+    /// What the stream said about pins whose grant is still on its way: the answer to a pin request
+    /// and the notices come on different streams, so a notice can overtake the grant.
+    early: HashMap<u64, PinState>,
+    loss: Option<Loss>,
+}
+
+/// One pin, shared by its handle and by the operations on it.
+#[derive(Debug)]
+pub(crate) struct PinCell {
+    id: u64,
+    state: Mutex<PinState>,
+    /// Told when the last operation has ended.
+    idle: Notify,
+    drained: mpsc::UnboundedSender<u64>,
+}
+
+/// An operation in flight; counted out when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Ticket(Arc<PinCell>);
+
+/// A pin request without an answer yet.
+#[derive(Debug)]
+pub(crate) struct Expected<'a>(&'a PinTable);
+
+impl PinTable {
+    pub(crate) fn new(drained: mpsc::UnboundedSender<u64>) -> Self {
+        Self { inner: Mutex::default(), drained }
+    }
+
+    /// To be called before a pin request is sent, and kept until its answer is taken.
+    pub(crate) fn expect(&self) -> Expected<'_> {
+        lock(&self.inner).expected += 1;
+        Expected(self)
+    }
+
+    /// Forgets a pin that was given back.
+    pub(crate) fn remove(&self, id: u64) {
+        lock(&self.inner).pins.remove(&id);
+    }
+
+    /// Lets nothing begin on these pins any more.
+    pub(crate) fn drain(&self, ids: &[u64], notice: DrainNotice) {
+        let mut inner = lock(&self.inner);
+        for &id in ids {
+            if inner.apply(id, |state| state.drain(notice)) == Some(true) {
+                // Fails only when the session is over, and nobody waits any more.
+                let _ = self.drained.send(id);
+            }
+        }
+    }
+
+    /// The keys of these pins are dead.
+    pub(crate) fn revoke(&self, ids: &[u64], revocation: Revocation) {
+        let mut inner = lock(&self.inner);
+        for &id in ids {
+            inner.apply(id, |state| state.revoke(revocation));
+        }
+    }
+
+    /// The session is over, and every pin with it.
+    pub(crate) fn lose(&self, loss: &Loss) {
+        let mut inner = lock(&self.inner);
+        inner.loss = Some(loss.clone());
+        for cell in inner.pins.values() {
+            lock(&cell.state).lose(loss.clone());
+        }
+    }
+}
+
+impl Expected<'_> {
+    /// Takes in the pin that the server granted, with what was said about it meanwhile.
+    pub(crate) fn admit(self, id: u64) -> Arc<PinCell> {
+        let mut inner = lock(&self.0.inner);
+        let mut state = inner.early.remove(&id).unwrap_or_else(PinState::new);
+        if let Some(loss) = &inner.loss {
+            state.lose(loss.clone());
+        }
+        let cell = Arc::new(PinCell {
+            id,
+            state: Mutex::new(state),
+            idle: Notify::new(),
+            drained: self.0.drained.clone(),
+        });
+        inner.pins.insert(id, cell.clone());
+        cell
+    }
+}
+
+impl Drop for Expected<'_> {
+    fn drop(&mut self) {
+        let mut inner = lock(&self.0.inner);
+        inner.expected -= 1;
+        if inner.expected == 0 {
+            inner.early.clear();
+        }
+    }
+}
+
+impl Inner {
+    /// Applies a notice to the pin, or keeps it for the grant that may be on its way. A pin that
+    /// was just given back is no longer there, and needs no notice.
+    fn apply<R>(&mut self, id: u64, notice: impl FnOnce(&mut PinState) -> R) -> Option<R> {
+        if let Some(cell) = self.pins.get(&id) {
+            return Some(notice(&mut lock(&cell.state)));
+        }
+        if self.expected == 0 {
+            return None;
+        }
+        Some(notice(self.early.entry(id).or_insert_with(PinState::new)))
+    }
+}
+
+impl PinCell {
+    /// Counts an operation in.
+    pub(crate) fn begin(self: &Arc<Self>) -> Result<Ticket, Gone> {
+        lock(&self.state).begin()?;
+        Ok(Ticket(self.clone()))
+    }
+
+    /// Refuses what `begin` would refuse.
+    pub(crate) fn check(&self) -> Result<(), Gone> {
+        lock(&self.state).check()
+    }
+
+    /// Waits until nothing is in flight.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let told = self.idle.notified();
+            if lock(&self.state).is_idle() {
+                return;
+            }
+            told.await;
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let finished = lock(&self.0.state).finish();
+        if finished == Finished::Drained {
+            // Fails only when the session is over, and nobody waits any more.
+            let _ = self.0.drained.send(self.0.id);
+        }
+        if finished != Finished::Busy {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+/// Every change of the state is a single step, so a panic elsewhere can't leave it half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::{Generation, RevocationReason};
+
+    const NOTICE: DrainNotice = DrainNotice {
+        generation: Generation { incarnation: 1, counter: 2 },
+        reason: RevocationReason::LocalReader,
+        drain_budget: Duration::from_secs(1),
+    };
+
+    fn table() -> (PinTable, mpsc::UnboundedReceiver<u64>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (PinTable::new(sender), receiver)
+    }
+
+    #[test]
+    fn only_the_named_pins_drain() {
+        let (table, mut drained) = table();
+        let (one, two) = (table.expect().admit(1), table.expect().admit(2));
+        let ticket = one.begin().unwrap();
+        table.drain(&[1], NOTICE);
+        assert_eq!(one.check(), Err(Gone::Draining(NOTICE)));
+        assert_eq!(two.check(), Ok(()));
+        assert!(drained.try_recv().is_err(), "an operation is in flight");
+        drop(ticket);
+        assert_eq!(drained.try_recv(), Ok(1));
+    }
+
+    #[test]
+    fn a_notice_that_overtakes_its_grant_is_kept() {
+        let (table, mut drained) = table();
+        let expected = table.expect();
+        table.drain(&[7], NOTICE);
+        assert_eq!(drained.try_recv(), Ok(7), "nothing can be in flight on it");
+        assert_eq!(expected.admit(7).check(), Err(Gone::Draining(NOTICE)));
+    }
+
+    #[test]
+    fn a_notice_for_a_pin_that_is_gone_is_forgotten() {
+        let (table, mut drained) = table();
+        table.drain(&[7], NOTICE);
+        assert!(drained.try_recv().is_err());
+        drop(table.expect());
+        assert_eq!(table.expect().admit(7).check(), Ok(()));
+    }
+
+    #[test]
+    fn a_pin_granted_after_the_end_is_lost() {
+        let (table, _drained) = table();
+        let expected = table.expect();
+        table.lose(&Loss::StreamEnded);
+        assert_eq!(expected.admit(1).check(), Err(Gone::Lost(Loss::StreamEnded)));
+    }
+
+    #[tokio::test]
+    async fn idle_waits_for_the_last_operation() {
+        let (table, _drained) = table();
+        let pin = table.expect().admit(1);
+        pin.idle().await;
+        let ticket = pin.begin().unwrap();
+        let waiter = tokio::spawn({
+            let pin = pin.clone();
+            async move { pin.idle().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        drop(ticket);
+        waiter.await.unwrap();
+    }
+}

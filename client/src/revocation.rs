@@ -1,0 +1,139 @@
+//! Why and how a pin was taken back, and how a session was lost.
+
+use std::fmt;
+use std::time::Duration;
+
+use pinfold_proto::v1;
+
+use crate::Generation;
+
+/// Why a pin is taken back.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum RevocationReason {
+    /// A process on the storage host wants to read the file.
+    LocalReader,
+    /// A process on the storage host wants to change the file: truncate, open for writing, unlink …
+    LocalWriter,
+    /// The server is shutting down.
+    Shutdown,
+    /// Something that this version does not know by name.
+    Unknown,
+}
+
+/// How a revocation went: from the kernel's break signal to the end of each step.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct RevocationTimings {
+    /// The clients were told.
+    pub noticed: Duration,
+    /// The last client had drained; absent if the drain budget ran out first.
+    pub drained: Option<Duration>,
+    /// Nothing could land any more.
+    pub fenced: Duration,
+    /// The guard was let go and the local process proceeded.
+    pub released: Duration,
+    /// Whether the kernel still held the local process back when the guard was released. False:
+    /// the process gave up, or lease-break-time ran out.
+    pub break_pending_at_release: bool,
+}
+
+/// The server wants pins back soon.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct DrainNotice {
+    /// The generation that ends.
+    pub generation: Generation,
+    /// Why.
+    pub reason: RevocationReason,
+    /// The fence falls when all clients have drained, or after this long.
+    pub drain_budget: Duration,
+}
+
+/// Pins are gone: their keys are dead.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Revocation {
+    /// The generation that ended. What was not committed under it is not known to be durable.
+    pub generation: Generation,
+    /// Why.
+    pub reason: RevocationReason,
+    /// How it went; absent if the server did not say.
+    pub timings: Option<RevocationTimings>,
+}
+
+/// How a session came to its end.
+#[derive(Clone, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Loss {
+    /// This side closed it.
+    Closed,
+    /// The server ended the stream.
+    StreamEnded,
+    /// The stream broke, or the server ended it with this status message.
+    StreamFailed(String),
+    /// The server said nothing for this long.
+    Silence(Duration),
+}
+
+impl From<v1::RevocationReason> for RevocationReason {
+    fn from(wire: v1::RevocationReason) -> Self {
+        match wire {
+            v1::RevocationReason::Unspecified => Self::Unknown,
+            v1::RevocationReason::LocalReader => Self::LocalReader,
+            v1::RevocationReason::LocalWriter => Self::LocalWriter,
+            v1::RevocationReason::Shutdown => Self::Shutdown,
+        }
+    }
+}
+
+impl From<v1::RevocationTimings> for RevocationTimings {
+    fn from(wire: v1::RevocationTimings) -> Self {
+        Self {
+            noticed: Duration::from_micros(wire.noticed_us),
+            drained: wire.drained_us.map(Duration::from_micros),
+            fenced: Duration::from_micros(wire.fenced_us),
+            released: Duration::from_micros(wire.released_us),
+            break_pending_at_release: wire.break_pending_at_release,
+        }
+    }
+}
+
+impl From<&v1::Draining> for DrainNotice {
+    fn from(wire: &v1::Draining) -> Self {
+        Self {
+            generation: wire.generation.unwrap_or_default().into(),
+            reason: wire.reason().into(),
+            drain_budget: Duration::from_millis(wire.drain_budget_ms.into()),
+        }
+    }
+}
+
+impl From<&v1::Revoked> for Revocation {
+    fn from(wire: &v1::Revoked) -> Self {
+        Self {
+            generation: wire.generation.unwrap_or_default().into(),
+            reason: wire.reason().into(),
+            timings: wire.timings.map(RevocationTimings::from),
+        }
+    }
+}
+
+impl fmt::Display for RevocationReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LocalReader => "a local process wants to read the file",
+            Self::LocalWriter => "a local process wants to change the file",
+            Self::Shutdown => "the server is shutting down",
+            Self::Unknown => "the server gave a reason that this version does not know",
+        })
+    }
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("this client closed it"),
+            Self::StreamEnded => f.write_str("the server ended it"),
+            Self::StreamFailed(message) => write!(f, "its stream failed: {message}"),
+            Self::Silence(time) => write!(f, "the server said nothing for {time:?}"),
+        }
+    }
+}
