@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -64,6 +65,11 @@ pub fn devices() -> Result<Vec<DeviceName>, Error> {
 /// An open RDMA device (`ibv_context`). Clones share it; it is closed with the last object on it.
 ///
 /// A connection uses one port, which is chosen when the device is opened: the first active one.
+///
+/// Its descriptor (`/dev/infiniband/uverbs*`) is moved out of the way of descriptors that are opened
+/// later: on SIGKILL the kernel closes the highest number first, and pinned regions must be gone
+/// before the leases on the files behind them are. That holds for up to 65,000 files or so, less
+/// where the limit on open files is lower.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
@@ -129,6 +135,7 @@ impl Device {
         let context = sys::check_pointer(context)
             .map_err(|source| Error::OpenDevice { device: name.clone(), source })?;
         let context = OpenContext(context);
+        context.raise_descriptor(&name);
 
         let (capabilities, ports) = query_device(context.0)
             .map_err(|source| Error::QueryDevice { device: name.clone(), source })?;
@@ -229,6 +236,15 @@ impl Device {
 
     pub(crate) fn context(&self) -> NonNull<ffi::ibv_context> {
         self.0.context
+    }
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the context is open, and its descriptor doesn't change any more.
+        let fd = unsafe { (*self.0.context.as_ptr()).cmd_fd };
+        // SAFETY: it is open until the context is closed, which `self` outlives.
+        unsafe { BorrowedFd::borrow_raw(fd) }
     }
 }
 
@@ -375,6 +391,12 @@ pub enum LinkLayer {
     Unspecified,
 }
 
+/// Above the number of files that one process is expected to hold; the table of descriptors grows
+/// to it, at 8 bytes each.
+const DESCRIPTOR_MAX: u64 = 65_536;
+/// Room for other devices, and for what a process opens when it is at its limit.
+const DESCRIPTORS_ABOVE: u64 = 64;
+
 /// More than any device's table has been seen to hold for what an address vector can name.
 const GID_ENTRIES_MAX: usize = 1024;
 
@@ -432,6 +454,36 @@ impl Drop for DeviceList {
 struct OpenContext(NonNull<ffi::ibv_context>);
 
 impl OpenContext {
+    /// Moves the context's descriptor to a high number. Where that fails, it stays where it is.
+    fn raise_descriptor(&self, device: &DeviceName) {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let limit = limit.unwrap_or(u64::MAX).min(DESCRIPTOR_MAX);
+        let least = i32::try_from(limit.saturating_sub(DESCRIPTORS_ABOVE)).unwrap_or(0);
+        // SAFETY: the context is open.
+        let fd = unsafe { (*self.0.as_ptr()).cmd_fd };
+        if fd >= least {
+            return;
+        }
+        // SAFETY: it is the context's, which is open until the end of this function.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+        match rustix::io::fcntl_dupfd_cloexec(borrowed, least) {
+            Ok(higher) => {
+                // SAFETY: the context is open and nobody else has seen it. The field is public
+                // (verbs.h); libibverbs and the providers read it at each use, and closing the
+                // context closes what is in it.
+                unsafe { (*self.0.as_ptr()).cmd_fd = higher.into_raw_fd() };
+                // SAFETY: the context has let go of it, so it is ours to close.
+                drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+            Err(error) => {
+                tracing::warn!(
+                    %device, %error, fd,
+                    "cannot move the device's descriptor above those of files"
+                );
+            }
+        }
+    }
+
     fn keep(self) -> NonNull<ffi::ibv_context> {
         let context = self.0;
         std::mem::forget(self);
@@ -557,6 +609,23 @@ fn negative_errno(ret: isize) -> io::Error {
     match i32::try_from(ret.unsigned_abs()) {
         Ok(errno) if errno > 0 => io::Error::from_raw_os_error(errno),
         _ => io::Error::last_os_error(),
+    }
+}
+
+#[cfg(test)]
+impl Device {
+    /// Runs `calls` while each call to the device fails with EBADF. For one thread only.
+    pub(crate) fn while_deaf<R>(&self, calls: impl FnOnce() -> R) -> R {
+        let was = self.replace_descriptor(-1);
+        let result = calls();
+        self.replace_descriptor(was);
+        result
+    }
+
+    fn replace_descriptor(&self, fd: i32) -> i32 {
+        // SAFETY: the context is open, and the test's only thread is here.
+        let context = unsafe { self.context().as_mut() };
+        std::mem::replace(&mut context.cmd_fd, fd)
     }
 }
 

@@ -367,9 +367,11 @@ impl<T> Drop for Lane<T> {
     /// channel, protection domain).
     fn drop(&mut self) {
         if self.queue_pair.release().is_err() {
-            // The device may still read and write them. Dropping the queue pair says so in the log.
-            let table = mem::replace(&mut *self.table(), Table::new(0));
-            mem::forget(table);
+            // The device may still read and write them, so they stay for good; whoever waits for
+            // them is told by the end of the tag. Dropping the queue pair says it in the log.
+            self.table().slots.drain(..).flatten().for_each(|operation| {
+                mem::forget(operation.buffer);
+            });
         }
     }
 }
@@ -664,5 +666,36 @@ mod tests {
         table.settle(end(77, 1, CompletionStatus::Success));
         assert_eq!(table.free_requests, 1);
         assert!(table.done.is_empty());
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask vm run"]
+    fn buffers_stay_when_the_queue_pair_can_not_be_destroyed() {
+        let device = crate::Device::open_first().unwrap();
+        let domain = ProtectionDomain::new(&device).unwrap();
+        let lane = UnconnectedLane::new(&domain, 1).unwrap();
+        let responder = QueuePairBuilder::new(&domain).build().unwrap();
+        let (to_lane, to_responder) = (lane.endpoint(), responder.endpoint());
+        let responder = responder.connect(&to_lane, Mtu::Mtu1024).unwrap();
+        let lane = lane.connect(&to_responder, Mtu::Mtu1024).unwrap();
+        // Nobody answers, so the operation stays in flight.
+        responder.destroy().unwrap();
+        let buffer = Buffer::new(&domain, 4096).unwrap();
+        let address = buffer.address();
+        let tag = std::sync::Arc::new(());
+        let key = RemoteKey::new(1);
+        let piece = Piece { local: 0..8, remote: RemoteSlice { address: 4096, key, len: 8 } };
+        lane.post_write(buffer, &[piece], std::sync::Arc::clone(&tag)).unwrap();
+
+        device.while_deaf(|| drop(lane));
+        assert_eq!(std::sync::Arc::strong_count(&tag), 1, "who waits is told");
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mapped = maps.lines().filter_map(|line| line.split_once(' ')?.0.split_once('-')).any(
+            |(start, end)| {
+                let number = |text| u64::from_str_radix(text, 16).unwrap();
+                (number(start)..number(end)).contains(&address)
+            },
+        );
+        assert!(mapped, "the device may still read it");
     }
 }

@@ -471,4 +471,56 @@ mod tests {
     fn keys_print_as_hexadecimal() {
         assert_eq!(format!("{:?}", RemoteKey::new(0x2a)), "RemoteKey(0x0000002a)");
     }
+
+    /// Memory that says when it goes.
+    #[derive(Debug)]
+    struct Told(memmap2::MmapRaw, std::sync::Arc<std::sync::atomic::AtomicBool>);
+
+    impl Drop for Told {
+        fn drop(&mut self) {
+            self.1.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
+
+    // SAFETY: as the map inside.
+    unsafe impl Memory for Told {
+        fn as_ptr(&self) -> *mut u8 {
+            self.0.as_mut_ptr()
+        }
+
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+    }
+
+    // SAFETY: as the map inside.
+    unsafe impl crate::PinnableMemory for Told {}
+
+    #[test]
+    #[ignore = "needs an RDMA device: cargo xtask vm run"]
+    fn a_failed_deregistration_keeps_the_memory() {
+        let device = crate::Device::open_first().unwrap();
+        let domain = ProtectionDomain::new(&device).unwrap();
+        let gone = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let is_gone = || gone.load(std::sync::atomic::Ordering::SeqCst);
+        let map = memmap2::MmapRaw::from(memmap2::MmapMut::map_anon(4096).unwrap());
+        let memory = Told(map, std::sync::Arc::clone(&gone));
+        let region = domain.register_pinned(memory, 0..4096, Access::REMOTE_READ).unwrap();
+
+        let failed = device.while_deaf(|| region.deregister().unwrap_err());
+        assert!(matches!(failed.error(), Error::Deregister { len: 4096, .. }), "{failed}");
+        assert!(error::Error::source(&failed).is_some());
+        assert!(!is_gone(), "the region holds it");
+        let region = failed.into_region();
+        assert_eq!(region.len(), 4096);
+
+        // Once the device listens again, the same region comes off.
+        let memory = region.deregister().unwrap();
+        assert!(!is_gone(), "the caller holds it");
+
+        // Dropped while the device doesn't listen: leaked, with a message in the log.
+        let region = domain.register_pinned(memory, 0..4096, Access::REMOTE_READ).unwrap();
+        device.while_deaf(|| drop(region));
+        assert!(!is_gone(), "its key lives on, so it must stay");
+    }
 }
