@@ -3,7 +3,7 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::FallocateFlags;
@@ -28,6 +28,31 @@ impl fmt::Display for FileIdentity {
     }
 }
 
+/// `f_type` of tmpfs, statfs(2).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// What the pages of a mapping are: it decides how hardware can be given them.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MappingKind {
+    /// The medium itself (`STATX_ATTR_DAX`). The kernel refuses to pin it for long; hardware must
+    /// follow page tables.
+    FsDax,
+    /// tmpfs: memory that can be pinned.
+    SharedMemory,
+    /// The page cache of another file system. The kernel refuses to pin it for writing.
+    PageCache,
+}
+
+impl fmt::Display for MappingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MappingKind::FsDax => "fs-DAX",
+            MappingKind::SharedMemory => "tmpfs",
+            MappingKind::PageCache => "page cache",
+        })
+    }
+}
+
 /// An open file description (open(2)), for reading and writing. A guard is granted only while it is
 /// the file's single one, so it serves guard and mapping alike, is never duplicated and never
 /// leaves the process. Clones share it.
@@ -42,6 +67,18 @@ struct Inner {
     path: PathBuf,
     identity: FileIdentity,
     armed: AtomicBool,
+}
+
+/// A [`Description`] that may have been closed meanwhile. A file whose old mapping still lives can
+/// be guarded again only through the description of that mapping, and this is how to find it.
+#[derive(Clone, Debug)]
+pub struct WeakDescription(Weak<Inner>);
+
+impl WeakDescription {
+    /// The description, if it is still open.
+    pub fn upgrade(&self) -> Option<Description> {
+        self.0.upgrade().map(|inner| Description { inner })
+    }
 }
 
 impl Description {
@@ -69,9 +106,17 @@ impl Description {
         Ok(self.attributes()?.size)
     }
 
-    /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
-    pub fn dax(&self) -> Result<bool> {
-        Ok(self.attributes()?.dax)
+    /// What a mapping of the file would consist of.
+    pub fn kind(&self) -> Result<MappingKind> {
+        if self.attributes()?.dax {
+            return Ok(MappingKind::FsDax);
+        }
+        let system =
+            rustix::fs::fstatfs(self.fd()).map_err(|e| self.failed("fstatfs", e.into()))?;
+        Ok(match system.f_type {
+            TMPFS_MAGIC => MappingKind::SharedMemory,
+            _ => MappingKind::PageCache,
+        })
     }
 
     fn attributes(&self) -> Result<Attributes> {
@@ -90,7 +135,7 @@ impl Description {
         if size > old {
             self.extend(old, size)?;
         }
-        rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
+        self.sync()
     }
 
     fn extend(&self, old: u64, size: u64) -> Result<()> {
@@ -109,6 +154,16 @@ impl Description {
             }
             _ => self.failed("fallocate", source),
         }
+    }
+
+    /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard.
+    pub fn sync(&self) -> Result<()> {
+        rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
+    }
+
+    /// A reference that doesn't keep the description open.
+    pub fn downgrade(&self) -> WeakDescription {
+        WeakDescription(Arc::downgrade(&self.inner))
     }
 
     /// Takes the right to arm this description; false if it is armed.

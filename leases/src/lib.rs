@@ -72,7 +72,7 @@ mod openers;
 mod sys;
 mod watch;
 
-pub use description::{Description, FileIdentity};
+pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
 pub use error::{Error, Result};
 pub use export::{Create, Export, Located, RelativePath};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};

@@ -32,7 +32,11 @@ struct Inner {
     address: NonNull<u8>,
     len: usize,
     map_sync: bool,
+    /// The mapping keeps the kernel's description open; this keeps ours with it, so that the file
+    /// can be guarded again while an old mapping lives. Dropped after the unmapping.
+    _description: Description,
     fenced: AtomicBool,
+    shares: AtomicUsize,
     pinned_shares: AtomicUsize,
 }
 
@@ -100,7 +104,9 @@ impl Mapping {
             address,
             len: len.get(),
             map_sync,
+            _description: description.clone(),
             fenced: AtomicBool::new(false),
+            shares: AtomicUsize::new(0),
             pinned_shares: AtomicUsize::new(0),
         };
         // A child that inherited the mapping would keep the guard alive after this process.
@@ -124,14 +130,16 @@ impl Mapping {
     /// A share for hardware that follows this process's page tables (RDMA on-demand paging): a
     /// fence cuts it off at once.
     pub fn share(&self) -> Result<Share> {
+        self.inner.shares.fetch_add(1, Ordering::SeqCst);
+        // Counted first, looked second: either the fence sees the share or the share sees the fence.
+        let share = Share { inner: Arc::clone(&self.inner) };
         self.demand_open()?;
-        Ok(Share { inner: Arc::clone(&self.inner) })
+        Ok(share)
     }
 
     /// A share for hardware that pins pages: only its return is a fence.
     pub fn pinned_share(&self) -> Result<PinnedShare> {
         self.inner.pinned_shares.fetch_add(1, Ordering::SeqCst);
-        // Counted first, looked second: either the fence sees the share or the share sees the fence.
         let share = PinnedShare { inner: Arc::clone(&self.inner) };
         self.demand_open()?;
         Ok(share)
@@ -183,15 +191,18 @@ impl Mapping {
     /// The fence: from the moment this returns `Ok`, nothing reaches the file through the mapping
     /// (mprotect(2) with `PROT_NONE`, a barrier for everything that follows page tables: the MMU
     /// notifier waits for the device). A fenced mapping is never made accessible again. Any thread
-    /// may call it, and again.
+    /// may call it, and again. If the kernel refuses, the fence is complete when every share has
+    /// been returned.
     pub fn fence(&self) -> Result<Fenced, FenceFailed> {
         self.inner.fenced.store(true, Ordering::SeqCst);
         // SAFETY: the range is our own mapping, and this crate makes no references into it.
-        unsafe { sys::make_inaccessible(self.inner.address, self.inner.len) }
-            .map_err(|source| FenceFailed::Kernel { source })?;
-        match self.inner.pinned_shares.load(Ordering::SeqCst) {
-            0 => Ok(Fenced { guard: self.guard }),
-            shares => Err(FenceFailed::PinnedShares { shares }),
+        let cut = unsafe { sys::make_inaccessible(self.inner.address, self.inner.len) };
+        let pinned = self.inner.pinned_shares.load(Ordering::SeqCst);
+        let following = self.inner.shares.load(Ordering::SeqCst);
+        match cut {
+            _ if pinned > 0 => Err(FenceFailed::PinnedShares { shares: pinned }),
+            Err(source) if following > 0 => Err(FenceFailed::Kernel { source }),
+            _ => Ok(Fenced { guard: self.guard }),
         }
     }
 
@@ -317,6 +328,12 @@ impl PinnedShare {
     #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.inner.len
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.inner.shares.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -1,2 +1,71 @@
-//! placeholder
+//! The daemon: sessions, pins, revocation, policy.
+//!
+//! `registry` decides and does nothing (no clock, no I/O); `engine` does what it decided, against
+//! leases and verbs; `fence` is the thread with the deadlines; `held` is one guarded file, `fabric`
+//! the RDMA device; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
+//! errors, `audit` writes the record of each revocation.
 #![forbid(unsafe_code)]
+
+pub mod config;
+
+mod audit;
+mod engine;
+mod error;
+mod fabric;
+mod fence;
+mod held;
+mod ids;
+mod registry;
+mod service;
+mod session;
+mod status;
+mod wire;
+
+use std::future::Future;
+
+use pinfold_proto::v1::pinfold_server::PinfoldServer;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+
+pub use error::{Error, Result};
+pub use registry::Limits;
+
+use config::Config;
+use engine::Engine;
+use service::Service;
+
+/// A server that has tested its device and opened its exports.
+#[derive(Debug)]
+pub struct Server {
+    engine: std::sync::Arc<Engine>,
+    config: Config,
+}
+
+impl Server {
+    /// Opens the exports, tests the device, starts the threads.
+    pub async fn start(config: Config) -> Result<Self> {
+        let runtime = tokio::runtime::Handle::current();
+        let for_engine = config.clone();
+        let engine = tokio::task::spawn_blocking(move || Engine::start(&for_engine, runtime)).await;
+        Ok(Self { engine: engine.map_err(|_| Error::Task)??, config })
+    }
+
+    /// Serves until `shutdown` is done, then takes everything back, with notice, before it returns.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), tonic::transport::Error> {
+        let engine = std::sync::Arc::clone(&self.engine);
+        let service = PinfoldServer::new(Service::new(self.engine, self.config));
+        let going_down = async move {
+            shutdown.await;
+            engine.shut_down().await;
+        };
+        tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), going_down)
+            .await
+    }
+}

@@ -1,0 +1,56 @@
+//! One record per revocation: what was taken back, why, and when each step was done.
+
+use std::path::Path;
+use std::time::Duration;
+
+use pinfold_leases::{BreakKind, GuardTier};
+
+use crate::registry::{Reason, Record};
+
+/// The steps after the release, from the break on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Teardown {
+    /// The last region was deregistered.
+    pub deregistered: Duration,
+    /// The mapping was given up.
+    pub unmapped: Duration,
+    /// Regions whose deregistration failed.
+    pub failed_regions: usize,
+}
+
+/// Writes the record to the log, target `pinfold::audit`.
+pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown: &Teardown) {
+    let timings = &record.timings;
+    tracing::info!(
+        target: "pinfold::audit",
+        path = %path.display(),
+        generation = %record.generation,
+        guard = %tier,
+        reason = reason(record.reason),
+        pins = record.pins,
+        sessions = record.sessions,
+        noticed_us = micros(timings.noticed),
+        drained_us = timings.drained.map(micros),
+        fenced_us = micros(timings.fenced),
+        released_us = micros(timings.released),
+        deregistered_us = micros(teardown.deregistered),
+        unmapped_us = micros(teardown.unmapped),
+        break_pending_at_release = timings.break_pending,
+        failed_regions = teardown.failed_regions,
+        "revoked"
+    );
+}
+
+/// One word for a log.
+pub(crate) fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Break(BreakKind::Reader) => "local reader",
+        Reason::Break(BreakKind::Writer) => "local writer",
+        Reason::Shutdown => "shutdown",
+    }
+}
+
+/// Whole microseconds.
+pub(crate) fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,792 @@
+//! Performs what the registry decides, against leases and verbs.
+//!
+//! A break travels: watcher thread → `breaks` thread → registry → notices to the sessions and a
+//! deadline in the fence thread's queue → (all drained, or the deadline) → fence → release →
+//! a thread of its own for deregistering and unmapping → audit record. No step up to the release
+//! waits for a client, for the async runtime, or for another file.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use pinfold_leases::{
+    Break, BreakKind, Create, Description, Export, FenceFailed, FileIdentity, GuardId, Located,
+    RelativePath, Watcher, WeakDescription, lease_break_time,
+};
+use pinfold_proto::v1;
+use pinfold_verbs::{Endpoint, Mtu};
+use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc};
+use tonic::Status;
+
+use crate::audit::{self, Teardown};
+use crate::config::Config;
+use crate::error::{Error, Result, with_causes};
+use crate::fabric::{self, Fabric, Link};
+use crate::fence::{self, Order};
+use crate::held::HeldFile;
+use crate::ids::{Generation, PinId, SessionId};
+use crate::registry::{Action, PinAccess, Record, Refusal, Registry, Standing};
+use crate::wire;
+
+/// A drain takes a third of lease-break-time, and never longer than this.
+const LONGEST_DRAIN: Duration = Duration::from_secs(5);
+/// How long a new pin waits for the revocation of an earlier guarding.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How soon a fence that could not be completed is tried again.
+const FENCE_RETRY: Duration = Duration::from_millis(5);
+/// Permission bits of the files that clients create, before the umask.
+const FILE_MODE: u32 = 0o644;
+
+/// What a session's stream carries to the client.
+pub(crate) type Outbox = mpsc::Sender<Result<v1::SessionEvent, Status>>;
+/// The same without keeping the stream open.
+pub(crate) type WeakOutbox = mpsc::WeakSender<Result<v1::SessionEvent, Status>>;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    me: Weak<Self>,
+    registry: Mutex<Registry>,
+    exports: HashMap<String, Export>,
+    fabric: Option<Fabric>,
+    watcher: Watcher,
+    fences: Sender<Order>,
+    runtime: tokio::runtime::Handle,
+    sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
+    files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
+    inodes: Mutex<HashMap<FileIdentity, Inode>>,
+    retired: Notify,
+}
+
+/// What outlives one guarding of an inode.
+#[derive(Clone, Debug, Default)]
+struct Inode {
+    /// Opening, guarding and resizing take turns.
+    turn: Arc<AsyncMutex<()>>,
+    /// While an old mapping lives, only its own description can be guarded again.
+    description: Option<WeakDescription>,
+}
+
+#[derive(Debug)]
+struct SessionParts {
+    outbox: Outbox,
+    link: Mutex<Option<Link>>,
+}
+
+/// A pin that can be handed out.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    /// Its file.
+    pub file: Arc<HeldFile>,
+    /// Its name.
+    pub pin: PinId,
+    /// Of the guarding.
+    pub generation: Generation,
+    /// What may be done with it.
+    pub access: PinAccess,
+    /// Bytes of the file.
+    pub range: Range<u64>,
+    /// The file's size.
+    pub valid_end: u64,
+    /// Offset, length, address and key of each region.
+    pub segments: Vec<v1::Segment>,
+    /// The device's rules for this kind of registration.
+    pub quirks: v1::Quirks,
+}
+
+/// What a pin asks for.
+#[derive(Clone, Debug)]
+pub(crate) struct PinOrder {
+    /// Name of the export.
+    pub export: String,
+    /// Path inside it.
+    pub path: RelativePath,
+    /// `None`: the whole file.
+    pub range: Option<Range<u64>>,
+    /// What may be done with it.
+    pub access: PinAccess,
+    /// Refuse unless the path names this file.
+    pub expected: Option<FileIdentity>,
+}
+
+impl Engine {
+    /// Opens the exports and the device, and starts the threads. Blocks for the device's self-test.
+    pub(crate) fn start(config: &Config, runtime: tokio::runtime::Handle) -> Result<Arc<Self>> {
+        let exports = config
+            .exports
+            .iter()
+            .map(|export| Ok((export.name.clone(), Export::open(&export.directory)?)))
+            .collect::<Result<_>>()?;
+        let fabric = Fabric::open(&config.rdma_device)?;
+        let (watcher, breaks) = Watcher::start()?;
+        let (fences, orders) = fence::queue();
+        let engine = Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
+            exports,
+            fabric,
+            watcher,
+            fences,
+            runtime,
+            sessions: Mutex::default(),
+            files: Mutex::default(),
+            inodes: Mutex::default(),
+            retired: Notify::new(),
+        });
+        let this = Weak::clone(&engine.me);
+        fence::start(orders, move |guard| with(&this, |engine| engine.fence(guard)))?;
+        let this = Weak::clone(&engine.me);
+        const NAME: &str = "pinfold-breaks";
+        std::thread::Builder::new()
+            .name(NAME.to_owned())
+            .spawn(move || {
+                for news in breaks {
+                    with(&this, |engine| engine.handle_break(news));
+                }
+            })
+            .map_err(|source| Error::Thread { name: NAME, source })?;
+        Ok(engine)
+    }
+
+    /// The device, if there is one.
+    pub(crate) fn fabric(&self) -> Option<&Fabric> {
+        self.fabric.as_ref()
+    }
+
+    /// The first half of every generation of this run.
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.registry().incarnation()
+    }
+
+    // ------------------------------------------------------------------------------ sessions
+
+    /// Takes a session up; its events go to `outbox`.
+    pub(crate) fn open_session(&self, outbox: Outbox) -> Result<SessionId> {
+        let id = SessionId::new(random());
+        self.registry().open_session(id)?;
+        let parts = SessionParts { outbox, link: Mutex::default() };
+        locked(&self.sessions).insert(id, Arc::new(parts));
+        Ok(id)
+    }
+
+    /// Ends a session: its queue pair goes at once, then its pins.
+    pub(crate) async fn end_session(&self, id: SessionId) {
+        let ended = self.blocking(move |engine| {
+            let actions = engine.registry().end_session(id, Instant::now());
+            engine.perform(actions);
+            Ok(())
+        });
+        if let Err(error) = ended.await {
+            tracing::error!(session = %id, error = with_causes(&error), "ending a session failed");
+        }
+    }
+
+    /// Whether the session lives.
+    pub(crate) fn demand_session(&self, id: SessionId) -> Result<()> {
+        Ok(self.registry().demand_session(id)?)
+    }
+
+    /// A session has nothing in flight on these pins any more.
+    pub(crate) fn drained(&self, id: SessionId, pins: &[PinId]) {
+        let actions = self.registry().drained(id, pins, Instant::now());
+        // Only orders to the fence thread come out of this, so it does not block.
+        self.perform(actions);
+    }
+
+    fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
+        self.demand_session(id)?;
+        locked(&self.sessions).get(&id).cloned().ok_or(Refusal::UnknownSession.into())
+    }
+
+    /// Connects a new queue pair to the client's end; one that was there before is destroyed.
+    pub(crate) async fn connect(&self, id: SessionId, client: Endpoint) -> Result<(Endpoint, Mtu)> {
+        self.blocking(move |engine| {
+            let fabric = engine.demand_fabric()?;
+            let session = engine.session(id)?;
+            let mut link = locked(&session.link);
+            if link.is_none() {
+                *link = Some(Link::new(fabric)?);
+            }
+            let connected = link.as_mut().expect("just made").connect(fabric, client);
+            // The session may have ended while the kernel resolved the address; then nobody would
+            // destroy the new queue pair but us.
+            if let Err(ended) = engine.demand_session(id) {
+                *link = None;
+                return Err(ended);
+            }
+            connected
+        })
+        .await
+    }
+
+    fn demand_fabric(&self) -> Result<&Fabric> {
+        self.fabric.as_ref().ok_or_else(|| Error::NoRdmaDevice {
+            why: "there was none with an active port when it started; add one (rdma link add rxe0 type \
+                  rxe netdev IFACE makes a soft one), then restart pinfoldd"
+                .to_owned(),
+        })
+    }
+
+    // ------------------------------------------------------------------------------ files
+
+    fn export(&self, name: &str) -> Result<&Export> {
+        self.exports.get(name).ok_or_else(|| {
+            let mut known: Vec<&str> = self.exports.keys().map(String::as_str).collect();
+            known.sort_unstable();
+            Error::ExportNotFound { name: name.to_owned(), known: known.join(", ") }
+        })
+    }
+
+    /// Finds a file without opening it.
+    pub(crate) async fn locate(&self, export: String, path: RelativePath) -> Result<Located> {
+        self.blocking(move |engine| Ok(engine.export(&export)?.locate(&path)?)).await
+    }
+
+    /// How a file stands now, if it is guarded.
+    pub(crate) fn standing(&self, identity: FileIdentity) -> Option<Standing> {
+        self.registry().standing(identity).map(|(_, standing)| standing)
+    }
+
+    /// Makes a file of exactly `size` bytes, allocated, zeroed and durable.
+    pub(crate) async fn create(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<FileIdentity> {
+        let create = Create { size, mode: FILE_MODE };
+        self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
+            .await
+    }
+
+    /// Gives an existing file another size. Refused while it has pins.
+    pub(crate) async fn resize(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<FileIdentity> {
+        let located = self.locate(export, path).await?;
+        let identity = located.identity();
+        let _turn = self.take_turn(identity).await;
+        if let Some((file, pins)) = self.settled(identity, located.path()).await? {
+            return Err(Error::FilePinned { path: file.path().to_owned(), pins });
+        }
+        self.blocking(move |engine| {
+            engine.open(&located)?.resize(size)?;
+            Ok(identity)
+        })
+        .await
+    }
+
+    async fn take_turn(&self, identity: FileIdentity) -> Turn {
+        let turn = locked(&self.inodes).entry(identity).or_default().turn.clone();
+        Turn { engine: self.arc(), identity, held: Some(turn.lock_owned().await) }
+    }
+
+    /// Waits for a revocation that is under way, and returns the guarded file with the number of
+    /// its pins, or `None` where the file is not guarded.
+    async fn settled(
+        &self,
+        identity: FileIdentity,
+        path: &std::path::Path,
+    ) -> Result<Option<(Arc<HeldFile>, usize)>> {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let Some((guard, standing)) = self.registry().standing(identity) else {
+                return Ok(None);
+            };
+            let Some(file) = self.file(guard) else { return Ok(None) };
+            if let Standing::Held { pins, .. } = standing {
+                return Ok(Some((file, pins)));
+            }
+            tokio::time::timeout_at(give_up, file.wait_released())
+                .await
+                .map_err(|_| Error::StillDraining { path: path.to_owned(), waited: PATIENCE })?;
+        }
+    }
+
+    /// Opens a file, by the description that it has already if an old mapping keeps one. Only to
+    /// be called in the inode's turn, while it is not guarded: to open a file that we have guarded
+    /// ourselves would break that guard and wait for ourselves.
+    fn open(&self, located: &Located) -> Result<Description> {
+        let identity = located.identity();
+        let known = locked(&self.inodes).get(&identity).and_then(|inode| inode.description.clone());
+        if let Some(description) = known.and_then(|weak| weak.upgrade()) {
+            return Ok(description);
+        }
+        let description = located.open()?;
+        let mut inodes = locked(&self.inodes);
+        inodes.entry(identity).or_default().description = Some(description.downgrade());
+        Ok(description)
+    }
+
+    fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {
+        locked(&self.files).get(&guard).cloned()
+    }
+
+    // ------------------------------------------------------------------------------ pins
+
+    /// Guards a file, if it isn't yet, and registers a range of it for a session. Once begun it
+    /// runs to its end; if nobody waits for the answer any more, the pin is given back.
+    pub(crate) async fn pin(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
+        let (answer, waiting) = tokio::sync::oneshot::channel();
+        let engine = self.arc();
+        tokio::spawn(async move {
+            let granted = engine.pin_to_the_end(id, order).await;
+            if let Err(Ok(unwanted)) = answer.send(granted) {
+                // The session may be over too: then there is nothing left to give back.
+                let _ = engine.unpin(id, unwanted.pin).await;
+            }
+        });
+        waiting.await.map_err(|_| Error::Task)?
+    }
+
+    async fn pin_to_the_end(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
+        self.demand_fabric()?;
+        let session = self.session(id)?;
+        let located = self.locate(order.export.clone(), order.path.clone()).await?;
+        if order.expected.is_some_and(|expected| expected != located.identity()) {
+            return Err(Error::FileChanged { path: located.path().to_owned() });
+        }
+        let _turn = self.take_turn(located.identity()).await;
+        let held = self.settled(located.identity(), located.path()).await?;
+        self.blocking(move |engine| {
+            let file = match held {
+                Some((file, _)) => file,
+                None => engine.guard(&located)?,
+            };
+            let granted = engine.pin_on(&file, id, &session, &order);
+            if granted.is_err() {
+                let unused = engine.registry().release_if_unused(file.id());
+                engine.perform(unused);
+            }
+            granted
+        })
+        .await
+    }
+
+    /// Opens, guards and maps a file.
+    fn guard(&self, located: &Located) -> Result<Arc<HeldFile>> {
+        let description = self.open(located)?;
+        let armed = description.arm(&self.watcher)?;
+        // Only now can the size not change any more.
+        let size = description.size()?;
+        let kind = description.kind()?;
+        let (guard, mapping) = armed.map(size.max(1))?;
+        let identity = description.identity();
+        let file = Arc::new(HeldFile::new(description, kind, guard, mapping));
+        // Known to the fence before it is known to the registry. A break that came even before is
+        // found by the last look at the guard, in `register`.
+        locked(&self.files).insert(file.id(), Arc::clone(&file));
+        if let Err(refusal) = self.registry().add_file(identity, file.id()) {
+            if let Some(Ok(fenced)) = file.fence() {
+                file.release(fenced);
+            }
+            self.retire(&file, None);
+            return Err(refusal.into());
+        }
+        Ok(file)
+    }
+
+    fn pin_on(
+        &self,
+        file: &Arc<HeldFile>,
+        id: SessionId,
+        session: &SessionParts,
+        order: &PinOrder,
+    ) -> Result<Granted> {
+        let valid_end = file.description().size()?;
+        let range = usable_range(order.range.clone(), valid_end)?;
+        let pin = self.registry().begin_pin(id, file.id(), range.clone())?;
+        let registered = self.register(file, pin, session, &range, order.access);
+        let (generation, segments, quirks) = registered.inspect_err(|_| {
+            let actions = self.registry().abandon_pin(pin, Instant::now());
+            self.perform(actions);
+        })?;
+        let access = order.access;
+        let file = Arc::clone(file);
+        Ok(Granted { file, pin, generation, access, range, valid_end, segments, quirks })
+    }
+
+    fn register(
+        &self,
+        file: &HeldFile,
+        pin: PinId,
+        session: &SessionParts,
+        range: &Range<u64>,
+        access: PinAccess,
+    ) -> Result<(Generation, Vec<v1::Segment>, v1::Quirks)> {
+        let fabric = self.demand_fabric()?;
+        let cannot = |why: String| Error::CannotRegister {
+            path: file.path().to_owned(),
+            kind: file.kind(),
+            device: fabric.device().name().to_owned(),
+            why,
+        };
+        let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| cannot(why.to_owned()))?;
+        let mapping = file.mapping().ok_or(Refusal::Draining)?;
+        if access == PinAccess::ReadWrite {
+            mapping.populate(range.clone(), || self.registry().is_held(file.id()))?;
+        }
+        let segments = {
+            let link = locked(&session.link);
+            let domain = link.as_ref().and_then(Link::domain).ok_or(Error::NoQueuePair)?;
+            fabric::register(domain, &mapping, mode, quirks, range.clone(), access)?
+        };
+        let told = segments.iter().map(wire::segment).collect();
+        file.add_segments(pin, segments);
+        // The last look at the guard: a break that nobody could match with this file yet.
+        if !file.guard_holds() {
+            return Err(Refusal::Draining.into());
+        }
+        let generation = self.registry().finish_pin(pin)?;
+        Ok((generation, told, wire::quirks(quirks)))
+    }
+
+    /// Gives a pin back. When this returns its keys are dead.
+    pub(crate) async fn unpin(&self, id: SessionId, pin: PinId) -> Result<()> {
+        self.blocking(move |engine| {
+            let actions = engine.registry().unpin(id, pin, Instant::now())?;
+            engine.perform(actions);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Makes what landed in a range durable: only if the flush returned before the release.
+    pub(crate) async fn commit(
+        &self,
+        id: SessionId,
+        pin: PinId,
+        generation: Generation,
+        range: Option<Range<u64>>,
+    ) -> Result<Duration> {
+        self.blocking(move |engine| {
+            let view = engine.registry().begin_commit(id, pin, generation)?;
+            let stale = Refusal::Stale { pin, asked: generation };
+            let file = engine.file(view.guard).ok_or(stale)?;
+            let range = committed_range(range, &view.range)?;
+            if file.kind() == pinfold_leases::MappingKind::SharedMemory {
+                return Err(Error::NotDurable { path: file.path().to_owned() });
+            }
+            let flusher = file.mapping().ok_or(stale)?.share_for_flush();
+            let start = Instant::now();
+            flusher.flush(range)?;
+            if !file.map_sync() {
+                // Without MAP_SYNC the blocks behind the data may not be recorded yet.
+                file.description().sync()?;
+            }
+            let took = start.elapsed();
+            engine.registry().demand_unreleased(view.guard, pin, generation)?;
+            Ok(took)
+        })
+        .await
+    }
+
+    // ------------------------------------------------------------------------------ revocation
+
+    fn handle_break(&self, news: Break) {
+        let budget = drain_budget(lease_break_time().unwrap_or_else(|error| {
+            // Not to know is to assume the shortest.
+            tracing::error!(error = with_causes(&error), "fencing at once");
+            Some(Duration::from_secs(1))
+        }));
+        let actions =
+            self.registry().handle_break(news.guard, news.kind, news.at, Instant::now(), budget);
+        self.perform(actions);
+    }
+
+    /// The fence thread's work, for one file: fence, release, and hand the rest on.
+    fn fence(&self, guard: GuardId) {
+        if !self.registry().fence_due(guard) {
+            return;
+        }
+        let Some(file) = self.file(guard) else { return };
+        let fenced = match file.fence() {
+            Some(Ok(fenced)) => fenced,
+            Some(Err(error)) => return self.fence_again(&file, &error),
+            None => return,
+        };
+        self.registry().fenced(guard, Instant::now());
+        let Some(released) = file.release(fenced) else { return };
+        let now = Instant::now();
+        let (actions, record) =
+            self.registry().released(guard, now, |waited| still_pending(&released, waited));
+        self.perform(actions);
+        self.retire(&file, record);
+    }
+
+    /// Something still reaches the file: a region that is being registered at this moment, and will
+    /// be dropped as soon as that is done, or one that the device refuses to deregister.
+    fn fence_again(&self, file: &HeldFile, error: &FenceFailed) {
+        tracing::warn!(path = %file.path().display(), error = with_causes(error), "fencing again");
+        self.order(Order::At(file.id(), Instant::now() + FENCE_RETRY));
+    }
+
+    /// Deregisters and unmaps on a thread of its own, and writes the audit record.
+    fn retire(&self, file: &Arc<HeldFile>, record: Option<Record>) {
+        let engine = self.arc();
+        let file = Arc::clone(file);
+        self.runtime.spawn_blocking(move || {
+            let (deregistered, unmapped, failed_regions) = file.tear_down();
+            if let Some(record) = record {
+                let teardown = Teardown {
+                    deregistered: deregistered - record.since,
+                    unmapped: unmapped - record.since,
+                    failed_regions,
+                };
+                audit::revocation(file.path(), file.tier(), &record, &teardown);
+            }
+            engine.forget(file);
+        });
+    }
+
+    fn forget(&self, file: Arc<HeldFile>) {
+        let identity = file.description().identity();
+        self.registry().retired(file.id());
+        locked(&self.files).remove(&file.id());
+        drop(file);
+        self.prune(identity);
+        self.retired.notify_waiters();
+    }
+
+    /// Forgets an inode that nobody uses.
+    fn prune(&self, identity: FileIdentity) {
+        let mut inodes = locked(&self.inodes);
+        if inodes.get(&identity).is_some_and(Inode::is_unused) {
+            inodes.remove(&identity);
+        }
+    }
+
+    /// Takes everything back, with the same notices as for a break. Returns when nothing is guarded
+    /// any more, or when that takes far too long.
+    pub(crate) async fn shut_down(&self) {
+        let budget = drain_budget(lease_break_time().unwrap_or_default());
+        let actions = self.registry().shut_down(Instant::now(), budget);
+        self.perform(actions);
+        let give_up = tokio::time::Instant::now() + budget + PATIENCE;
+        loop {
+            let changed = self.retired.notified();
+            if self.registry().is_idle() {
+                break;
+            }
+            if tokio::time::timeout_at(give_up, changed).await.is_err() {
+                tracing::error!("files are still guarded; the kernel lets go of them now");
+                break;
+            }
+        }
+        locked(&self.sessions).clear();
+    }
+
+    // ------------------------------------------------------------------------------ actions
+
+    /// Deregistering and destroying block, so this is for threads that may, but for what a break
+    /// and a drain lead to: notices and orders.
+    fn perform(&self, actions: impl IntoIterator<Item = Action>) {
+        for action in actions {
+            self.perform_one(action);
+        }
+    }
+
+    fn perform_one(&self, action: Action) {
+        match action {
+            Action::NotifyDraining { session, pins, generation, reason, budget } => {
+                self.tell(session, wire::draining(&pins, generation, reason, budget));
+            }
+            Action::NotifyRevoked { session, pins, generation, reason, timings } => {
+                self.tell(session, wire::revoked(&pins, generation, reason, &timings));
+            }
+            Action::FenceAt { guard, at } => self.order(Order::At(guard, at)),
+            Action::FenceNow { guard } => self.order(Order::Now(guard)),
+            Action::DropRegions { guard, pin } => self.drop_regions(guard, pin),
+            Action::DropSession { session } => {
+                let parts = locked(&self.sessions).remove(&session);
+                if let Some(mut link) = parts.and_then(|parts| locked(&parts.link).take()) {
+                    link.disconnect();
+                }
+            }
+        }
+    }
+
+    fn drop_regions(&self, guard: GuardId, pin: PinId) {
+        let Some(file) = self.file(guard) else { return };
+        if file.drop_segments(pin) > 0 {
+            // A key lives on. Nobody but its own session could use it, through the queue pair that
+            // shares its protection domain; and with the file's fence it dies for good.
+            tracing::error!(path = %file.path().display(), %pin, "a key outlived its pin");
+        }
+    }
+
+    /// Never waits: a client that does not read its stream is fenced by the deadline.
+    fn tell(&self, id: SessionId, event: v1::SessionEvent) {
+        let Some(session) = locked(&self.sessions).get(&id).cloned() else { return };
+        if session.outbox.try_send(Ok(event)).is_err() {
+            tracing::warn!(session = %id, "a client does not read its events");
+        }
+    }
+
+    fn order(&self, order: Order) {
+        // The thread ends only with the engine.
+        let _ = self.fences.send(order);
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let engine = self.arc();
+        tokio::task::spawn_blocking(move || work(&engine)).await.map_err(|_| Error::Task)?
+    }
+
+    fn arc(&self) -> Arc<Self> {
+        self.me.upgrade().expect("an engine lives only in an Arc")
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        locked(&self.registry)
+    }
+}
+
+/// The right to open, guard or resize an inode.
+struct Turn {
+    engine: Arc<Engine>,
+    identity: FileIdentity,
+    held: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.held = None;
+        self.engine.prune(self.identity);
+    }
+}
+
+impl Inode {
+    fn is_unused(&self) -> bool {
+        let closed = self.description.as_ref().is_none_or(|weak| weak.upgrade().is_none());
+        closed && Arc::strong_count(&self.turn) == 1
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic under one of these locks left the maps whole: each change is one insert or remove.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn with(engine: &Weak<Engine>, work: impl FnOnce(&Engine)) {
+    if let Some(engine) = engine.upgrade() {
+        work(&engine);
+    }
+}
+
+/// Random bytes from the kernel (getrandom(2)).
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        // Interrupted calls are tried again; others don't fail for so few bytes.
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
+    }
+    bytes
+}
+
+/// A third of the time that the kernel holds a breaker back, at most five seconds; nothing where
+/// the kernel waits for one second only.
+fn drain_budget(lease_break_time: Option<Duration>) -> Duration {
+    match lease_break_time {
+        None => LONGEST_DRAIN,
+        Some(time) if time <= Duration::from_secs(1) => Duration::ZERO,
+        Some(time) => (time / 3).min(LONGEST_DRAIN),
+    }
+}
+
+/// Whether the kernel still held the breaker back when we let go. A reader's expiry leaves a read
+/// lease behind, so for readers the clock decides.
+fn still_pending(released: &pinfold_leases::Released, waited: Duration) -> bool {
+    let expired = lease_break_time().is_ok_and(|time| time.is_some_and(|time| waited >= time));
+    match released.broken {
+        None => false,
+        Some(BreakKind::Writer) => !released.lapsed,
+        Some(BreakKind::Reader) => !released.lapsed && !expired,
+    }
+}
+
+/// The bytes of a pin, checked against the file's size.
+fn usable_range(asked: Option<Range<u64>>, size: u64) -> Result<Range<u64>> {
+    let range = asked.unwrap_or(0..size);
+    let (start, end) = (range.start, range.end);
+    if start == end {
+        let why = if size == 0 { "the file is empty" } else { "the range is empty" };
+        return Err(Error::BadRange { start, end, why });
+    }
+    if start > end {
+        return Err(Error::BadRange { start, end, why: "it ends before it starts" });
+    }
+    if end > size {
+        let remedy = ", or create the file with that size";
+        return Err(Error::RangePastEnd { start, end, limit: size, what: "the file", remedy });
+    }
+    Ok(range)
+}
+
+/// The bytes of a commit, checked against its pin.
+fn committed_range(asked: Option<Range<u64>>, pin: &Range<u64>) -> Result<Range<u64>> {
+    let range = asked.unwrap_or(pin.clone());
+    let (start, end) = (range.start, range.end);
+    if start >= end {
+        return Err(Error::BadRange {
+            start,
+            end,
+            why: "the range is empty or ends before it starts",
+        });
+    }
+    if start < pin.start || end > pin.end {
+        let what = "the pin";
+        return Err(Error::RangePastEnd { start, end, limit: pin.end, what, remedy: "" });
+    }
+    Ok(range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drain_leaves_time_before_the_kernel_lets_go() {
+        let budget = |seconds| drain_budget(Some(Duration::from_secs(seconds)));
+        assert_eq!(drain_budget(None), Duration::from_secs(5), "the kernel waits for ever");
+        assert_eq!(budget(1), Duration::ZERO);
+        assert_eq!(budget(3), Duration::from_secs(1));
+        assert_eq!(budget(45), Duration::from_secs(5));
+        for seconds in 1..100 {
+            assert!(budget(seconds) * 2 < Duration::from_secs(seconds), "{seconds}");
+        }
+    }
+
+    #[test]
+    fn ranges_are_checked_to_the_byte() {
+        assert_eq!(usable_range(None, 10).unwrap(), 0..10);
+        assert_eq!(usable_range(Some(3..10), 10).unwrap(), 3..10);
+        assert!(matches!(usable_range(None, 0), Err(Error::BadRange { .. })));
+        assert!(matches!(usable_range(Some(4..4), 10), Err(Error::BadRange { .. })));
+        #[allow(clippy::reversed_empty_ranges, reason = "what a client may send")]
+        let reversed = 5..4;
+        assert!(matches!(usable_range(Some(reversed), 10), Err(Error::BadRange { .. })));
+        assert!(matches!(usable_range(Some(3..11), 10), Err(Error::RangePastEnd { .. })));
+    }
+
+    #[test]
+    fn a_commit_stays_inside_its_pin() {
+        assert_eq!(committed_range(None, &(5..9)).unwrap(), 5..9);
+        assert_eq!(committed_range(Some(6..7), &(5..9)).unwrap(), 6..7);
+        assert!(matches!(committed_range(Some(7..7), &(5..9)), Err(Error::BadRange { .. })));
+        for outside in [4..9, 5..10, 20..30] {
+            let refused = committed_range(Some(outside), &(5..9));
+            assert!(matches!(refused, Err(Error::RangePastEnd { .. })));
+        }
+    }
+}

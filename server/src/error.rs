@@ -1,0 +1,141 @@
+//! What can go wrong in the server, in words for the one who asked.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::registry::Refusal;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call is refused. `status.rs` gives each its gRPC code and reason.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The registry's word.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A field is missing or malformed.
+    #[error("malformed request: {what}")]
+    Malformed {
+        /// Which, and what it should be.
+        what: String,
+    },
+    /// No such export.
+    #[error("there is no export {name:?}; this server exports {known}")]
+    ExportNotFound {
+        /// As asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// The file can't be had.
+    #[error(transparent)]
+    File(#[from] pinfold_leases::Error),
+    /// The path names another file by now.
+    #[error("{} is not the file that it was: it has been replaced; read it again before you write", path.display())]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file has pins.
+    #[error("{} has {pins} pins on it; its size can be changed when they are given back", path.display())]
+    FilePinned {
+        /// The file.
+        path: PathBuf,
+        /// How many.
+        pins: usize,
+    },
+    /// The range holds nothing.
+    #[error("bytes {start}..{end} hold nothing: {why}")]
+    BadRange {
+        /// First byte.
+        start: u64,
+        /// One past the last.
+        end: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// The range reaches too far.
+    #[error("bytes {start}..{end} reach past {limit}, the end of {what}; ask for less{remedy}")]
+    RangePastEnd {
+        /// First byte.
+        start: u64,
+        /// One past the last.
+        end: u64,
+        /// Where it must end.
+        limit: u64,
+        /// "the file" or "the pin".
+        what: &'static str,
+        /// What else could be done.
+        remedy: &'static str,
+    },
+    /// No device.
+    #[error("this server has no usable RDMA device: {why}")]
+    NoRdmaDevice {
+        /// Why not.
+        why: String,
+    },
+    /// The session did not connect a queue pair.
+    #[error("this session has no queue pair yet; connect one before pinning")]
+    NoQueuePair,
+    /// The device can't register this kind of memory.
+    #[error("{} is a {kind} file, and {device} can't register that: {why}", path.display())]
+    CannotRegister {
+        /// The file.
+        path: PathBuf,
+        /// What its mapping consists of.
+        kind: pinfold_leases::MappingKind,
+        /// The device.
+        device: String,
+        /// Why, and what would help.
+        why: String,
+    },
+    /// Nothing on tmpfs outlives the host.
+    #[error("{} lies in memory (tmpfs), so nothing on it can be made durable; export a directory on \
+             pmem or disk for that", path.display())]
+    NotDurable {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The queue pair could not be connected.
+    #[error("the queue pair could not be connected: {why}")]
+    QueuePair {
+        /// Why, and what would help.
+        why: String,
+    },
+    /// A verb failed.
+    #[error(transparent)]
+    Verbs(#[from] pinfold_verbs::Error),
+    /// Others needed the file for too long.
+    #[error("{} was still being taken back after {} s; pin it again later", path.display(), waited.as_secs())]
+    StillDraining {
+        /// The file.
+        path: PathBuf,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// A thread of ours died.
+    #[error("a task of the server failed; its log has the details")]
+    Task,
+    /// A thread could not be started.
+    #[error("could not start the {name} thread")]
+    Thread {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// The message of an error and of everything below it, for where only text can go.
+pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,275 @@
+//! The server's RDMA device, tested before it is trusted, and what sessions and pins have on it.
+
+use std::ops::Range;
+
+use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
+use pinfold_verbs::{
+    Access, Connected, Device, Endpoint, MemoryRegion, Mtu, ProtectionDomain, QueuePair,
+    QueuePairBuilder, Quirks, RegistrationMode, self_test,
+};
+
+use crate::config::DeviceChoice;
+use crate::error::{Error, Result, with_causes};
+use crate::registry::PinAccess;
+
+/// Borders of segments lie on a multiple of this, so that a huge page is not cut.
+const SEGMENT_BORDER: u64 = 2 << 20;
+
+/// A device and what its self-test found.
+#[derive(Debug)]
+pub(crate) struct Fabric {
+    device: Device,
+    /// For registration that follows page tables: its rules, or why it can't be used.
+    on_demand: Result<Quirks, String>,
+    /// For registration that pins pages.
+    pinned: Result<Quirks, String>,
+}
+
+impl Fabric {
+    /// Opens the device and tests it in a loop with itself; takes a second or two. `None` where
+    /// there is none and none was asked for by name.
+    pub(crate) fn open(choice: &DeviceChoice) -> Result<Option<Self>> {
+        let device = match choice {
+            DeviceChoice::Named(name) => Device::open(name)?,
+            DeviceChoice::Auto => match Device::open_first() {
+                Ok(device) => device,
+                Err(pinfold_verbs::Error::NoDevice) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            },
+        };
+        let on_demand = tested(&device, RegistrationMode::OnDemand);
+        let pinned = tested(&device, RegistrationMode::Pinned);
+        Ok(Some(Self { device, on_demand, pinned }))
+    }
+
+    /// The device.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether fs-DAX files can be registered.
+    pub(crate) fn on_demand_paging(&self) -> bool {
+        self.on_demand.is_ok()
+    }
+
+    /// How memory of this kind is to be registered, and by which rules; or why it can't be.
+    pub(crate) fn mode_for(&self, kind: MappingKind) -> Result<(RegistrationMode, &Quirks), &str> {
+        let (mode, tested) = match kind {
+            // The kernel refuses to pin fs-DAX pages for long, and page cache for writing.
+            MappingKind::FsDax | MappingKind::PageCache => {
+                (RegistrationMode::OnDemand, &self.on_demand)
+            }
+            MappingKind::SharedMemory => (RegistrationMode::Pinned, &self.pinned),
+        };
+        tested.as_ref().map(|quirks| (mode, quirks)).map_err(String::as_str)
+    }
+
+    /// The path MTU of a connection: what both ends can do and every kind of registration needs.
+    fn path_mtu(&self, client: &Endpoint, server: &Endpoint) -> Result<Mtu> {
+        let possible = client.path_mtu_bytes.min(server.path_mtu_bytes);
+        let demanded = [&self.on_demand, &self.pinned]
+            .into_iter()
+            .filter_map(|tested| tested.as_ref().ok()?.path_mtu_bytes)
+            .max();
+        match demanded {
+            Some(bytes) if bytes > possible => Err(Error::QueuePair {
+                why: format!(
+                    "{} places data rightly only with a path MTU of {bytes}, and this path can do \
+                     {possible}; set the MTU of the network interfaces on both hosts to 4200 or more",
+                    self.device.name()
+                ),
+            }),
+            Some(bytes) => Mtu::from_bytes(bytes).ok_or_else(|| bad_mtu(bytes)),
+            None => Mtu::largest_within(possible).ok_or_else(|| bad_mtu(possible)),
+        }
+    }
+}
+
+fn bad_mtu(bytes: u32) -> Error {
+    Error::QueuePair { why: format!("{bytes} bytes are no path MTU; 256 to 4096 are") }
+}
+
+fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
+    match self_test(device, mode) {
+        Ok(report) => {
+            tracing::info!(device = device.name(), %mode, quirks = %report.quirks,
+                elapsed_ms = report.elapsed.as_millis() as u64, "self-test passed");
+            Ok(report.quirks)
+        }
+        Err(error) => {
+            let reason = with_causes(&error);
+            tracing::warn!(device = device.name(), %mode, %reason, "self-test failed");
+            Err(reason)
+        }
+    }
+}
+
+/// What a session has on the device: a protection domain of its own, so that its keys work on no
+/// other session's queue pair, and one queue pair at a time.
+#[derive(Debug)]
+pub(crate) struct Link {
+    domain: ProtectionDomain,
+    queue_pair: Option<QueuePair<Connected>>,
+}
+
+impl Link {
+    /// An unconnected one.
+    pub(crate) fn new(fabric: &Fabric) -> Result<Self> {
+        Ok(Self { domain: ProtectionDomain::new(&fabric.device)?, queue_pair: None })
+    }
+
+    /// The session's protection domain, once it has a queue pair.
+    pub(crate) fn domain(&self) -> Option<&ProtectionDomain> {
+        self.queue_pair.as_ref().map(|_| &self.domain)
+    }
+
+    /// Connects a new queue pair to the client's. One that was there is destroyed first. Address
+    /// resolution in the kernel may block for a second.
+    pub(crate) fn connect(&mut self, fabric: &Fabric, client: Endpoint) -> Result<(Endpoint, Mtu)> {
+        self.disconnect();
+        let queue_pair = QueuePairBuilder::new(&self.domain).build()?;
+        let server = queue_pair.endpoint();
+        let mtu = fabric.path_mtu(&client, &server)?;
+        let connected = queue_pair.connect(&client, mtu).map_err(|failed| Error::QueuePair {
+            why: with_causes(&pinfold_verbs::Error::from(failed)),
+        })?;
+        self.queue_pair = Some(connected);
+        Ok((server, mtu))
+    }
+
+    /// Destroys the queue pair: when this returns, no request of the session lands any more.
+    pub(crate) fn disconnect(&mut self) {
+        if let Some(queue_pair) = self.queue_pair.take()
+            && let Err(error) = queue_pair.destroy()
+        {
+            tracing::error!(error = with_causes(&error), "a queue pair could not be destroyed");
+        }
+    }
+}
+
+/// One memory region over a part of a pin.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    /// Bytes of the file.
+    pub range: Range<u64>,
+    region: Region,
+}
+
+#[derive(Debug)]
+enum Region {
+    OnDemand(MemoryRegion<Share>),
+    Pinned(MemoryRegion<PinnedShare>),
+}
+
+impl Segment {
+    /// The key to it.
+    pub(crate) fn remote_key(&self) -> u32 {
+        match &self.region {
+            Region::OnDemand(region) => region.remote_key().get(),
+            Region::Pinned(region) => region.remote_key().get(),
+        }
+    }
+
+    /// What to put in a request for its first byte.
+    pub(crate) fn remote_address(&self) -> u64 {
+        match &self.region {
+            Region::OnDemand(region) => region.remote_address(),
+            Region::Pinned(region) => region.remote_address(),
+        }
+    }
+
+    /// Deregisters. When this returns `Ok` the key is dead and the share of the mapping returned;
+    /// on failure the key lives, and region and share are kept for good.
+    pub(crate) fn deregister(self) -> Result<(), pinfold_verbs::Error> {
+        match self.region {
+            Region::OnDemand(region) => region.deregister().map(drop).map_err(kept),
+            Region::Pinned(region) => region.deregister().map(drop).map_err(kept),
+        }
+    }
+}
+
+/// Dropping a failure tries once more, and leaks the memory if that fails too.
+fn kept<M: pinfold_verbs::Memory>(
+    failed: pinfold_verbs::DeregisterFailed<M>,
+) -> pinfold_verbs::Error {
+    failed.into()
+}
+
+/// Registers a range of a mapping as one region, or as several where the device allows none so
+/// large.
+pub(crate) fn register(
+    domain: &ProtectionDomain,
+    mapping: &Mapping,
+    mode: RegistrationMode,
+    quirks: &Quirks,
+    range: Range<u64>,
+    access: PinAccess,
+) -> Result<Vec<Segment>> {
+    let access = match access {
+        PinAccess::Read => Access::REMOTE_READ,
+        PinAccess::ReadWrite => Access::REMOTE_READ_WRITE,
+    };
+    pieces(range, quirks.max_region_bytes)
+        .into_iter()
+        .map(|piece| {
+            let bytes = piece.start as usize..piece.end as usize;
+            let region = match mode {
+                RegistrationMode::OnDemand => {
+                    let share = mapping.share()?;
+                    let made = domain.register_on_demand(share, bytes, access);
+                    Region::OnDemand(made.map_err(pinfold_verbs::Error::from)?)
+                }
+                RegistrationMode::Pinned => {
+                    let share = mapping.pinned_share()?;
+                    let made = domain.register_pinned(share, bytes, access);
+                    Region::Pinned(made.map_err(pinfold_verbs::Error::from)?)
+                }
+            };
+            Ok(Segment { range: piece, region })
+        })
+        .collect()
+}
+
+/// Cuts a range into pieces of at most `largest` bytes, at multiples of 2 MiB.
+fn pieces(range: Range<u64>, largest: u64) -> Vec<Range<u64>> {
+    let step = (largest / SEGMENT_BORDER * SEGMENT_BORDER).max(SEGMENT_BORDER);
+    let mut pieces = Vec::new();
+    let mut at = range.start;
+    while at < range.end {
+        let aligned = at / SEGMENT_BORDER * SEGMENT_BORDER;
+        let end = range.end.min(aligned.saturating_add(step));
+        pieces.push(at..end);
+        at = end;
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_small_range_is_one_piece_to_the_byte() {
+        assert_eq!(pieces(5..333, 2048 * MIB - 4096), vec![5..333; 1]);
+    }
+
+    #[test]
+    fn a_large_range_is_cut_at_huge_pages_without_gaps() {
+        let range = 3 * MIB + 7..20 * MIB + 1;
+        let cut = pieces(range.clone(), 8 * MIB - 4096);
+        assert_eq!(cut.first().unwrap().start, range.start);
+        assert_eq!(cut.last().unwrap().end, range.end);
+        for pair in cut.windows(2) {
+            assert_eq!(pair[0].end, pair[1].start);
+            assert_eq!(pair[0].end % SEGMENT_BORDER, 0);
+        }
+        assert!(cut.iter().all(|piece| piece.end - piece.start <= 6 * MIB), "{cut:?}");
+    }
+
+    #[test]
+    fn a_device_without_a_limit_gets_one_piece() {
+        assert_eq!(pieces(0..1 << 40, u64::MAX), vec![0..1 << 40; 1]);
+    }
+}

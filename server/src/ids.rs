@@ -1,0 +1,59 @@
+//! Names of things, each its own type.
+
+use std::fmt;
+
+/// A session's name and its secret: 16 random bytes. Not printed, since it is all that a client
+/// needs to act as the session.
+#[derive(Clone, Copy, Eq, Hash, PartialEq)]
+pub(crate) struct SessionId([u8; 16]);
+
+impl SessionId {
+    /// From random bytes, or from what a client sent.
+    pub(crate) fn new(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// As it goes over the wire.
+    pub(crate) fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// The first two bytes: enough to tell sessions apart in a log, too few to be used.
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}{:02x}…", self.0[0], self.0[1])
+    }
+}
+
+/// A pin; never used again within a run of the server.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct PinId(pub u64);
+
+impl fmt::Display for PinId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One guarding of one file: (random incarnation of the server, one server-wide counter). Never
+/// used again, across restarts too.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Generation {
+    /// Random for each run of the server.
+    pub incarnation: u64,
+    /// Counts guardings.
+    pub counter: u64,
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}.{}", self.incarnation, self.counter)
+    }
+}

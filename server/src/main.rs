@@ -1,0 +1,95 @@
+//! `pinfoldd`: arguments, log and signals, and nothing else.
+#![forbid(unsafe_code)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, ValueEnum};
+use pinfold_server::Server;
+use pinfold_server::config::{
+    Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_listen_address,
+};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Lets remote machines write into files by RDMA, and takes the right back before the file system
+/// moves the bytes.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
+    Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments."
+)]
+struct Args {
+    /// A directory that clients may reach, and its name for them; may be given several times
+    #[arg(long = "export", value_name = "NAME=DIR", required = true)]
+    exports: Vec<ExportConfig>,
+
+    /// Where to listen for clients; port 0 takes a free one and prints it
+    #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)))]
+    listen: SocketAddr,
+
+    /// The RDMA device to use, or auto for the first with an active port
+    #[arg(long, value_name = "NAME|auto", default_value_t = DeviceChoice::Auto)]
+    rdma_device: DeviceChoice,
+
+    /// Listen on the network although keys then travel in plain text
+    #[arg(long)]
+    plaintext_on_network: bool,
+
+    /// How the log on standard error is written; RUST_LOG filters it
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    start_log(args.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(run(args))
+}
+
+fn start_log(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => {
+            use std::io::IsTerminal;
+            log.with_ansi(std::io::stderr().is_terminal()).init();
+        }
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+async fn run(args: Args) -> Result<()> {
+    if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
+        bail!(reason);
+    }
+    let mut config = Config::new(args.exports);
+    config.rdma_device = args.rdma_device;
+    // Installed before anything is guarded, so that no signal finds us half-way.
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let server = Server::start(config).await?;
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("can't listen on {}", args.listen))?;
+    println!("pinfoldd: listening on http://{}", listener.local_addr()?);
+    let shutdown = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("going down");
+    };
+    Ok(server.serve(listener, shutdown).await?)
+}

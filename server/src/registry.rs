@@ -1,0 +1,934 @@
+//! Who holds what, and what happens when somebody wants it back: a pure state machine. Events and
+//! the time come in, actions go out; no clock, no I/O, no locks.
+//!
+//! A guarding of a file lives so:
+//!
+//! ```text
+//!            break, or        all drained, or
+//!            shutdown         the budget is spent        fenced           released, regions
+//!   Held ──────────────► Draining ─────────────► Fencing ───────► Released ────────► (gone)
+//!     │                                             ▲
+//!     └───────────── the last pin is gone ──────────┘
+//! ```
+//!
+//! Nothing new starts on a file that is not `Held`. A commit counts as durable in `Held`,
+//! `Draining` and `Fencing`: before the release.
+
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use pinfold_leases::{BreakKind, FileIdentity, GuardId};
+
+use crate::ids::{Generation, PinId, SessionId};
+
+/// What one server holds at most.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Sessions at a time.
+    pub sessions: usize,
+    /// Pins of one session at a time.
+    pub pins_per_session: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { sessions: 1024, pins_per_session: 4096 }
+    }
+}
+
+/// How many revoked pins of a session are remembered, so that a late commit is told "stale".
+const REMEMBERED_PINS: usize = 1024;
+
+/// What a client may do with a pin.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum PinAccess {
+    /// RDMA READ.
+    Read,
+    /// RDMA READ and WRITE.
+    ReadWrite,
+}
+
+/// Why a file is taken back.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Reason {
+    /// A local process wants the file.
+    Break(BreakKind),
+    /// The server goes down.
+    Shutdown,
+}
+
+/// What the engine has to do next, in this order.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Action {
+    /// Tell a session to drain.
+    NotifyDraining {
+        /// Whom.
+        session: SessionId,
+        /// Which of its pins.
+        pins: Vec<PinId>,
+        /// What is being revoked.
+        generation: Generation,
+        /// Why.
+        reason: Reason,
+        /// How long it has.
+        budget: Duration,
+    },
+    /// Fence this file when `at` has come, unless it happened before.
+    FenceAt {
+        /// Which file.
+        guard: GuardId,
+        /// When.
+        at: Instant,
+    },
+    /// Fence this file now.
+    FenceNow {
+        /// Which file.
+        guard: GuardId,
+    },
+    /// Tell a session that its pins are gone.
+    NotifyRevoked {
+        /// Whom.
+        session: SessionId,
+        /// Which of its pins.
+        pins: Vec<PinId>,
+        /// What was revoked.
+        generation: Generation,
+        /// Why.
+        reason: Reason,
+        /// How it went.
+        timings: Timings,
+    },
+    /// Deregister the memory regions of a pin whose file stays.
+    DropRegions {
+        /// Which file.
+        guard: GuardId,
+        /// Which pin.
+        pin: PinId,
+    },
+    /// Destroy a session's queue pair and forget the session.
+    DropSession {
+        /// Which.
+        session: SessionId,
+    },
+}
+
+/// When each step of a revocation was done, from the break on.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Timings {
+    /// The sessions were told.
+    pub noticed: Duration,
+    /// The last pin was drained; `None` if the budget ran out first.
+    pub drained: Option<Duration>,
+    /// Nothing can land any more.
+    pub fenced: Duration,
+    /// The guard was let go.
+    pub released: Duration,
+    /// The breaker was still held back when we let go.
+    pub break_pending: bool,
+}
+
+/// Why the registry refuses.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Refusal {
+    /// The session has ended or never was.
+    #[error("this session has ended or is unknown; open a new one")]
+    UnknownSession,
+    /// The pin was given back, or is not this session's.
+    #[error("pin {pin} is not held by this session; pin the file again")]
+    UnknownPin {
+        /// As asked for.
+        pin: PinId,
+    },
+    /// The generation is over.
+    #[error(
+        "generation {asked} of pin {pin} is over: the file was taken back meanwhile, and what was not \
+         committed before is not durable; pin it again and write it again"
+    )]
+    Stale {
+        /// As asked for.
+        pin: PinId,
+        /// As asked for.
+        asked: Generation,
+    },
+    /// The file is on its way out.
+    #[error("the file is being taken back right now; pin it again in a moment")]
+    Draining,
+    /// A limit.
+    #[error("{what} is limited to {limit}; give some back or end a session")]
+    Quota {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        limit: usize,
+    },
+    /// The server goes down.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+}
+
+/// How a file's guarding stands.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Standing {
+    /// Pins can be had.
+    Held {
+        /// Of this guarding.
+        generation: Generation,
+        /// How many there are.
+        pins: usize,
+    },
+    /// It is being taken back.
+    Going,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    incarnation: u64,
+    limits: Limits,
+    guardings: u64,
+    last_pin: u64,
+    shutting_down: bool,
+    sessions: HashMap<SessionId, Session>,
+    files: HashMap<GuardId, File>,
+    by_identity: HashMap<FileIdentity, GuardId>,
+    pins: HashMap<PinId, Pin>,
+}
+
+#[derive(Debug, Default)]
+struct Session {
+    pins: BTreeSet<PinId>,
+    /// Newest last.
+    revoked: Vec<(PinId, Generation)>,
+}
+
+#[derive(Debug)]
+struct File {
+    identity: FileIdentity,
+    generation: Generation,
+    pins: BTreeSet<PinId>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Held,
+    Draining { revocation: Revocation, waiting: BTreeSet<PinId> },
+    Fencing { revocation: Option<Revocation> },
+    Released,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Revocation {
+    reason: Reason,
+    since: Instant,
+    timings: Timings,
+}
+
+#[derive(Debug)]
+struct Pin {
+    session: SessionId,
+    guard: GuardId,
+    range: Range<u64>,
+    /// Its keys are out.
+    live: bool,
+}
+
+/// What a commit needs to know of a pin.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct PinView {
+    /// Its file.
+    pub guard: GuardId,
+    /// Its bytes.
+    pub range: Range<u64>,
+}
+
+impl Registry {
+    /// An empty one; `incarnation` is random.
+    pub(crate) fn new(incarnation: u64, limits: Limits) -> Self {
+        Self {
+            incarnation,
+            limits,
+            guardings: 0,
+            last_pin: 0,
+            shutting_down: false,
+            sessions: HashMap::new(),
+            files: HashMap::new(),
+            by_identity: HashMap::new(),
+            pins: HashMap::new(),
+        }
+    }
+
+    /// The first half of every generation.
+    pub(crate) fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// Takes a session up under a random id.
+    pub(crate) fn open_session(&mut self, id: SessionId) -> Result<(), Refusal> {
+        if self.shutting_down {
+            return Err(Refusal::ShuttingDown);
+        }
+        if self.sessions.len() >= self.limits.sessions {
+            return Err(Refusal::Quota {
+                what: "the number of sessions",
+                limit: self.limits.sessions,
+            });
+        }
+        self.sessions.insert(id, Session::default());
+        Ok(())
+    }
+
+    /// Whether the session lives.
+    pub(crate) fn demand_session(&self, id: SessionId) -> Result<(), Refusal> {
+        self.sessions.get(&id).map(drop).ok_or(Refusal::UnknownSession)
+    }
+
+    /// Ends a session: its queue pair goes first, then its pins.
+    pub(crate) fn end_session(&mut self, id: SessionId, now: Instant) -> Vec<Action> {
+        let Some(session) = self.sessions.get(&id) else { return Vec::new() };
+        let pins: Vec<PinId> = session.pins.iter().copied().collect();
+        let mut actions = vec![Action::DropSession { session: id }];
+        for pin in pins {
+            actions.extend(self.drop_pin(pin, now));
+        }
+        self.sessions.remove(&id);
+        actions
+    }
+
+    /// A file was guarded and mapped.
+    pub(crate) fn add_file(
+        &mut self,
+        identity: FileIdentity,
+        guard: GuardId,
+    ) -> Result<Generation, Refusal> {
+        if self.shutting_down {
+            return Err(Refusal::ShuttingDown);
+        }
+        self.guardings += 1;
+        let generation = Generation { incarnation: self.incarnation, counter: self.guardings };
+        let file = File { identity, generation, pins: BTreeSet::new(), phase: Phase::Held };
+        self.files.insert(guard, file);
+        self.by_identity.insert(identity, guard);
+        Ok(generation)
+    }
+
+    /// Whether a file is guarded now, and how it stands.
+    pub(crate) fn standing(&self, identity: FileIdentity) -> Option<(GuardId, Standing)> {
+        let guard = *self.by_identity.get(&identity)?;
+        let file = self.files.get(&guard)?;
+        match file.phase {
+            Phase::Held => {
+                let standing =
+                    Standing::Held { generation: file.generation, pins: file.pins.len() };
+                Some((guard, standing))
+            }
+            Phase::Draining { .. } | Phase::Fencing { .. } => Some((guard, Standing::Going)),
+            // The file can be guarded anew while what was is taken down.
+            Phase::Released => None,
+        }
+    }
+
+    /// Lets a file go that turned out to have no use.
+    pub(crate) fn release_if_unused(&mut self, guard: GuardId) -> Option<Action> {
+        let file = self.files.get_mut(&guard)?;
+        if !matches!(file.phase, Phase::Held) || !file.pins.is_empty() {
+            return None;
+        }
+        file.phase = Phase::Fencing { revocation: None };
+        Some(Action::FenceNow { guard })
+    }
+
+    /// Whether a file is in the state in which pins can be made.
+    pub(crate) fn is_held(&self, guard: GuardId) -> bool {
+        self.files.get(&guard).is_some_and(|file| matches!(file.phase, Phase::Held))
+    }
+
+    /// Starts a pin: from here on it keeps its file, but nobody has a key yet.
+    pub(crate) fn begin_pin(
+        &mut self,
+        session: SessionId,
+        guard: GuardId,
+        range: Range<u64>,
+    ) -> Result<PinId, Refusal> {
+        let limit = self.limits.pins_per_session;
+        let holder = self.sessions.get_mut(&session).ok_or(Refusal::UnknownSession)?;
+        if holder.pins.len() >= limit {
+            return Err(Refusal::Quota { what: "the number of pins of one session", limit });
+        }
+        let file = self.files.get_mut(&guard).ok_or(Refusal::Draining)?;
+        if !matches!(file.phase, Phase::Held) {
+            return Err(Refusal::Draining);
+        }
+        self.last_pin += 1;
+        let id = PinId(self.last_pin);
+        holder.pins.insert(id);
+        file.pins.insert(id);
+        self.pins.insert(id, Pin { session, guard, range, live: false });
+        Ok(id)
+    }
+
+    /// The regions of a pin are registered. Only what this lets pass may be handed out: the file
+    /// may have been broken, or the session have ended, while they were made.
+    pub(crate) fn finish_pin(&mut self, pin: PinId) -> Result<Generation, Refusal> {
+        let entry = self.pins.get_mut(&pin).ok_or(Refusal::UnknownSession)?;
+        let file = self.files.get(&entry.guard).ok_or(Refusal::Draining)?;
+        if !matches!(file.phase, Phase::Held) {
+            return Err(Refusal::Draining);
+        }
+        entry.live = true;
+        Ok(file.generation)
+    }
+
+    /// A pin is given up before its keys were out.
+    pub(crate) fn abandon_pin(&mut self, pin: PinId, now: Instant) -> Vec<Action> {
+        self.drop_pin(pin, now)
+    }
+
+    /// A session gives a pin back. To give a revoked one back is no error: its keys are dead.
+    pub(crate) fn unpin(
+        &mut self,
+        session: SessionId,
+        pin: PinId,
+        now: Instant,
+    ) -> Result<Vec<Action>, Refusal> {
+        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
+        if holder.revoked.iter().any(|(revoked, _)| *revoked == pin) {
+            return Ok(Vec::new());
+        }
+        if !holder.pins.contains(&pin) {
+            return Err(Refusal::UnknownPin { pin });
+        }
+        Ok(self.drop_pin(pin, now))
+    }
+
+    fn drop_pin(&mut self, id: PinId, now: Instant) -> Vec<Action> {
+        let Some(pin) = self.pins.remove(&id) else { return Vec::new() };
+        if let Some(session) = self.sessions.get_mut(&pin.session) {
+            session.pins.remove(&id);
+        }
+        let Some(file) = self.files.get_mut(&pin.guard) else { return Vec::new() };
+        file.pins.remove(&id);
+        let mut actions = vec![Action::DropRegions { guard: pin.guard, pin: id }];
+        match &file.phase {
+            Phase::Held if file.pins.is_empty() => {
+                file.phase = Phase::Fencing { revocation: None };
+                actions.push(Action::FenceNow { guard: pin.guard });
+            }
+            Phase::Draining { .. } => actions.extend(self.pin_drained(pin.guard, id, now)),
+            _ => {}
+        }
+        actions
+    }
+
+    /// The kernel says that somebody wants the file. `budget` is how long clients may drain.
+    pub(crate) fn handle_break(
+        &mut self,
+        guard: GuardId,
+        kind: BreakKind,
+        at: Instant,
+        now: Instant,
+        budget: Duration,
+    ) -> Vec<Action> {
+        self.take_back(guard, Reason::Break(kind), at, now, budget)
+    }
+
+    /// The server goes down: every file is taken back, and nothing new starts.
+    pub(crate) fn shut_down(&mut self, now: Instant, budget: Duration) -> Vec<Action> {
+        self.shutting_down = true;
+        let mut guards: Vec<GuardId> = self.files.keys().copied().collect();
+        guards.sort_unstable();
+        guards
+            .into_iter()
+            .flat_map(|guard| self.take_back(guard, Reason::Shutdown, now, now, budget))
+            .collect()
+    }
+
+    fn take_back(
+        &mut self,
+        guard: GuardId,
+        reason: Reason,
+        since: Instant,
+        now: Instant,
+        budget: Duration,
+    ) -> Vec<Action> {
+        // Unknown: it was released while the news was under way.
+        let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
+        if !matches!(file.phase, Phase::Held) {
+            return Vec::new();
+        }
+        let waiting: BTreeSet<PinId> =
+            file.pins.iter().copied().filter(|pin| self.pins[pin].live).collect();
+        let timings = Timings { noticed: now - since, ..Timings::default() };
+        let revocation = Revocation { reason, since, timings };
+        let generation = file.generation;
+        let at = since + budget;
+        if waiting.is_empty() || at <= now {
+            let drained = waiting.is_empty().then_some(now - since);
+            let timings = Timings { drained, ..timings };
+            let revocation = Revocation { timings, ..revocation };
+            file.phase = Phase::Fencing { revocation: Some(revocation) };
+            return vec![Action::FenceNow { guard }];
+        }
+        let mut actions: Vec<Action> = by_session(&self.pins, &waiting)
+            .into_iter()
+            .map(|(session, pins)| Action::NotifyDraining {
+                session,
+                pins,
+                generation,
+                reason,
+                budget: at - now,
+            })
+            .collect();
+        actions.push(Action::FenceAt { guard, at });
+        file.phase = Phase::Draining { revocation, waiting };
+        actions
+    }
+
+    /// A session says that it has nothing in flight on these pins. Unknown ones, and those of
+    /// others, are passed over: the answer may cross with a revocation.
+    pub(crate) fn drained(
+        &mut self,
+        session: SessionId,
+        pins: &[PinId],
+        now: Instant,
+    ) -> Vec<Action> {
+        let own = |pin: &&PinId| self.pins.get(pin).is_some_and(|entry| entry.session == session);
+        let own: Vec<(GuardId, PinId)> =
+            pins.iter().filter(own).map(|pin| (self.pins[pin].guard, *pin)).collect();
+        own.into_iter().flat_map(|(guard, pin)| self.pin_drained(guard, pin, now)).collect()
+    }
+
+    fn pin_drained(&mut self, guard: GuardId, pin: PinId, now: Instant) -> Option<Action> {
+        let file = self.files.get_mut(&guard)?;
+        let Phase::Draining { revocation, waiting } = &mut file.phase else { return None };
+        waiting.remove(&pin);
+        if !waiting.is_empty() {
+            return None;
+        }
+        revocation.timings.drained = Some(now - revocation.since);
+        file.phase = Phase::Fencing { revocation: Some(*revocation) };
+        Some(Action::FenceNow { guard })
+    }
+
+    /// The fence is due: by order, or because the deadline of a drain has come. True if it is still
+    /// to be done.
+    pub(crate) fn fence_due(&mut self, guard: GuardId) -> bool {
+        let Some(file) = self.files.get_mut(&guard) else { return false };
+        if let Phase::Draining { revocation, .. } = &file.phase {
+            file.phase = Phase::Fencing { revocation: Some(*revocation) };
+        }
+        matches!(file.phase, Phase::Fencing { .. })
+    }
+
+    /// The fence is complete.
+    pub(crate) fn fenced(&mut self, guard: GuardId, now: Instant) {
+        if let Some(File { phase: Phase::Fencing { revocation: Some(revocation) }, .. }) =
+            self.files.get_mut(&guard)
+        {
+            revocation.timings.fenced = now - revocation.since;
+        }
+    }
+
+    /// The guard is let go: from here on no commit of this generation succeeds. Returns the
+    /// revocation for the audit record, unless the file just had no pins left. `break_pending`
+    /// tells, of the time since the break, whether the breaker was still held back.
+    pub(crate) fn released(
+        &mut self,
+        guard: GuardId,
+        now: Instant,
+        break_pending: impl FnOnce(Duration) -> bool,
+    ) -> (Vec<Action>, Option<Record>) {
+        let Some(file) = self.files.get_mut(&guard) else { return (Vec::new(), None) };
+        let Phase::Fencing { revocation } = &file.phase else { return (Vec::new(), None) };
+        let revocation = *revocation;
+        file.phase = Phase::Released;
+        let generation = file.generation;
+        let gone = std::mem::take(&mut file.pins);
+        let live: BTreeSet<PinId> =
+            gone.iter().copied().filter(|pin| self.pins[pin].live).collect();
+        let sessions = by_session(&self.pins, &live);
+        for pin in &gone {
+            self.forget_revoked(*pin, generation);
+        }
+        let Some(revocation) = revocation else { return (Vec::new(), None) };
+        let released = now - revocation.since;
+        let break_pending = break_pending(released);
+        let timings = Timings { released, break_pending, ..revocation.timings };
+        let record = Record {
+            generation,
+            reason: revocation.reason,
+            since: revocation.since,
+            pins: live.len(),
+            sessions: sessions.len(),
+            timings,
+        };
+        let actions = sessions
+            .into_iter()
+            .map(|(session, pins)| Action::NotifyRevoked {
+                session,
+                pins,
+                generation,
+                reason: revocation.reason,
+                timings,
+            })
+            .collect();
+        (actions, Some(record))
+    }
+
+    fn forget_revoked(&mut self, id: PinId, generation: Generation) {
+        let Some(pin) = self.pins.remove(&id) else { return };
+        let Some(session) = self.sessions.get_mut(&pin.session) else { return };
+        session.pins.remove(&id);
+        if session.revoked.len() >= REMEMBERED_PINS {
+            session.revoked.remove(0);
+        }
+        session.revoked.push((id, generation));
+    }
+
+    /// Everything of this guarding is deregistered, unmapped and closed.
+    pub(crate) fn retired(&mut self, guard: GuardId) {
+        let Some(file) = self.files.remove(&guard) else { return };
+        if self.by_identity.get(&file.identity) == Some(&guard) {
+            self.by_identity.remove(&file.identity);
+        }
+    }
+
+    /// Whether nothing is guarded any more.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Checks that a commit may start. After its flush, [`Registry::demand_unreleased`] decides.
+    pub(crate) fn begin_commit(
+        &self,
+        session: SessionId,
+        pin: PinId,
+        asked: Generation,
+    ) -> Result<PinView, Refusal> {
+        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
+        if holder.revoked.iter().any(|(revoked, _)| *revoked == pin) {
+            return Err(Refusal::Stale { pin, asked });
+        }
+        let entry = self.pins.get(&pin).filter(|entry| entry.live && entry.session == session);
+        let entry = entry.ok_or(Refusal::UnknownPin { pin })?;
+        self.demand_unreleased(entry.guard, pin, asked)?;
+        Ok(PinView { guard: entry.guard, range: entry.range.clone() })
+    }
+
+    /// A flush that returned before the release made its range durable; later it is stale.
+    pub(crate) fn demand_unreleased(
+        &self,
+        guard: GuardId,
+        pin: PinId,
+        asked: Generation,
+    ) -> Result<(), Refusal> {
+        match self.files.get(&guard) {
+            Some(file) if file.generation == asked && !matches!(file.phase, Phase::Released) => {
+                Ok(())
+            }
+            _ => Err(Refusal::Stale { pin, asked }),
+        }
+    }
+}
+
+/// What the audit record says of a revocation up to its release.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Record {
+    /// What was revoked.
+    pub generation: Generation,
+    /// Why.
+    pub reason: Reason,
+    /// When it began.
+    pub since: Instant,
+    /// How many pins lost their keys.
+    pub pins: usize,
+    /// How many sessions those belonged to.
+    pub sessions: usize,
+    /// How it went.
+    pub timings: Timings,
+}
+
+/// Pins grouped by session, both in a fixed order.
+fn by_session(pins: &HashMap<PinId, Pin>, which: &BTreeSet<PinId>) -> Vec<(SessionId, Vec<PinId>)> {
+    let mut groups: Vec<(SessionId, Vec<PinId>)> = Vec::new();
+    for pin in which {
+        let session = pins[pin].session;
+        match groups.iter_mut().find(|(other, _)| *other == session) {
+            Some((_, group)) => group.push(*pin),
+            None => groups.push((session, vec![*pin])),
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_secs(3);
+
+    /// A registry with a clock that only the test moves.
+    struct World {
+        registry: Registry,
+        now: Instant,
+    }
+
+    fn session(number: u8) -> SessionId {
+        SessionId::new([number; 16])
+    }
+
+    fn guard(number: u64) -> GuardId {
+        GuardId::simulated(number)
+    }
+
+    fn inode(number: u64) -> FileIdentity {
+        FileIdentity { device: 1, inode: number, birth_time_ns: 0 }
+    }
+
+    impl World {
+        fn new() -> Self {
+            let now = Instant::now();
+            let limits = Limits { sessions: 3, pins_per_session: 4 };
+            let mut registry = Registry::new(7, limits);
+            registry.open_session(session(1)).unwrap();
+            registry.open_session(session(2)).unwrap();
+            Self { registry, now }
+        }
+
+        fn pass(&mut self, millis: u64) {
+            self.now += Duration::from_millis(millis);
+        }
+
+        fn file(&mut self, number: u64) -> Generation {
+            self.registry.add_file(inode(number), guard(number)).unwrap()
+        }
+
+        fn pin(&mut self, holder: u8, file: u64) -> PinId {
+            let pin = self.registry.begin_pin(session(holder), guard(file), 0..100).unwrap();
+            self.registry.finish_pin(pin).unwrap();
+            pin
+        }
+
+        fn broken(&mut self, file: u64) -> Vec<Action> {
+            let kind = BreakKind::Writer;
+            self.registry.handle_break(guard(file), kind, self.now, self.now, BUDGET)
+        }
+
+        fn released(&mut self, file: u64) -> (Vec<Action>, Option<Record>) {
+            assert!(self.registry.fence_due(guard(file)));
+            self.registry.fenced(guard(file), self.now);
+            self.registry.released(guard(file), self.now, |_| true)
+        }
+    }
+
+    #[test]
+    fn a_break_tells_every_session_and_sets_a_deadline() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let (a, b, c) = (world.pin(1, 1), world.pin(2, 1), world.pin(1, 1));
+        let reason = Reason::Break(BreakKind::Writer);
+        let notice = |holder, pins| Action::NotifyDraining {
+            session: session(holder),
+            pins,
+            generation,
+            reason,
+            budget: BUDGET,
+        };
+        assert_eq!(
+            world.broken(1),
+            [
+                notice(1, vec![a, c]),
+                notice(2, vec![b]),
+                Action::FenceAt { guard: guard(1), at: world.now + BUDGET }
+            ]
+        );
+        assert_eq!(world.broken(1), [], "one break is handled once");
+    }
+
+    #[test]
+    fn the_fence_falls_when_the_last_pin_is_drained_and_not_before() {
+        let mut world = World::new();
+        world.file(1);
+        let (a, b) = (world.pin(1, 1), world.pin(2, 1));
+        world.broken(1);
+        world.pass(10);
+        assert_eq!(
+            world.registry.drained(session(1), &[a, a, b], world.now),
+            [],
+            "b is not theirs"
+        );
+        world.pass(10);
+        let fence = Action::FenceNow { guard: guard(1) };
+        assert_eq!(world.registry.drained(session(2), &[b], world.now), [fence]);
+        world.pass(5);
+        let (actions, record) = world.released(1);
+        let timings = record.unwrap().timings;
+        assert_eq!(timings.drained, Some(Duration::from_millis(20)));
+        assert_eq!(timings.released, Duration::from_millis(25));
+        assert_eq!(actions.len(), 2, "both sessions are told: {actions:?}");
+    }
+
+    #[test]
+    fn a_client_that_never_drains_is_fenced_at_the_deadline() {
+        let mut world = World::new();
+        world.file(1);
+        world.pin(1, 1);
+        world.broken(1);
+        world.pass(3000);
+        let (_, record) = world.released(1);
+        assert_eq!(record.unwrap().timings.drained, None);
+    }
+
+    #[test]
+    fn a_file_without_live_pins_holds_nobody_up() {
+        let mut world = World::new();
+        world.file(1);
+        world.registry.begin_pin(session(1), guard(1), 0..1).unwrap();
+        assert_eq!(world.broken(1), [Action::FenceNow { guard: guard(1) }]);
+    }
+
+    #[test]
+    fn a_break_without_a_budget_fences_at_once_and_still_says_so() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        let kind = BreakKind::Reader;
+        let actions =
+            world.registry.handle_break(guard(1), kind, world.now, world.now, Duration::ZERO);
+        assert_eq!(actions, [Action::FenceNow { guard: guard(1) }]);
+        let (actions, _) = world.released(1);
+        assert!(matches!(&actions[..], [Action::NotifyRevoked { pins, .. }] if *pins == [pin]));
+    }
+
+    #[test]
+    fn no_key_goes_out_once_a_break_was_seen() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.registry.begin_pin(session(1), guard(1), 0..1).unwrap();
+        world.broken(1);
+        assert_eq!(world.registry.finish_pin(pin), Err(Refusal::Draining));
+        let another = world.registry.begin_pin(session(1), guard(1), 0..1);
+        assert_eq!(another, Err(Refusal::Draining));
+    }
+
+    #[test]
+    fn a_commit_is_good_until_the_release_and_stale_after() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let pin = world.pin(1, 1);
+        let commit = |world: &World| world.registry.begin_commit(session(1), pin, generation);
+        assert!(commit(&world).is_ok());
+        world.broken(1);
+        assert!(commit(&world).is_ok(), "draining");
+        assert!(world.registry.fence_due(guard(1)));
+        assert!(commit(&world).is_ok(), "fenced, not released");
+        world.released(1);
+        let stale = Err(Refusal::Stale { pin, asked: generation });
+        assert_eq!(commit(&world), stale);
+        let flushed_too_late = world.registry.demand_unreleased(guard(1), pin, generation);
+        assert_eq!(flushed_too_late, Err(Refusal::Stale { pin, asked: generation }));
+        assert_eq!(world.registry.unpin(session(1), pin, world.now), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn another_generation_of_the_same_file_is_stale() {
+        let mut world = World::new();
+        let old = world.file(1);
+        world.pin(1, 1);
+        world.broken(1);
+        world.released(1);
+        let new = world.registry.add_file(inode(1), guard(9)).unwrap();
+        assert_ne!(old, new);
+        let pin = world.pin(1, 9);
+        assert_eq!(
+            world.registry.begin_commit(session(1), pin, old),
+            Err(Refusal::Stale { pin, asked: old })
+        );
+        world.registry.retired(guard(1));
+        let (found, _) = world.registry.standing(inode(1)).unwrap();
+        assert_eq!(found, guard(9), "taking the old one down leaves the new one alone");
+    }
+
+    #[test]
+    fn a_pin_belongs_to_its_session() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let pin = world.pin(1, 1);
+        let foreign = Refusal::UnknownPin { pin };
+        assert_eq!(world.registry.unpin(session(2), pin, world.now), Err(foreign));
+        assert_eq!(world.registry.begin_commit(session(2), pin, generation), Err(foreign));
+        assert_eq!(world.registry.demand_session(session(3)), Err(Refusal::UnknownSession));
+    }
+
+    #[test]
+    fn the_last_pin_lets_the_file_go_without_a_record() {
+        let mut world = World::new();
+        world.file(1);
+        let (a, b) = (world.pin(1, 1), world.pin(1, 1));
+        let dropped = |pin| Action::DropRegions { guard: guard(1), pin };
+        assert_eq!(world.registry.unpin(session(1), a, world.now), Ok(vec![dropped(a)]));
+        let fence = Action::FenceNow { guard: guard(1) };
+        assert_eq!(world.registry.unpin(session(1), b, world.now), Ok(vec![dropped(b), fence]));
+        assert_eq!(world.broken(1), [], "it is going already");
+        assert_eq!(world.released(1), (Vec::new(), None));
+        world.registry.retired(guard(1));
+        assert!(world.registry.is_idle());
+    }
+
+    #[test]
+    fn a_session_that_ends_during_a_drain_counts_as_drained() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        world.broken(1);
+        assert_eq!(
+            world.registry.end_session(session(1), world.now),
+            [
+                Action::DropSession { session: session(1) },
+                Action::DropRegions { guard: guard(1), pin },
+                Action::FenceNow { guard: guard(1) }
+            ]
+        );
+        assert_eq!(world.registry.demand_session(session(1)), Err(Refusal::UnknownSession));
+    }
+
+    #[test]
+    fn one_files_break_leaves_the_others_alone() {
+        let mut world = World::new();
+        let (_, other) = (world.file(1), world.file(2));
+        let (_, pin) = (world.pin(1, 1), world.pin(1, 2));
+        world.broken(1);
+        world.released(1);
+        assert!(world.registry.is_held(guard(2)));
+        assert!(world.registry.begin_commit(session(1), pin, other).is_ok());
+    }
+
+    #[test]
+    fn limits_are_kept() {
+        let mut world = World::new();
+        world.file(1);
+        for _ in 0..4 {
+            world.pin(1, 1);
+        }
+        let refused = world.registry.begin_pin(session(1), guard(1), 0..1);
+        assert!(matches!(refused, Err(Refusal::Quota { limit: 4, .. })));
+        world.registry.open_session(session(3)).unwrap();
+        assert!(matches!(
+            world.registry.open_session(session(4)),
+            Err(Refusal::Quota { limit: 3, .. })
+        ));
+    }
+
+    #[test]
+    fn a_shutdown_takes_everything_back_and_starts_nothing() {
+        let mut world = World::new();
+        world.file(1);
+        world.file(2);
+        world.pin(1, 1);
+        let actions = world.registry.shut_down(world.now, BUDGET);
+        assert_eq!(actions.last(), Some(&Action::FenceNow { guard: guard(2) }), "nobody is on 2");
+        assert_eq!(world.registry.open_session(session(3)), Err(Refusal::ShuttingDown));
+        assert_eq!(world.registry.add_file(inode(3), guard(3)), Err(Refusal::ShuttingDown));
+    }
+}

@@ -1,0 +1,106 @@
+//! The one table from errors to gRPC: code, reason, message.
+
+use std::collections::HashMap;
+
+use pinfold_leases::Error as FileError;
+use pinfold_proto::{ERROR_DOMAIN, Reason};
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::error::{Error, with_causes};
+use crate::registry::Refusal;
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let (code, reason) = classify(&error);
+        let message = with_causes(&error);
+        if matches!(code, Code::Internal) {
+            tracing::error!(%reason, "{message}");
+        }
+        let details = ErrorDetails::with_error_info(reason.as_str(), ERROR_DOMAIN, HashMap::new());
+        Status::with_error_details(code, message, details)
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        Error::from(refusal).into()
+    }
+}
+
+fn classify(error: &Error) -> (Code, Reason) {
+    match error {
+        Error::Refused(refusal) => of_refusal(refusal),
+        Error::File(error) => of_file(error),
+        Error::Malformed { .. } => (Code::InvalidArgument, Reason::MalformedRequest),
+        Error::ExportNotFound { .. } => (Code::NotFound, Reason::ExportNotFound),
+        Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
+        Error::FilePinned { .. } => (Code::FailedPrecondition, Reason::FilePinned),
+        Error::BadRange { .. } => (Code::InvalidArgument, Reason::BadRange),
+        Error::RangePastEnd { .. } => (Code::OutOfRange, Reason::RangePastEnd),
+        Error::NoRdmaDevice { .. } => (Code::FailedPrecondition, Reason::NoRdmaDevice),
+        Error::NoQueuePair => (Code::FailedPrecondition, Reason::NoQueuePair),
+        Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
+        Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
+        Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
+        Error::StillDraining { .. } => (Code::Unavailable, Reason::FileDraining),
+        Error::Verbs(_) | Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
+    }
+}
+
+fn of_refusal(refusal: &Refusal) -> (Code, Reason) {
+    match refusal {
+        Refusal::UnknownSession => (Code::NotFound, Reason::UnknownSession),
+        Refusal::UnknownPin { .. } => (Code::NotFound, Reason::UnknownPin),
+        Refusal::Stale { .. } => (Code::Aborted, Reason::StaleGeneration),
+        Refusal::Draining => (Code::Unavailable, Reason::FileDraining),
+        Refusal::Quota { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
+        Refusal::ShuttingDown => (Code::Unavailable, Reason::ShuttingDown),
+    }
+}
+
+fn of_file(error: &FileError) -> (Code, Reason) {
+    match error {
+        FileError::OutsideExport { .. } => (Code::InvalidArgument, Reason::PathOutsideExport),
+        FileError::NotFound { .. } => (Code::NotFound, Reason::FileNotFound),
+        FileError::Exists { .. } => (Code::AlreadyExists, Reason::FileExists),
+        FileError::NotRegular { .. } => (Code::InvalidArgument, Reason::NotARegularFile),
+        FileError::Denied { .. } => (Code::PermissionDenied, Reason::PermissionDenied),
+        FileError::Busy { .. } => (Code::FailedPrecondition, Reason::FileBusy),
+        FileError::NoGuard { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
+        FileError::NoSpace { .. } => (Code::ResourceExhausted, Reason::NoSpace),
+        FileError::Broken | FileError::AlreadyFenced => (Code::Unavailable, Reason::FileDraining),
+        FileError::OutOfMapping { .. } => (Code::OutOfRange, Reason::RangePastEnd),
+        _ => (Code::Internal, Reason::Internal),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_carries_code_reason_and_causes() {
+        let denied = FileError::Denied {
+            path: "/x".into(),
+            call: "open",
+            capability: "write permission",
+            source: std::io::Error::from_raw_os_error(13),
+        };
+        let status = Status::from(Error::from(denied));
+        assert_eq!(status.code(), Code::PermissionDenied);
+        let info = status.get_details_error_info().unwrap();
+        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("PERMISSION_DENIED", "pinfold"));
+        assert!(status.message().contains("/x"), "{}", status.message());
+        assert!(status.message().contains("Permission denied"), "{}", status.message());
+    }
+
+    #[test]
+    fn a_stale_commit_is_aborted() {
+        let refusal = Refusal::Stale {
+            pin: crate::ids::PinId(3),
+            asked: crate::ids::Generation { incarnation: 1, counter: 2 },
+        };
+        assert_eq!(Status::from(refusal).code(), Code::Aborted);
+    }
+}

@@ -1,0 +1,224 @@
+//! Between the messages of `pinfold.v1` and the server's own types. What comes in is checked here
+//! once; inside, only valid values travel.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use pinfold_leases::{BreakKind, FileIdentity, GuardTier, MappingKind, RelativePath};
+use pinfold_proto::v1;
+use pinfold_verbs::{Endpoint, Gid, QueuePairNumber, Quirks};
+
+use crate::audit::micros;
+use crate::engine::{Granted, PinOrder};
+use crate::error::{Error, Result};
+use crate::fabric::Segment;
+use crate::ids::{Generation, PinId, SessionId};
+use crate::registry::{PinAccess, Reason, Timings};
+
+/// Longest path in bytes (`PATH_MAX`).
+const LONGEST_PATH: usize = 4096;
+
+fn malformed(what: impl Into<String>) -> Error {
+    Error::Malformed { what: what.into() }
+}
+
+/// 16 bytes.
+pub(crate) fn session_id(bytes: &[u8]) -> Result<SessionId> {
+    let bytes = bytes.try_into().map_err(|_| malformed("session_id is 16 bytes from Welcome"))?;
+    Ok(SessionId::new(bytes))
+}
+
+/// Not too long, relative, without "..".
+pub(crate) fn path(path: &str) -> Result<RelativePath> {
+    if path.len() > LONGEST_PATH {
+        return Err(malformed(format!("path is longer than {LONGEST_PATH} bytes")));
+    }
+    Ok(RelativePath::parse(path)?)
+}
+
+fn range(range: v1::ByteRange) -> Range<u64> {
+    range.start..range.end
+}
+
+/// A peer's end of a connection; the numbers are checked by `verbs`.
+pub(crate) fn endpoint(endpoint: Option<v1::Endpoint>) -> Result<Endpoint> {
+    let endpoint = endpoint.ok_or_else(|| malformed("client endpoint is missing"))?;
+    let gid: [u8; 16] =
+        endpoint.gid.as_slice().try_into().map_err(|_| malformed("gid is not 16 bytes"))?;
+    Ok(Endpoint {
+        queue_pair_number: QueuePairNumber::new(endpoint.queue_pair_number),
+        packet_sequence_number: endpoint.packet_sequence_number,
+        gid: Gid::new(gid),
+        lid: endpoint.lid.try_into().map_err(|_| malformed("lid is beyond 16 bits"))?,
+        path_mtu_bytes: endpoint.max_path_mtu_bytes,
+    })
+}
+
+/// Our end, for the client.
+pub(crate) fn own_endpoint(endpoint: &Endpoint) -> v1::Endpoint {
+    v1::Endpoint {
+        queue_pair_number: endpoint.queue_pair_number.get(),
+        packet_sequence_number: endpoint.packet_sequence_number,
+        gid: endpoint.gid.octets().to_vec(),
+        lid: endpoint.lid.into(),
+        max_path_mtu_bytes: endpoint.path_mtu_bytes,
+    }
+}
+
+/// A request for a pin.
+pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
+    let access = match request.access() {
+        v1::Access::Read => PinAccess::Read,
+        v1::Access::ReadWrite => PinAccess::ReadWrite,
+        v1::Access::Unspecified => {
+            return Err(malformed("access says neither READ nor READ_WRITE"));
+        }
+    };
+    Ok(PinOrder {
+        path: path(&request.path)?,
+        export: request.export,
+        range: request.range.map(range),
+        access,
+        expected: request.expected_identity.map(known_identity),
+    })
+}
+
+/// A request for a commit: pin, generation, range.
+pub(crate) fn commit(
+    request: &v1::CommitRequest,
+) -> Result<(PinId, Generation, Option<Range<u64>>)> {
+    let asked = request.generation.ok_or_else(|| malformed("generation is missing"))?;
+    let asked = Generation { incarnation: asked.incarnation, counter: asked.counter };
+    Ok((PinId(request.pin_id), asked, request.range.map(range)))
+}
+
+/// As it goes over the wire.
+pub(crate) fn identity(identity: FileIdentity) -> v1::FileIdentity {
+    v1::FileIdentity {
+        device: identity.device,
+        inode: identity.inode,
+        birth_time_ns: identity.birth_time_ns,
+    }
+}
+
+fn known_identity(identity: v1::FileIdentity) -> FileIdentity {
+    FileIdentity {
+        device: identity.device,
+        inode: identity.inode,
+        birth_time_ns: identity.birth_time_ns,
+    }
+}
+
+/// As it goes over the wire.
+pub(crate) fn generation(generation: Generation) -> v1::Generation {
+    v1::Generation { incarnation: generation.incarnation, counter: generation.counter }
+}
+
+/// What a client must know of a region.
+pub(crate) fn segment(segment: &Segment) -> v1::Segment {
+    v1::Segment {
+        file_offset: segment.range.start,
+        length: segment.range.end - segment.range.start,
+        remote_address: segment.remote_address(),
+        remote_key: segment.remote_key(),
+    }
+}
+
+/// The rules that a client must keep.
+pub(crate) fn quirks(quirks: &Quirks) -> v1::Quirks {
+    v1::Quirks {
+        start_alignment_bytes: quirks.start_alignment_bytes,
+        path_mtu_bytes: quirks.path_mtu_bytes.unwrap_or(0),
+    }
+}
+
+/// The grant.
+pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
+    let file = &granted.file;
+    let durable = file.kind() != MappingKind::SharedMemory;
+    let access = match granted.access {
+        PinAccess::Read => v1::Access::Read,
+        PinAccess::ReadWrite => v1::Access::ReadWrite,
+    };
+    let guard = match file.tier() {
+        GuardTier::Lease => v1::GuardTier::Lease,
+        GuardTier::Delegation => v1::GuardTier::Delegation,
+    };
+    v1::PinResponse {
+        pin_id: granted.pin.0,
+        generation: Some(generation(granted.generation)),
+        identity: Some(identity(file.description().identity())),
+        range: Some(v1::ByteRange { start: granted.range.start, end: granted.range.end }),
+        segments: granted.segments,
+        access: access.into(),
+        guard: guard.into(),
+        valid_end: granted.valid_end,
+        page_size_bytes: u32::try_from(rustix::param::page_size()).unwrap_or(0),
+        dax: file.kind() == MappingKind::FsDax,
+        map_sync: file.map_sync(),
+        durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
+        quirks: Some(granted.quirks),
+    }
+}
+
+fn reason(reason: Reason) -> v1::RevocationReason {
+    match reason {
+        Reason::Break(BreakKind::Reader) => v1::RevocationReason::LocalReader,
+        Reason::Break(BreakKind::Writer) => v1::RevocationReason::LocalWriter,
+        Reason::Shutdown => v1::RevocationReason::Shutdown,
+    }
+}
+
+fn pin_ids(pins: &[PinId]) -> Vec<u64> {
+    pins.iter().map(|pin| pin.0).collect()
+}
+
+fn event(event: v1::session_event::Event) -> v1::SessionEvent {
+    v1::SessionEvent { event: Some(event) }
+}
+
+/// The notice.
+pub(crate) fn draining(
+    pins: &[PinId],
+    revoked: Generation,
+    why: Reason,
+    budget: Duration,
+) -> v1::SessionEvent {
+    event(v1::session_event::Event::Draining(v1::Draining {
+        pin_ids: pin_ids(pins),
+        generation: Some(generation(revoked)),
+        reason: reason(why).into(),
+        drain_budget_ms: u32::try_from(budget.as_millis()).unwrap_or(u32::MAX),
+    }))
+}
+
+/// The end of a revocation.
+pub(crate) fn revoked(
+    pins: &[PinId],
+    revoked: Generation,
+    why: Reason,
+    timings: &Timings,
+) -> v1::SessionEvent {
+    event(v1::session_event::Event::Revoked(v1::Revoked {
+        pin_ids: pin_ids(pins),
+        generation: Some(generation(revoked)),
+        reason: reason(why).into(),
+        timings: Some(v1::RevocationTimings {
+            noticed_us: micros(timings.noticed),
+            drained_us: timings.drained.map(micros),
+            fenced_us: micros(timings.fenced),
+            released_us: micros(timings.released),
+            break_pending_at_release: timings.break_pending,
+        }),
+    }))
+}
+
+/// The first event of a session.
+pub(crate) fn welcome(welcome: v1::Welcome) -> v1::SessionEvent {
+    event(v1::session_event::Event::Welcome(welcome))
+}
+
+/// The answer to a heartbeat.
+pub(crate) fn heartbeat_reply(sequence: u64) -> v1::SessionEvent {
+    event(v1::session_event::Event::HeartbeatReply(v1::HeartbeatReply { sequence }))
+}
