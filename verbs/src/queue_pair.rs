@@ -631,6 +631,15 @@ const READS_IN_FLIGHT: u8 = 16;
 const HOP_LIMIT: u8 = 64;
 
 #[cfg(test)]
+impl<S> QueuePair<S> {
+    /// From here on the kernel doesn't find it, so that it can't be destroyed.
+    pub(crate) fn lose_handle(&self) {
+        // SAFETY: the queue pair is live, and only the test's thread uses it.
+        unsafe { (*self.raw.as_ptr()).handle = u32::MAX };
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -489,6 +489,24 @@ async fn a_waiting_task_is_woken() {
     assert_eq!(done.expect("woken").unwrap().status, CompletionStatus::Flushed);
 }
 
+#[tokio::test]
+#[ignore = "needs an RDMA device: cargo xtask vm run"]
+async fn no_completion_is_missed_whenever_it_comes() {
+    let target = ProtectionDomain::new(&device()).unwrap();
+    let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ_WRITE).unwrap();
+    let pair: Pair<u32> = Pair::new(&target, 1);
+    let piece = [Piece { local: 0..64, remote: slice(&region, 0, 64) }];
+    let mut buffer = pair.buffer(&[0; 64]);
+    // The completion falls before the first look, between it and the arming, or after.
+    for round in 0..2000 {
+        pair.lane.post_write(buffer, &piece, round).unwrap();
+        let posted = Instant::now();
+        while posted.elapsed() < Duration::from_micros(u64::from(round % 400)) {}
+        let done = tokio::time::timeout(DEADLINE, pair.lane.next_completion()).await;
+        buffer = done.unwrap_or_else(|_| panic!("missed in round {round}")).unwrap().buffer;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs an RDMA device: cargo xtask vm run"]
 async fn each_operation_goes_to_one_of_several_waiting_tasks() {
