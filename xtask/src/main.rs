@@ -1,17 +1,22 @@
 //! The developer's tasks: `cargo xtask --help` names them.
 #![forbid(unsafe_code)]
 
+mod cargo;
 mod console;
+mod demo;
 mod initramfs;
 mod kernel;
 mod kvm;
+mod libtest;
 mod mirror;
 mod mounts;
 mod paths;
 mod qemu;
 mod setup;
 mod signals;
+mod steps;
 mod terminal;
+mod test;
 mod vm;
 
 use std::ffi::OsString;
@@ -22,6 +27,7 @@ use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
 use kernel::{Kernel, Suite};
+use libtest::Tally;
 use vm::{End, Job};
 
 /// The lab itself failed, not what ran in it.
@@ -43,6 +49,27 @@ enum Task {
         /// Don't ask
         #[arg(long)]
         yes: bool,
+    },
+    /// Build everything
+    #[command(after_help = "Example:\n  cargo xtask build")]
+    Build,
+    /// All of CI: setup, format, clippy, docs, tests, the lab's tests
+    #[command(after_help = "Example:\n  cargo xtask test --kernel trixie")]
+    Test {
+        #[command(flatten)]
+        options: vm::Options,
+    },
+    /// Format and clippy only
+    #[command(after_help = "Example:\n  cargo xtask lint")]
+    Lint,
+    /// The reference of every crate
+    #[command(after_help = "Example:\n  cargo xtask docs")]
+    Docs,
+    /// Install, build, and show Pinfold at work in a guest
+    #[command(after_help = "Example:\n  cargo xtask demo")]
+    Demo {
+        #[command(flatten)]
+        options: vm::Options,
     },
     /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
     #[command(subcommand)]
@@ -68,6 +95,18 @@ enum VmTask {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
+    /// Run the lab's tests; those named on_bookworm_* in a second guest, with Debian 12's kernel
+    #[command(after_help = "Exit status: 0 if all passed, 1 if not, or if nothing matched.\n\n\
+        Example:\n  cargo xtask vm test truncate")]
+    Test {
+        #[command(flatten)]
+        options: vm::Options,
+        /// Seconds that all tests of a guest may take
+        #[arg(long, value_name = "SECONDS", default_value_t = steps::LAB_LIMIT.as_secs())]
+        timeout: u64,
+        /// Part of the name of a file or of a test; without it, all
+        filter: Option<String>,
+    },
     /// Give a prompt in a new guest; leaving the shell ends it
     #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
     Shell {
@@ -88,7 +127,11 @@ enum VmTask {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let failure = if matches!(cli.task, Task::Vm(_)) { LAB_FAILED } else { 1 };
+    // `vm run` speaks for the command, so its own failures need a status of their own.
+    let failure = match cli.task {
+        Task::Vm(VmTask::Run { .. } | VmTask::Shell { .. }) => LAB_FAILED,
+        _ => 1,
+    };
     match signals::take_over().and_then(|()| run(cli.task)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
@@ -101,6 +144,15 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<u8> {
     match task {
         Task::Setup { yes } => setup::run(yes).map(|()| 0),
+        Task::Build => steps::build().map(|()| 0),
+        Task::Test { options } => Ok(verdict(steps::test(&options)?)),
+        Task::Lint => steps::lint().map(|()| 0),
+        Task::Docs => steps::docs().map(|()| 0),
+        Task::Demo { options } => Ok(status(&demo::run(&options)?)),
+        Task::Vm(VmTask::Test { options, timeout, filter }) => {
+            let limit = Duration::from_secs(timeout);
+            Ok(verdict(test::run(&options, filter.as_deref(), limit)?))
+        }
         Task::Vm(VmTask::Run { options, timeout, command }) => {
             let job = Job::Run(command, Duration::from_secs(timeout));
             Ok(status(&vm::run(&options, &job, &None)?))
@@ -126,4 +178,10 @@ fn status(end: &End) -> u8 {
         End::Lost { .. } => LAB_FAILED,
         End::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(0),
     }
+}
+
+/// The last line of a test run.
+fn verdict(tally: Tally) -> u8 {
+    println!("{tally}");
+    u8::from(tally.failed > 0)
 }

@@ -429,7 +429,10 @@ fn command_script(job: &Job) -> Result<Vec<u8>> {
         Job::Shell => {
             let (rows, columns) = terminal::size();
             text.extend_from_slice(format!("stty rows {rows} cols {columns}\n").as_bytes());
-            vec![shell().into_os_string()]
+            // A read-only home is no place for the caller's own start-up files.
+            let shell = shell();
+            let plain = shell.ends_with("bash").then(|| "--norc".into());
+            [shell.into_os_string()].into_iter().chain(plain).collect()
         }
     };
     ensure!(!argv.is_empty(), "no command given");
@@ -463,7 +466,13 @@ fn assign(text: &mut Vec<u8>, prefix: &str, name: &OsStr, value: &OsStr) {
     text.push(b'\n');
 }
 
-/// For a shell, whatever is in it.
+/// A word for a shell, whatever is in it.
+pub(crate) fn quoted(word: &str) -> String {
+    let mut text = Vec::new();
+    quote(&mut text, OsStr::new(word));
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 fn quote(text: &mut Vec<u8>, word: &OsStr) {
     text.push(b'\'');
     for &byte in word.as_bytes() {
@@ -478,12 +487,6 @@ fn quote(text: &mut Vec<u8>, word: &OsStr) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn quoted(word: &str) -> String {
-        let mut text = Vec::new();
-        quote(&mut text, OsStr::new(word));
-        String::from_utf8(text).unwrap()
-    }
 
     #[test]
     fn words_survive_a_shell() {

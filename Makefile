@@ -1,0 +1,31 @@
+# The usual names for the tasks of `cargo xtask`, which does the work.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test lint docs demo shell clean
+
+help: ## say this
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## install the Debian packages that building and the lab need
+	cargo xtask setup --yes
+
+build: ## build everything
+	cargo xtask build
+
+test: ## all of CI: setup, format, clippy, docs, tests, the lab's tests
+	cargo xtask test
+
+lint: ## format and clippy only
+	cargo xtask lint
+
+docs: ## the reference of every crate
+	cargo xtask docs
+
+demo: ## install, build, and show Pinfold at work in a guest
+	cargo xtask demo
+
+shell: ## a prompt in the lab's guest
+	cargo xtask vm shell
+
+clean: ## remove what was built (kernels stay in the cache)
+	cargo clean
