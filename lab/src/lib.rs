@@ -1,2 +1,128 @@
-//! placeholder
+//! The tests that run in the lab VM, one file per hazard, and what they share.
+//!
+//! Everything here needs the lab's kernel, its two DAX file systems and its soft NIC:
+//! `cargo xtask vm test`. What is missing is a failure, never a skip. The tests use Pinfold as its
+//! users do: `pinfoldd` is a process, clients are the library or the command line, and whoever
+//! truncates a file is another process than the one that guards it.
 #![forbid(unsafe_code)]
+
+mod daemon;
+mod pattern;
+mod place;
+mod process;
+
+pub use daemon::Daemon;
+pub use pattern::Pattern;
+pub use place::{FileSystem, device_name, required};
+pub use process::{Truncation, read_by_another_process, rewrite_by_another_process, tool};
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pinfold_client::{
+    ConnectOptions, Event, Events, RdmaDevice, RemoteSlice, Revocation, Segment, Session,
+};
+
+/// Far beyond anything that works: only a hang reaches it.
+pub const DEADLINE: Duration = Duration::from_secs(120);
+
+/// What the lab's exports are called.
+pub const EXPORT: &str = "lab";
+
+/// A daemon that exports a folder of its own on one of the lab's file systems.
+#[derive(Debug)]
+pub struct Lab {
+    /// The file system under test.
+    pub file_system: FileSystem,
+    /// The daemon.
+    pub daemon: Daemon,
+    folder: tempfile::TempDir,
+}
+
+impl Lab {
+    /// Runs a test against a new daemon, and fails it if it hangs.
+    pub fn run<F: Future<Output = ()>>(file_system: FileSystem, test: impl FnOnce(Self) -> F) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let lab = Self::start(file_system);
+            tokio::time::timeout(DEADLINE, test(lab)).await.expect("the test hangs");
+        });
+    }
+
+    fn start(file_system: FileSystem) -> Self {
+        let folder = tempfile::tempdir_in(file_system.mount_point()).unwrap();
+        let daemon = Daemon::start(&[(EXPORT, folder.path())]);
+        Self { file_system, daemon, folder }
+    }
+
+    /// Starts another daemon on the same folder; the old one must be gone.
+    pub fn restart(&mut self) {
+        self.daemon = Daemon::start(&[(EXPORT, self.folder.path())]);
+    }
+
+    /// A file in the export.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The exported folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Connects a client.
+    pub async fn session(&self) -> Session {
+        self.session_with(self.options()).await
+    }
+
+    /// How clients connect here.
+    pub fn options(&self) -> ConnectOptions {
+        ConnectOptions::new(&self.daemon.url).rdma_device(RdmaDevice::Named(device_name()))
+    }
+
+    /// Connects a client in another way.
+    pub async fn session_with(&self, options: ConnectOptions) -> Session {
+        Session::connect(options).await.unwrap()
+    }
+
+    /// Makes a file of zeroes as a local user would.
+    pub fn make_file(&self, name: &str, len: u64) {
+        let file = std::fs::File::create(self.path(name)).unwrap();
+        std::io::Write::write_all(&mut &file, &vec![0; len as usize]).unwrap();
+        file.sync_all().unwrap();
+    }
+}
+
+/// What a raw request needs to name `len` bytes at `offset` within a segment, or beyond it.
+pub fn remote_slice(key: &Segment, offset: u64, len: usize) -> RemoteSlice {
+    let address = key.remote_address + offset;
+    RemoteSlice { address, key: key.remote_key.into(), len }
+}
+
+/// Waits for the notice and then for the end of a revocation.
+pub async fn next_revocation(events: &mut Events) -> Revocation {
+    loop {
+        match events.next().await.expect("the session ended") {
+            Event::Revoked { revocation, .. } => return revocation,
+            Event::Draining { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Defines each test once for ext4 and once for XFS, both with DAX.
+#[macro_export]
+macro_rules! on_each_file_system {
+    ($($(#[$about:meta])* async fn $name:ident($lab:pat_param in Lab) $body:block)*) => {
+        $($(#[$about])* async fn $name($lab: $crate::Lab) $body)*
+
+        mod ext4 {
+            $(#[test] fn $name() { $crate::Lab::run($crate::FileSystem::Ext4, super::$name) })*
+        }
+
+        mod xfs {
+            $(#[test] fn $name() { $crate::Lab::run($crate::FileSystem::Xfs, super::$name) })*
+        }
+    };
+}

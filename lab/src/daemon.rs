@@ -1,0 +1,125 @@
+//! `pinfoldd` as a process, and what it says.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+
+use serde_json::Value;
+
+use crate::{DEADLINE, device_name, tool};
+
+/// A running daemon; ended when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    /// Where clients reach it.
+    pub url: String,
+    child: Child,
+    log: Arc<Log>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    lines: Mutex<Vec<Value>>,
+    more: Condvar,
+}
+
+impl Daemon {
+    /// Starts one on a free port, and waits until it listens.
+    pub fn start(exports: &[(&str, &Path)]) -> Self {
+        let mut command = Command::new(tool("pinfoldd"));
+        command.args(["--listen", "127.0.0.1:0", "--log-format", "json"]);
+        command.args(["--rdma-device", &device_name()]);
+        for (name, folder) in exports {
+            command.arg("--export").arg(format!("{name}={}", folder.display()));
+        }
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Log::default());
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let writer = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                writer.add(line);
+            }
+        });
+        let mut first = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+        let url = first.trim().strip_prefix("pinfoldd: listening on ");
+        let url =
+            url.unwrap_or_else(|| panic!("pinfoldd did not start: {}", log.text())).to_owned();
+        Self { url, child, log }
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the audit record of a revocation of this file.
+    pub fn audit_record(&self, path: &Path) -> Value {
+        let path = path.to_str().unwrap();
+        self.log.wait_for(|line| line["target"] == "pinfold::audit" && line["path"] == path)
+    }
+
+    /// Ends it without a chance to clean up, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Asks it to go (SIGTERM), and waits until it has.
+    pub fn terminate(&mut self) -> ExitStatus {
+        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.child.wait().unwrap()
+    }
+
+    /// How many files of this folder it has open or mapped.
+    pub fn files_open_beneath(&self, folder: &Path) -> usize {
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let open = descriptors
+            .filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+            .filter(|target| target != folder && target.starts_with(folder))
+            .count();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        let beneath = |line: &&str| {
+            line.split_once('/')
+                .is_some_and(|(_, path)| PathBuf::from(format!("/{path}")).starts_with(folder))
+        };
+        open + maps.lines().filter(beneath).count()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Fails if the test has ended it already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the daemon said:\n{}", self.log.text());
+        }
+    }
+}
+
+impl Log {
+    fn add(&self, line: String) {
+        let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
+        self.lines.lock().unwrap().push(line);
+        self.more.notify_all();
+    }
+
+    fn wait_for(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let lines = self.lines.lock().unwrap();
+        let (lines, waited) = self
+            .more
+            .wait_timeout_while(lines, DEADLINE, |lines| !lines.iter().any(&wanted))
+            .unwrap();
+        assert!(!waited.timed_out(), "the daemon did not log it");
+        lines.iter().find(|line| wanted(line)).unwrap().clone()
+    }
+
+    fn text(&self) -> String {
+        let lines = self.lines.lock().unwrap();
+        lines.iter().map(|line| format!("  {line}\n")).collect()
+    }
+}

@@ -1,0 +1,42 @@
+//! Where in the lab things are: what the VM's init has set up and named in the environment.
+
+use std::path::PathBuf;
+
+/// A file system of the lab, mounted with `dax=always` on emulated persistent memory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum FileSystem {
+    /// ext4.
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+impl FileSystem {
+    /// Where it is mounted.
+    pub fn mount_point(self) -> PathBuf {
+        PathBuf::from(required(match self {
+            Self::Ext4 => "PINFOLD_LAB_EXT4",
+            Self::Xfs => "PINFOLD_LAB_XFS",
+        }))
+    }
+
+    /// Its name for mount(8).
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+}
+
+/// The soft NIC.
+pub fn device_name() -> String {
+    required("PINFOLD_LAB_RDMA_DEVICE")
+}
+
+/// A variable that the lab's init sets.
+pub fn required(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| {
+        panic!("{name} is not set: these tests run in the lab, by `cargo xtask vm test`")
+    })
+}
