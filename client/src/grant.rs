@@ -225,9 +225,10 @@ impl From<Access> for v1::Access {
     }
 }
 
+/// As the server's log and audit write it.
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}:{}", self.incarnation, self.counter)
+        write!(f, "{:016x}.{}", self.incarnation, self.counter)
     }
 }
 

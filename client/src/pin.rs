@@ -111,6 +111,16 @@ impl Pin {
         &self.grant
     }
 
+    /// Says whether a transfer could begin now, and if not why: what a pin's user asks who has
+    /// missed events.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Draining`], [`Error::Revoked`], [`Error::SessionLost`].
+    pub fn check(&self) -> Result<(), Error> {
+        self.cell.check().map_err(|gone| self.gone(gone))
+    }
+
     /// Writes the buffer's first `len` bytes at `offset` in the file. When it returns, the server's
     /// NIC has taken them; they survive power loss after a [`commit`](Self::commit).
     ///
@@ -192,11 +202,6 @@ impl Pin {
         cell: Arc<PinCell>,
     ) -> Self {
         Self { core, fabric, file, grant, cell, given_back: false }
-    }
-
-    /// Refuses if nothing can begin on the pin.
-    pub(crate) fn check(&self) -> Result<(), Error> {
-        self.cell.check().map_err(|gone| self.gone(gone))
     }
 
     fn check_writable(&self) -> Result<(), Error> {

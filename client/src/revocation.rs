@@ -67,8 +67,10 @@ pub enum Loss {
     Closed,
     /// The server ended the stream.
     StreamEnded,
-    /// The stream broke, or the server ended it with this status message.
+    /// The server ended the stream with this status message.
     StreamFailed(String),
+    /// The connection broke, as when the server dies.
+    ConnectionBroke,
     /// The server said nothing for this long.
     Silence(Duration),
 }
@@ -132,7 +134,8 @@ impl fmt::Display for Loss {
         match self {
             Self::Closed => f.write_str("this client closed it"),
             Self::StreamEnded => f.write_str("the server ended it"),
-            Self::StreamFailed(message) => write!(f, "its stream failed: {message}"),
+            Self::StreamFailed(message) => write!(f, "the server ended it: {message}"),
+            Self::ConnectionBroke => f.write_str("the connection broke"),
             Self::Silence(time) => write!(f, "the server said nothing for {time:?}"),
         }
     }

@@ -1,6 +1,7 @@
 //! The session stream: heartbeats out, notices in, and the word when the session is over.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::error::Error as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pinfold_proto::v1;
@@ -8,7 +9,7 @@ use pinfold_proto::v1::session_event::Event as Heard;
 use pinfold_proto::v1::session_request::Message as Said;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 
 use crate::event::{Event, Events};
 use crate::pin_table::PinTable;
@@ -102,7 +103,7 @@ impl SessionStream {
                         self.hear(event);
                     }
                     Ok(None) => return Loss::StreamEnded,
-                    Err(status) => return Loss::StreamFailed(status.message().to_owned()),
+                    Err(status) => return loss_of(&status),
                 },
                 Some(pin) = self.drained.recv() => self.say_drained(pin),
                 () = sleep_until(silent_until) => return Loss::Silence(self.rhythm.time_to_live),
@@ -155,6 +156,14 @@ impl SessionStream {
     }
 }
 
+/// Sorts the end of the stream: the server's own words have no source, those of the transport do.
+fn loss_of(status: &Status) -> Loss {
+    match status.source() {
+        Some(_) => Loss::ConnectionBroke,
+        None => Loss::StreamFailed(status.message().to_owned()),
+    }
+}
+
 /// Waits until the server has ended its half of the stream too: the session is over there then.
 async fn await_goodbye(mut incoming: Streaming<v1::SessionEvent>, patience: Duration) {
     let goodbye = async { while let Ok(Some(_)) = incoming.message().await {} };
@@ -187,7 +196,7 @@ impl EventHub {
         *self.lock() = Hub::Over(loss.clone());
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Hub> {
+    fn lock(&self) -> MutexGuard<'_, Hub> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -189,7 +189,7 @@ async fn notices_become_events_and_an_idle_pin_on_its_way_is_drained() {
     let Some(Event::Revoked { revocation, .. }) = soon(events.next()).await else {
         panic!("no revocation");
     };
-    assert_eq!(revocation.generation.to_string(), "0000000000000007:8");
+    assert_eq!(revocation.generation.to_string(), "0000000000000007.8");
     let timings = revocation.timings.expect("timings");
     assert_eq!((timings.drained, timings.released), (None, Duration::from_micros(30)));
 
