@@ -1,0 +1,164 @@
+//! Exit codes: one table, for scripts that must tell apart what went wrong.
+
+use std::process::ExitCode;
+
+use pinfold_client::{Code, Error, Reason};
+
+/// How the command ended.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    Failure = 1,
+    Usage = 2,
+    Unreachable = 3,
+    NotFound = 4,
+    BadRequest = 5,
+    Busy = 6,
+    Revoked = 7,
+    Device = 8,
+    Permission = 9,
+    LocalIo = 10,
+    NoRoom = 11,
+    Interrupted = 130,
+}
+
+/// For `--help`; a test holds it against the table above.
+pub(crate) const HELP: &str = "\
+Exit codes:
+  0    done
+  1    anything else
+  2    the command line is wrong
+  3    the server can't be reached, or the session was lost
+  4    no such export or file
+  5    the server refused the request as it is
+  6    the file is in use, pinned or being taken back: try again later
+  7    the pin was taken back, or the file is another one by now
+  8    no usable RDMA device, or it failed
+  9    permission denied
+  10   a local file can't be read, or the output not written
+  11   no space, or a limit of the server
+  130  interrupted";
+
+impl Exit {
+    #[cfg(test)]
+    const ALL: [Self; 12] = [
+        Self::Failure,
+        Self::Usage,
+        Self::Unreachable,
+        Self::NotFound,
+        Self::BadRequest,
+        Self::Busy,
+        Self::Revoked,
+        Self::Device,
+        Self::Permission,
+        Self::LocalIo,
+        Self::NoRoom,
+        Self::Interrupted,
+    ];
+
+    /// The code for an error of the library.
+    pub(crate) fn of_error(error: &Error) -> Self {
+        match error {
+            Error::BadEndpoint { .. } => Self::Usage,
+            Error::Unreachable { .. }
+            | Error::NoWelcome { .. }
+            | Error::Transport { .. }
+            | Error::SessionLost { .. } => Self::Unreachable,
+            Error::Refused { reason: Some(reason), .. } => Self::of_reason(*reason),
+            Error::Refused { reason: None, code, .. } => Self::of_code(*code),
+            Error::NoRdmaDevice { .. }
+            | Error::ServerHasNoRdmaDevice { .. }
+            | Error::ControlOnly { .. }
+            | Error::Verbs { .. }
+            | Error::LaneLost { .. } => Self::Device,
+            Error::Draining { .. } | Error::Revoked { .. } | Error::RemoteRefused { .. } => {
+                Self::Revoked
+            }
+            Error::OutsidePin { .. }
+            | Error::PastEnd { .. }
+            | Error::Misaligned { .. }
+            | Error::ReadOnlyPin { .. }
+            | Error::BufferTooSmall { .. } => Self::BadRequest,
+            _ => Self::Failure,
+        }
+    }
+
+    fn of_reason(reason: Reason) -> Self {
+        match reason {
+            Reason::UnknownSession | Reason::ShuttingDown => Self::Unreachable,
+            Reason::ExportNotFound | Reason::FileNotFound => Self::NotFound,
+            Reason::MalformedRequest
+            | Reason::PathOutsideExport
+            | Reason::FileExists
+            | Reason::NotARegularFile
+            | Reason::UnsupportedFile
+            | Reason::BadRange
+            | Reason::RangePastEnd => Self::BadRequest,
+            Reason::PermissionDenied => Self::Permission,
+            Reason::FileBusy | Reason::FileDraining | Reason::FilePinned => Self::Busy,
+            Reason::FileChanged | Reason::UnknownPin | Reason::StaleGeneration => Self::Revoked,
+            Reason::NoSpace | Reason::QuotaExceeded => Self::NoRoom,
+            Reason::NoRdmaDevice
+            | Reason::NoQueuePair
+            | Reason::DeviceCannotRegister
+            | Reason::QueuePairFailed => Self::Device,
+            _ => Self::Failure,
+        }
+    }
+
+    /// For a refusal without a reason that this version knows.
+    fn of_code(code: Code) -> Self {
+        match code {
+            Code::Unavailable | Code::DeadlineExceeded => Self::Unreachable,
+            Code::NotFound => Self::NotFound,
+            Code::InvalidArgument | Code::OutOfRange | Code::AlreadyExists => Self::BadRequest,
+            Code::PermissionDenied | Code::Unauthenticated => Self::Permission,
+            Code::ResourceExhausted => Self::NoRoom,
+            Code::Aborted => Self::Busy,
+            _ => Self::Failure,
+        }
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_reason_but_internal_has_a_code_of_its_kind() {
+        for reason in Reason::ALL {
+            let general = Exit::of_reason(*reason) == Exit::Failure;
+            assert_eq!(general, *reason == Reason::Internal, "{reason}");
+        }
+    }
+
+    #[test]
+    fn reason_goes_before_status_code() {
+        let error = |reason| Error::Refused {
+            doing: "pin data/log".to_owned(),
+            reason,
+            code: Code::NotFound,
+            message: String::new(),
+        };
+        assert_eq!(Exit::of_error(&error(Some(Reason::FileBusy))), Exit::Busy);
+        assert_eq!(Exit::of_error(&error(None)), Exit::NotFound);
+    }
+
+    #[test]
+    fn the_help_lists_each_code_once() {
+        let listed: Vec<u8> =
+            HELP.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect();
+        let mut expected: Vec<u8> = Exit::ALL.iter().map(|exit| *exit as u8).collect();
+        expected.insert(0, 0);
+        assert_eq!(listed, expected);
+        assert_eq!(listed.iter().collect::<HashSet<_>>().len(), listed.len());
+    }
+}

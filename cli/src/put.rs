@@ -1,0 +1,300 @@
+//! `pinfold put`: a pipeline from a local file into a pinned one.
+//!
+//! A fixed number of buffers go round: each is filled from the local file, written by one-sided
+//! RDMA, and filled again when the server's NIC has taken it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use pinfold_client::{Buffer, ConnectOptions, Durability, IfExists, Pin, PinRequest, Session};
+use serde::Serialize;
+use tokio::task::JoinSet;
+
+use crate::args::{Connection, Put};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::interrupt::{Interrupts, interrupted};
+use crate::terminal;
+
+/// What the pin's pages, and the chunks with them, are aligned to at least.
+const PAGE_BYTES: usize = 4096;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    file: String,
+    /// False where the file was there and was resized.
+    created: bool,
+    bytes: u64,
+    seconds: f64,
+    bytes_per_second: f64,
+    rdma_bytes: u64,
+    stream_bytes: u64,
+    flush_us: u128,
+    durable: bool,
+}
+
+/// The local file.
+#[derive(Debug)]
+struct Source {
+    file: File,
+    path: PathBuf,
+    len: u64,
+}
+
+/// How far a copy has come; shared by its workers.
+#[derive(Debug, Default)]
+struct Progress {
+    /// The first byte that no worker has taken.
+    next: AtomicU64,
+    /// Bytes that the server's NIC has taken, by path.
+    rdma_bytes: AtomicU64,
+    stream_bytes: AtomicU64,
+}
+
+/// Copies, commits, and says how it went.
+pub(crate) async fn run(connection: Connection, args: Put) -> Result<(), Failure> {
+    let mut interrupts = Interrupts::listen()?;
+    let source = Arc::new(Source::open(&args.local)?);
+    let options = ConnectOptions::new(connection.server)
+        .rdma_device(connection.rdma_device)
+        .send_window(args.window);
+    let session = Session::connect(options).await?;
+    let outcome = tokio::select! {
+        outcome = put(&session, &args, source) => outcome,
+        () = interrupts.next() => {
+            Err(interrupted(&format!("{} is incomplete on the server", args.file)))
+        }
+    };
+    // The pin goes with the session.
+    interrupts.or_abandon(session.close()).await;
+    let report = outcome?;
+    if args.json { terminal::print_json(&report) } else { terminal::print(&report.to_string()) }
+}
+
+async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Report, Failure> {
+    let begin = Instant::now();
+    let (export, path) = (&args.file.export, &args.file.path);
+    let made = session.create(export, path, source.len, IfExists::Resize).await?;
+    if source.len == 0 {
+        // Its name is durable, and there is nothing to pin.
+        return Ok(Report::new(
+            args,
+            made.created,
+            begin,
+            &Progress::default(),
+            Some(Duration::ZERO),
+        ));
+    }
+    let request = PinRequest::read_write(export, path).expect_identity(made.identity);
+    let pin = Arc::new(session.pin(request).await?);
+    let progress = Arc::new(Progress::default());
+    let copied = copy(session, args, &source, &pin, &progress).await;
+    let finished = match copied {
+        Ok(()) => commit(&pin).await,
+        Err(failure) => Err(failure),
+    };
+    let flush = match finished {
+        Ok(flush) => flush,
+        Err(failure) => return Err(failure.within(incomplete(args, &source, &progress))),
+    };
+    if let Some(pin) = Arc::into_inner(pin) {
+        pin.unpin().await?;
+    }
+    Ok(Report::new(args, made.created, begin, &progress, flush))
+}
+
+/// What is known about the bytes when a copy fails: nothing was committed, since that comes last.
+fn incomplete(args: &Put, source: &Source, progress: &Progress) -> String {
+    format!(
+        "cannot put {} into {}: of {} bytes, 0 are committed, {} were acknowledged by the \
+         server's NIC and may survive, the rest is not known; put it again",
+        args.local.display(),
+        args.file,
+        source.len,
+        progress.written(),
+    )
+}
+
+/// `None`: the server offers no durability here.
+async fn commit(pin: &Pin) -> Result<Option<Duration>, Failure> {
+    if !pin.grant().durability.contains(&Durability::Commit) {
+        return Ok(None);
+    }
+    Ok(Some(pin.commit().await?.flush))
+}
+
+async fn copy(
+    session: &Session,
+    args: &Put,
+    source: &Arc<Source>,
+    pin: &Arc<Pin>,
+    progress: &Arc<Progress>,
+) -> Result<(), Failure> {
+    let alignment = PAGE_BYTES.max(pin.grant().quirks.start_alignment_bytes as usize);
+    let chunk = args.chunk.next_multiple_of(alignment);
+    let bar = progress_bar(args, source.len);
+    let workers = source.len.div_ceil(chunk as u64).min(args.window.into());
+    let mut running = JoinSet::new();
+    for _ in 0..workers {
+        let worker = Worker {
+            source: source.clone(),
+            pin: pin.clone(),
+            progress: progress.clone(),
+            bar: bar.clone(),
+            chunk,
+        };
+        running.spawn(worker.run(session.buffer(chunk).await?));
+    }
+    let mut outcome = Ok(());
+    while let Some(ended) = running.join_next().await {
+        match ended {
+            Ok(Ok(())) => {}
+            // The first failure says most: it takes the others along.
+            Ok(Err(failure)) if outcome.is_ok() => {
+                outcome = Err(failure);
+                running.abort_all();
+            }
+            Ok(Err(_)) => {}
+            Err(stopped) if stopped.is_cancelled() => {}
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+    bar.finish_and_clear();
+    outcome
+}
+
+struct Worker {
+    source: Arc<Source>,
+    pin: Arc<Pin>,
+    progress: Arc<Progress>,
+    bar: ProgressBar,
+    chunk: usize,
+}
+
+impl Worker {
+    async fn run(self, mut buffer: Buffer) -> Result<(), Failure> {
+        loop {
+            let offset = self.progress.next.fetch_add(self.chunk as u64, Ordering::Relaxed);
+            if offset >= self.source.len {
+                return Ok(());
+            }
+            let len = (self.source.len - offset).min(self.chunk as u64) as usize;
+            buffer = Source::fill(self.source.clone(), offset, len, buffer).await?;
+            let report;
+            (buffer, report) =
+                self.pin.write(offset, buffer, len).await.map_err(pinfold_client::Error::from)?;
+            self.progress.rdma_bytes.fetch_add(report.rdma_bytes, Ordering::Relaxed);
+            self.progress.stream_bytes.fetch_add(report.stream_bytes, Ordering::Relaxed);
+            self.bar.inc(len as u64);
+        }
+    }
+}
+
+impl Source {
+    fn open(path: &Path) -> Result<Self, Failure> {
+        let failed = |error| Failure::local(format!("cannot open {}", path.display()), error);
+        let file = File::open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            let what = format!("{} is no regular file", path.display());
+            return Err(Failure::new(Exit::LocalIo, what));
+        }
+        Ok(Self { file, path: path.to_owned(), len: metadata.len() })
+    }
+
+    /// Reads into the buffer, which comes back.
+    async fn fill(
+        source: Arc<Self>,
+        offset: u64,
+        len: usize,
+        mut buffer: Buffer,
+    ) -> Result<Buffer, Failure> {
+        let read = move || {
+            let done = source.file.read_exact_at(&mut buffer.as_mut_slice()[..len], offset);
+            done.map(|()| buffer).map_err(|error| source.unreadable(offset, error))
+        };
+        match tokio::task::spawn_blocking(read).await {
+            Ok(filled) => filled,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+
+    fn unreadable(&self, offset: u64, error: io::Error) -> Failure {
+        let path = self.path.display();
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            let what = format!(
+                "{path} shrank while it was read: it had {} bytes at the start; put it again when \
+                 it rests",
+                self.len
+            );
+            return Failure::new(Exit::LocalIo, what);
+        }
+        Failure::local(format!("cannot read {path} at byte {offset}"), error)
+    }
+}
+
+impl Progress {
+    fn written(&self) -> u64 {
+        self.rdma_bytes.load(Ordering::Relaxed) + self.stream_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// On standard error, and only if that is a terminal: indicatif sees to it.
+fn progress_bar(args: &Put, len: u64) -> ProgressBar {
+    if args.json {
+        return ProgressBar::hidden();
+    }
+    const TEMPLATE: &str =
+        "{msg}  {bar:30}  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {eta}";
+    let bar = ProgressBar::new(len).with_message(args.file.to_string());
+    match ProgressStyle::with_template(TEMPLATE) {
+        Ok(style) => bar.with_style(style.progress_chars("━╸─")),
+        Err(_) => bar,
+    }
+}
+
+impl Report {
+    fn new(
+        args: &Put,
+        created: bool,
+        begin: Instant,
+        progress: &Progress,
+        flush: Option<Duration>,
+    ) -> Self {
+        let seconds = begin.elapsed().as_secs_f64();
+        let bytes = progress.written();
+        Self {
+            file: args.file.to_string(),
+            created,
+            bytes,
+            seconds,
+            bytes_per_second: bytes as f64 / seconds.max(1e-9),
+            rdma_bytes: progress.rdma_bytes.load(Ordering::Relaxed),
+            stream_bytes: progress.stream_bytes.load(Ordering::Relaxed),
+            flush_us: flush.unwrap_or_default().as_micros(),
+            durable: flush.is_some(),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}: {} bytes in {:.2} s ({}/s), {} by RDMA and {} by stream, {}",
+            self.file,
+            self.bytes,
+            self.seconds,
+            HumanBytes(self.bytes_per_second as u64),
+            self.rdma_bytes,
+            self.stream_bytes,
+            if self.durable { "durable" } else { "NOT durable: the server offers no way here" },
+        )
+    }
+}

@@ -1,0 +1,66 @@
+//! `pinfold stat`.
+
+use pinfold_client::{ConnectOptions, FileStat, RdmaDevice, Session};
+use serde::Serialize;
+
+use crate::args::{Connection, Stat};
+use crate::failure::Failure;
+use crate::terminal;
+
+#[derive(Serialize)]
+struct Report {
+    file: String,
+    size: u64,
+    allocated: u64,
+    device: u64,
+    inode: u64,
+    birth_time_ns: u64,
+    dax: bool,
+    generation: Option<String>,
+    pins: u32,
+}
+
+/// Looks, by gRPC alone.
+pub(crate) async fn run(connection: Connection, args: Stat) -> Result<(), Failure> {
+    let options = ConnectOptions::new(connection.server).rdma_device(RdmaDevice::None);
+    let session = Session::connect(options).await?;
+    let outcome = session.stat(&args.file.export, &args.file.path).await;
+    session.close().await;
+    let report = Report::new(args.file.to_string(), outcome?);
+    if args.json { terminal::print_json(&report) } else { terminal::print(&report.lines()) }
+}
+
+impl Report {
+    fn new(file: String, stat: FileStat) -> Self {
+        Self {
+            file,
+            size: stat.size,
+            allocated: stat.allocated,
+            device: stat.identity.device,
+            inode: stat.identity.inode,
+            birth_time_ns: stat.identity.birth_time_ns,
+            dax: stat.dax,
+            generation: stat.generation.map(|generation| generation.to_string()),
+            pins: stat.pins,
+        }
+    }
+
+    fn lines(&self) -> String {
+        format!(
+            "file        {}\n\
+             size        {} bytes, {} allocated\n\
+             inode       {} on device {}\n\
+             dax         {}\n\
+             generation  {}\n\
+             pins        {}\n",
+            self.file,
+            self.size,
+            self.allocated,
+            self.inode,
+            self.device,
+            if self.dax { "yes" } else { "no" },
+            self.generation.as_deref().unwrap_or("none: not guarded now"),
+            self.pins,
+        )
+    }
+}

@@ -1,0 +1,119 @@
+//! The built command, as a shell runs it: exit codes and words on this side of the server. What
+//! needs a server and a device is tested in the lab.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// Runs `pinfold` with nothing of the caller's environment that could change its mind.
+fn pinfold(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pinfold"))
+        .args(args)
+        .env_remove("PINFOLD_SERVER")
+        .env("NO_COLOR", "1")
+        .stdin(Stdio::null())
+        .output()
+        .expect("the command starts")
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).expect("UTF-8")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("UTF-8")
+}
+
+fn assert_fails(output: &Output, code: i32, word: &str) {
+    let text = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert!(text.contains(word), "{word:?} is not in: {text}");
+    assert_eq!(stdout(output), "");
+}
+
+/// An address at which nobody listens. It is taken and let go again: should another process get it
+/// meanwhile, that one is no server of ours, and the command fails in another way.
+fn nobody() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[test]
+fn every_help_has_an_example_or_the_exit_codes() {
+    let output = pinfold(&["--help"]);
+    assert!(output.status.success());
+    assert!(stdout(&output).contains("Exit codes:"), "{}", stdout(&output));
+    for command in ["put", "pin", "stat"] {
+        let output = pinfold(&[command, "--help"]);
+        assert!(output.status.success());
+        let text = stdout(&output);
+        assert!(text.contains(&format!("pinfold {command} ")), "{text}");
+        assert!(!text.contains('\u{1b}'), "colours into a pipe: {text}");
+    }
+}
+
+#[test]
+fn a_wrong_command_line_is_refused() {
+    for (args, word) in [
+        (&[] as &[&str], "Usage"),
+        (&["frobnicate"], "frobnicate"),
+        (&["stat"], "EXPORT/PATH"),
+        (&["stat", "no-slash"], "write EXPORT/PATH"),
+        (&["put", "file", "data/"], "write EXPORT/PATH"),
+        (&["put", "file", "data/x", "--chunk", "0"], "at least one byte"),
+        (&["put", "file", "data/x", "--chunk", "2G"], "at most 1G"),
+        (&["put", "file", "data/x", "--window", "0"], "1..=256"),
+        (&["pin", "data/x", "--range", "1M"], "START..END"),
+        (&["pin", "data/x", "--range", "1T..2T"], "no size"),
+        (&["pin", "data/x", "--rdma-device", ""], "name a device"),
+    ] {
+        assert_fails(&pinfold(args), 2, word);
+    }
+}
+
+#[test]
+fn an_address_that_is_none_is_a_wrong_command_line() {
+    for server in ["localhost:7350", "https://localhost:7350", ""] {
+        assert_fails(&pinfold(&["stat", "data/x", "--server", server]), 2, "http://HOST:PORT");
+    }
+}
+
+#[test]
+fn a_server_that_is_not_there_has_its_own_exit_code() {
+    let server = format!("http://{}", nobody());
+    let output = pinfold(&["--server", &server, "stat", "data/x"]);
+    assert_fails(&output, 3, &server);
+    assert!(stderr(&output).contains("hint: "), "{}", stderr(&output));
+}
+
+#[test]
+fn the_server_may_come_from_the_environment() {
+    let server = format!("http://{}", nobody());
+    let output = Command::new(env!("CARGO_BIN_EXE_pinfold"))
+        .args(["stat", "data/x"])
+        .env("PINFOLD_SERVER", &server)
+        .output()
+        .unwrap();
+    assert_fails(&output, 3, &server);
+}
+
+#[test]
+fn an_absent_device_has_its_own_exit_code() {
+    let args = ["--rdma-device", "nosuchdevice9", "pin", "data/x"];
+    assert_fails(&pinfold(&args), 8, "nosuchdevice9");
+}
+
+#[test]
+fn without_any_device_there_is_no_pin() {
+    let devices = Path::new("/sys/class/infiniband");
+    if devices.read_dir().is_ok_and(|mut devices| devices.next().is_some()) {
+        return; // This host has one: there is nothing to see.
+    }
+    assert_fails(&pinfold(&["pin", "data/x"]), 8, "hint: ");
+}
+
+#[test]
+fn a_local_file_that_cannot_be_read_is_told_before_all_else() {
+    assert_fails(&pinfold(&["put", "/nonexistent/file", "data/x"]), 10, "/nonexistent/file");
+    assert_fails(&pinfold(&["put", "/", "data/x"]), 10, "no regular file");
+    assert_fails(&pinfold(&["put", "/dev/null", "data/x"]), 10, "no regular file");
+}
