@@ -25,7 +25,7 @@ use std::future::Future;
 
 use pinfold_proto::v1::pinfold_server::PinfoldServer;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 
 pub use error::{Error, Result};
 pub use registry::Limits;
@@ -62,10 +62,11 @@ impl Server {
             shutdown.await;
             engine.shut_down().await;
         };
+        // A notice must not wait for the acknowledgement of the message before it.
+        let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
         tonic::transport::Server::builder()
-            .tcp_nodelay(true)
             .add_service(service)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), going_down)
+            .serve_with_incoming_shutdown(connections, going_down)
             .await
     }
 }
