@@ -1,6 +1,7 @@
 #!/bin/busybox sh
 # /init of the lab's initramfs: mounts the host's root read-only, then goes on there.
 bb=/bin/busybox
+# shellcheck source=/dev/null
 . /lab/settings.sh
 
 fail() {

@@ -3,7 +3,7 @@
 use std::env;
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -12,9 +12,11 @@ use serde_json::Value;
 use crate::libtest::{self, Tally};
 use crate::paths;
 
-/// Packages whose programs the lab's tests and the demo start.
-const PROGRAMS: [&str; 6] =
-    ["build", "--bins", "--locked", "-ppinfold-server", "-ppinfold-cli", "-ppinfold-lab"];
+/// What the lab's tests and the demo start: every program but this one.
+const PROGRAMS: [&str; 6] = ["build", "--workspace", "--exclude", "xtask", "--bins", "--locked"];
+/// With the tests, in one go: built apart, the two would differ in features of what they share,
+/// which would then be compiled twice.
+const TESTS: [&str; 2] = ["--tests", "--message-format=json-render-diagnostics"];
 
 /// A test binary of the lab.
 #[derive(Clone, Debug)]
@@ -52,28 +54,25 @@ pub(crate) fn programs() -> Result<PathBuf> {
     Ok(paths::target_dir()?.join("debug"))
 }
 
-/// Builds the lab's tests and finds them.
-pub(crate) fn lab_tests() -> Result<Vec<TestBinary>> {
-    let args = [
-        "test",
-        "--no-run",
-        "--locked",
-        "-ppinfold-lab",
-        "--message-format=json-render-diagnostics",
-    ];
+/// Builds the same and the lab's tests; gives the programs' folder and the tests.
+pub(crate) fn programs_and_lab_tests() -> Result<(PathBuf, Vec<TestBinary>)> {
+    let args = [&PROGRAMS[..], &TESTS[..]].concat();
     let mut child = command(&args).stdout(Stdio::piped()).spawn().context("cargo did not start")?;
-    let mut found: Vec<_> = lines(&mut child)?.filter_map(|line| test_binary(&line)).collect();
+    let lab = paths::root().join("lab");
+    let mut found: Vec<_> =
+        lines(&mut child)?.filter_map(|line| test_binary(&line, &lab)).collect();
     let status = child.wait()?;
     ensure!(status.success(), "{} ended with {status}", shown(&args));
     found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
+    Ok((paths::target_dir()?.join("debug"), found))
 }
 
-/// An integration test in one of cargo's JSON messages.
-fn test_binary(message: &str) -> Option<TestBinary> {
+/// An integration test of this package in one of cargo's JSON messages.
+fn test_binary(message: &str, package: &Path) -> Option<TestBinary> {
     let message: Value = serde_json::from_str(message).ok()?;
     let target = message.get("target")?;
-    if target.get("kind")?.get(0)?.as_str()? != "test" {
+    let is_ours = message.get("manifest_path")?.as_str()? == package.join("Cargo.toml").to_str()?;
+    if !is_ours || target.get("kind")?.get(0)?.as_str()? != "test" {
         return None;
     }
     let name = target.get("name")?.as_str()?.to_owned();
@@ -103,16 +102,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_integration_tests_are_lab_tests() {
-        let of_kind = |kind: &str| {
+    fn only_integration_tests_of_the_lab_are_lab_tests() {
+        let message = |folder: &str, kind: &str| {
             format!(
                 r#"{{"reason":"compiler-artifact","executable":"/t/x-1",
+                    "manifest_path":"/c/{folder}/Cargo.toml",
                     "target":{{"kind":["{kind}"],"name":"truncate"}}}}"#
             )
         };
-        let found = test_binary(&of_kind("test")).unwrap();
+        let find = |message: &str| test_binary(message, Path::new("/c/lab"));
+        let found = find(&message("lab", "test")).unwrap();
         assert_eq!((found.name.as_str(), found.path), ("truncate", PathBuf::from("/t/x-1")));
-        assert!(test_binary(&of_kind("lib")).is_none());
-        assert!(test_binary(r#"{"reason":"build-finished","success":true}"#).is_none());
+        assert!(find(&message("lab", "lib")).is_none());
+        assert!(find(&message("verbs", "test")).is_none());
+        assert!(find(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 }

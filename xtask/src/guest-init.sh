@@ -62,6 +62,11 @@ port() {
 dax_mount() {
     device=$1 type=$2 dir=$3
     shift 3
+    # Drivers find their devices in the background.
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        [ -b "$device" ] && break
+        bb sleep 1
+    done
     [ -b "$device" ] || fail "no pmem device $device"
     "$@" "$device" >/dev/null || fail "$1 fails on $device"
     bb mount -t "$type" -o dax=always "$device" "$dir" || fail "$type on $device takes no DAX"
@@ -87,7 +92,8 @@ run_command() {
     bb cat "$lab/err" >&5 3>&- 4>&- &
     cats="$cats $!"
     echo started >&3
-    bb setsid /bin/sh "$lab/command.sh" </dev/null >"$lab/out" 2>"$lab/err" 3>&- 4>&- 5>&- &
+    "$lab/busybox" setsid /bin/sh "$lab/command.sh" \
+        </dev/null >"$lab/out" 2>"$lab/err" 3>&- 4>&- 5>&- &
     wait $!
     status=$?
     end_leftovers

@@ -27,8 +27,7 @@ struct Selected {
 pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> Result<Tally> {
     setup::require_lab()?;
     let began = Instant::now();
-    let programs = cargo::programs()?;
-    let binaries = cargo::lab_tests()?;
+    let (programs, binaries) = cargo::programs_and_lab_tests()?;
     println!("== lab: build: {:.0} s", began.elapsed().as_secs_f32());
     let (old, new): (Vec<_>, Vec<_>) =
         select(binaries, filter)?.into_iter().partition(|s| s.binary.name.starts_with(ON_BOOKWORM));
