@@ -6,15 +6,21 @@
 //! truncates a file is another process than the one that guards it.
 #![forbid(unsafe_code)]
 
+mod command;
 mod daemon;
+mod foreign;
 mod pattern;
+mod pinned;
 mod place;
 mod process;
 
+pub use command::{Finished, Running};
 pub use daemon::Daemon;
+pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use pattern::Pattern;
+pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
-pub use process::{Truncation, read_by_another_process, rewrite_by_another_process, tool};
+pub use process::{Opener, Truncation, read_by_another_process, rewrite_by_another_process, tool};
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -71,6 +77,13 @@ impl Lab {
         self.folder.path()
     }
 
+    /// Waits until the daemon has none of the export's files open or mapped: it takes down what was
+    /// released in the background.
+    pub async fn nothing_is_held(&self) {
+        let is_free = async || self.daemon.files_open_beneath(self.folder()) == 0;
+        eventually("no file of the export is open", is_free).await;
+    }
+
     /// Connects a client.
     pub async fn session(&self) -> Session {
         self.session_with(self.options()).await
@@ -108,6 +121,15 @@ pub async fn next_revocation(events: &mut Events) -> Revocation {
             Event::Draining { .. } => {}
             other => panic!("{other:?}"),
         }
+    }
+}
+
+/// Asks again and again until it is so; for what no event tells.
+pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let give_up = tokio::time::Instant::now() + DEADLINE / 2;
+    while !is_so().await {
+        assert!(tokio::time::Instant::now() < give_up, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

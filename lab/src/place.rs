@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 
-/// A file system of the lab, mounted with `dax=always` on emulated persistent memory.
+/// A file system of the lab. ext4 and XFS are mounted with `dax=always` on emulated persistent
+/// memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum FileSystem {
     /// ext4.
     Ext4,
     /// XFS.
     Xfs,
+    /// tmpfs: memory that can be pinned, and nothing that lasts.
+    Tmpfs,
 }
 
 impl FileSystem {
@@ -17,6 +20,7 @@ impl FileSystem {
         PathBuf::from(required(match self {
             Self::Ext4 => "PINFOLD_LAB_EXT4",
             Self::Xfs => "PINFOLD_LAB_XFS",
+            Self::Tmpfs => "TMPDIR",
         }))
     }
 
@@ -25,6 +29,7 @@ impl FileSystem {
         match self {
             Self::Ext4 => "ext4",
             Self::Xfs => "xfs",
+            Self::Tmpfs => "tmpfs",
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Other processes on the storage host: those whom the guard is about.
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::required;
 
@@ -40,5 +41,46 @@ impl Truncation {
     /// Waits until it has gone through.
     pub async fn done(self) {
         self.0.await.unwrap().unwrap();
+    }
+}
+
+/// Another process that has a file open, until it is dropped.
+#[derive(Debug)]
+pub struct Opener(Child);
+
+impl Opener {
+    /// Opens it for reading.
+    pub fn reading(path: &Path) -> Self {
+        Self::start("<", path)
+    }
+
+    /// Opens it for writing.
+    pub fn writing(path: &Path) -> Self {
+        Self::start(">>", path)
+    }
+
+    fn start(redirection: &str, path: &Path) -> Self {
+        let script = format!(r#"exec 9{redirection}"$1" && echo open && read -r _"#);
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, "sh"]).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "open\n", "{} could not be opened", path.display());
+        Self(child)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+/// It has closed the file when this returns.
+impl Drop for Opener {
+    fn drop(&mut self) {
+        // Fails only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
