@@ -44,6 +44,17 @@ impl Failure {
         }
     }
 
+    /// The error of the library that it is made of, if it is.
+    pub(crate) fn library_error(&self) -> Option<&Error> {
+        self.source.as_ref()?.downcast_ref()
+    }
+
+    /// The same failure with this hint, if it has none.
+    pub(crate) fn or_hint(mut self, hint: &'static str) -> Self {
+        self.hint.get_or_insert(hint);
+        self
+    }
+
     /// The lines for the terminal. Each source is told once: some libraries repeat theirs.
     pub(crate) fn report(&self) -> String {
         let mut last = self.to_string();

@@ -227,11 +227,15 @@ fn show_revocation(args: &Args, revocation: &Revocation, pins: Vec<u64>) -> Resu
         return Ok(());
     };
     let picture = timeline::draw(&timeline::revocation(timings), terminal::look());
-    let verdict = match timings.break_pending_at_release {
-        true => "the local process was let through by the release",
-        false => "the local process had given up, or the kernel had let it through",
-    };
-    terminal::print(&format!("\n{picture}\n{verdict}\n"))
+    terminal::print(&format!("\n{picture}\n{}\n", verdict(revocation.reason, timings)))
+}
+
+fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> &'static str {
+    match (reason, timings.break_pending_at_release) {
+        (RevocationReason::Shutdown, _) => "nobody waited for the file",
+        (_, true) => "the local process was let through by the release",
+        (_, false) => "the local process had given up, or the kernel had let it through",
+    }
 }
 
 fn granted(args: &Args, grant: &Grant) -> Report {

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use pinfold_client::{Buffer, ConnectOptions, Durability, IfExists, Pin, PinRequest, Session};
+use pinfold_client::{
+    Buffer, ConnectOptions, Durability, Error, Events, IfExists, Pin, PinRequest, Session,
+};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -21,6 +23,11 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::interrupt::{Interrupts, interrupted};
 use crate::terminal;
+
+const AGAIN: &str = "put it again";
+
+/// Longer than a drain takes by default.
+const EXPLANATION_PATIENCE: Duration = Duration::from_secs(6);
 
 /// What the pin's pages, and the chunks with them, are aligned to at least.
 const PAGE_BYTES: usize = 4096;
@@ -94,6 +101,7 @@ async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Repor
     let request = PinRequest::read_write(export, path).expect_identity(made.identity);
     let pin = Arc::new(session.pin(request).await?);
     let progress = Arc::new(Progress::default());
+    let mut events = session.events();
     let copied = copy(session, args, &source, &pin, &progress).await;
     let finished = match copied {
         Ok(()) => commit(&pin).await,
@@ -101,24 +109,53 @@ async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Repor
     };
     let flush = match finished {
         Ok(flush) => flush,
-        Err(failure) => return Err(failure.within(incomplete(args, &source, &progress))),
+        Err(failure) => {
+            let cause = explain(failure, &pin, &mut events).await;
+            return Err(cause.within(incomplete(args, &source, &progress)).or_hint(AGAIN));
+        }
     };
     if let Some(pin) = Arc::into_inner(pin) {
-        pin.unpin().await?;
+        // The bytes are where they should be; a pin that can't be given back ends with the session.
+        let _ = pin.unpin().await;
     }
     Ok(Report::new(args, made.created, begin, &progress, flush))
 }
 
-/// What is known about the bytes when a copy fails: nothing was committed, since that comes last.
+/// What is known about the bytes when a copy fails: the commit comes last.
 fn incomplete(args: &Put, source: &Source, progress: &Progress) -> String {
+    let written = progress.written();
+    let taken = progress.next.load(Ordering::Relaxed).min(source.len);
     format!(
-        "cannot put {} into {}: of {} bytes, 0 are committed, {} were acknowledged by the \
-         server's NIC and may survive, the rest is not known; put it again",
+        "cannot put {} into {}: of {} bytes, none is known to be committed, {written} were \
+         written, {} are in doubt",
         args.local.display(),
         args.file,
         source.len,
-        progress.written(),
+        taken.saturating_sub(written),
     )
+}
+
+/// The device only says that a transfer failed. If that was because the pin or the session ended,
+/// the server's word, or its silence, comes soon and says more.
+async fn explain(failure: Failure, pin: &Pin, events: &mut Events) -> Failure {
+    let Some(Error::RemoteRefused { .. } | Error::LaneLost { .. } | Error::Draining { .. }) =
+        failure.library_error()
+    else {
+        return failure;
+    };
+    let gone = async {
+        while !matches!(pin.check(), Err(Error::Revoked { .. } | Error::SessionLost { .. })) {
+            if events.next().await.is_none() {
+                break;
+            }
+        }
+    };
+    // Without a word within this time the device knows best.
+    let _ = tokio::time::timeout(EXPLANATION_PATIENCE, gone).await;
+    match pin.check() {
+        Err(error) => error.into(),
+        Ok(()) => failure,
+    }
 }
 
 /// `None`: the server offers no durability here.
@@ -137,7 +174,8 @@ async fn copy(
     progress: &Arc<Progress>,
 ) -> Result<(), Failure> {
     let alignment = PAGE_BYTES.max(pin.grant().quirks.start_alignment_bytes as usize);
-    let chunk = args.chunk.next_multiple_of(alignment);
+    let whole = usize::try_from(source.len).unwrap_or(usize::MAX);
+    let chunk = args.chunk.min(whole).next_multiple_of(alignment);
     let bar = progress_bar(args, source.len);
     let workers = source.len.div_ceil(chunk as u64).min(args.window.into());
     let mut running = JoinSet::new();
@@ -187,8 +225,7 @@ impl Worker {
             let len = (self.source.len - offset).min(self.chunk as u64) as usize;
             buffer = Source::fill(self.source.clone(), offset, len, buffer).await?;
             let report;
-            (buffer, report) =
-                self.pin.write(offset, buffer, len).await.map_err(pinfold_client::Error::from)?;
+            (buffer, report) = self.pin.write(offset, buffer, len).await.map_err(Error::from)?;
             self.progress.rdma_bytes.fetch_add(report.rdma_bytes, Ordering::Relaxed);
             self.progress.stream_bytes.fetch_add(report.stream_bytes, Ordering::Relaxed);
             self.bar.inc(len as u64);
@@ -228,11 +265,8 @@ impl Source {
     fn unreadable(&self, offset: u64, error: io::Error) -> Failure {
         let path = self.path.display();
         if error.kind() == io::ErrorKind::UnexpectedEof {
-            let what = format!(
-                "{path} shrank while it was read: it had {} bytes at the start; put it again when \
-                 it rests",
-                self.len
-            );
+            let what =
+                format!("{path} shrank while it was read: it had {} bytes at the start", self.len);
             return Failure::new(Exit::LocalIo, what);
         }
         Failure::local(format!("cannot read {path} at byte {offset}"), error)
