@@ -27,7 +27,9 @@ pub struct PinRequest {
 
 /// A pin on a file.
 ///
-/// Dropping it gives it back in the background; [`unpin`](Self::unpin) waits for that.
+/// Dropping it gives it back in the background; [`unpin`](Self::unpin) waits for that. Who pins the
+/// same file again without waiting may be refused with
+/// [`Reason::FileDraining`](crate::Reason::FileDraining).
 #[derive(Debug)]
 pub struct Pin {
     core: Arc<Core>,
