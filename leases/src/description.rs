@@ -124,16 +124,22 @@ impl Description {
     }
 
     /// Makes the file exactly `size` bytes long. What is added is allocated, written with zeroes
-    /// and flushed. To be done before the file is guarded: a change of size through this
-    /// description would break its own delegation.
+    /// and flushed; if there is no room for it the file stays as long as it was. To be done before
+    /// the file is guarded: a change of size through this description would break its own
+    /// delegation.
     pub fn resize(&self, size: u64) -> Result<()> {
         let old = self.size()?;
         if size < old {
             rustix::fs::ftruncate(self.fd(), size)
                 .map_err(|e| denied_or_failed(e.into(), "ftruncate", self.path()))?;
         }
-        if size > old {
-            self.extend(old, size)?;
+        if size > old
+            && let Err(error) = self.extend(old, size)
+        {
+            // ext4 keeps what it could still allocate. Back to what it was; the first error is the
+            // one to report.
+            let _ = rustix::fs::ftruncate(self.fd(), old);
+            return Err(error);
         }
         self.sync()
     }

@@ -31,6 +31,9 @@ impl RelativePath {
         if path.contains('\0') {
             return refuse("it holds a NUL byte");
         }
+        if path.ends_with('/') {
+            return refuse("it ends in a slash, as a folder does");
+        }
         if path.split('/').any(|part| part == "..") {
             return refuse("it holds \"..\"");
         }
@@ -269,6 +272,7 @@ fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &P
         Some(libc::ELOOP) => outside("it crosses a symbolic link"),
         Some(libc::ENOENT | libc::ENOTDIR) => Error::NotFound { path: full.to_owned() },
         Some(libc::EEXIST) => Error::Exists { path: full.to_owned() },
+        Some(libc::ENAMETOOLONG) => outside("a name in it is too long"),
         Some(libc::EISDIR) => Error::NotRegular { path: full.to_owned(), kind: "a directory" },
         _ => denied_or_failed(source, call, full),
     }
@@ -277,15 +281,13 @@ fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &P
 /// Tells "may not" from "did not work".
 pub(crate) fn denied_or_failed(source: io::Error, call: &'static str, path: &Path) -> Error {
     let path = path.to_owned();
-    match source.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::Denied {
-            path,
-            call,
-            capability: "write permission on the file and its folder",
-            source,
-        },
-        _ => Error::File { call, path, source },
-    }
+    let capability = match source.raw_os_error() {
+        Some(libc::EACCES | libc::EROFS) => "write permission on the file and its folder",
+        // Root gets it too, and then these flags are why.
+        Some(libc::EPERM) => "its immutable and append-only flags cleared (chattr -i -a)",
+        _ => return Error::File { call, path, source },
+    };
+    Error::Denied { path, call, capability, source }
 }
 
 #[cfg(test)]
@@ -294,7 +296,8 @@ mod tests {
 
     #[test]
     fn paths_that_leave_the_export_are_refused() {
-        for path in ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "./", "a\0b"] {
+        for path in ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", ".", "./", "a/", "a\0b"]
+        {
             let refused = RelativePath::parse(path);
             assert!(matches!(refused, Err(Error::OutsideExport { .. })), "{path:?}");
         }

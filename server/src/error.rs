@@ -39,7 +39,8 @@ pub enum Error {
         path: PathBuf,
     },
     /// The file has pins.
-    #[error("{} has {pins} pins on it; its size can be changed when they are given back", path.display())]
+    #[error("{} has {} on it; its size can be changed when {} given back", path.display(),
+            counted(*pins), if *pins == 1 { "it is" } else { "they are" })]
     FilePinned {
         /// The file.
         path: PathBuf,
@@ -126,6 +127,10 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+}
+
+fn counted(pins: usize) -> String {
+    format!("{pins} {}", if pins == 1 { "pin" } else { "pins" })
 }
 
 /// The message of an error and of everything below it, for where only text can go.
