@@ -13,8 +13,9 @@ on_each_file_system! {
         lab.make_file("file", 8192);
         let path = lab.path("file");
         let session = lab.session().await;
+        let device = device_name();
         let words =
-            [path.to_str().unwrap(), "fs-DAX", &device_name(), "no on-demand paging", "6.15", "mlx5"];
+            [path.to_str().unwrap(), "fs-DAX", &device, "no on-demand paging", "6.15", "mlx5"];
         let refused = session.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap_err();
         let Error::Refused { reason, code, message, .. } = refused else { panic!("{refused:?}") };
         assert_eq!(reason, Some(Reason::DeviceCannotRegister));
