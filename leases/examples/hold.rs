@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use pinfold_leases::{Export, RelativePath, Watcher, lease_break_time, waiting_breakers};
+use pinfold_leases::{Export, LeaseBreakTime, RelativePath, Watcher, waiting_breakers};
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).context("usage: hold FILE")?;
@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     loop {
         let armed = file.arm(&watcher)?;
         let (guard, mapping) = armed.map(file.size()?.max(1))?;
-        let limit = match lease_break_time()? {
+        let limit = match LeaseBreakTime::open()?.read()? {
             Some(limit) => format!("{} s", limit.as_secs()),
             None => "ever".to_owned(),
         };
@@ -34,10 +34,13 @@ fn main() -> Result<()> {
             guard.tier(),
             if mapping.map_sync() { "on" } else { "off" },
         );
-        let news = breaks.recv().context("the watcher is gone")?;
-        if news.guard != guard.id() {
-            continue;
-        }
+        let news = loop {
+            let news = breaks.recv().context("the watcher is gone")?;
+            // A writer that came after a reader may have been reported for the guard before.
+            if news.guard == guard.id() {
+                break news;
+            }
+        };
         println!("somebody wants the file, as a {:?}:", news.kind);
         for breaker in waiting_breakers(file.identity()) {
             println!("  {breaker}");

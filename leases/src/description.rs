@@ -3,8 +3,8 @@
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use rustix::fs::FallocateFlags;
 
@@ -30,6 +30,9 @@ impl fmt::Display for FileIdentity {
 
 /// `f_type` of tmpfs, statfs(2).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// ext2 to ext4, XFS, btrfs and f2fs: what a lease on their files holds still is known. An overlay
+/// is not among them: who opens the file below it does not meet the lease.
+const KNOWN_DISK_FILE_SYSTEMS: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
 
 /// What the pages of a mapping are: it decides how hardware can be given them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -113,10 +116,11 @@ impl Description {
         }
         let system =
             rustix::fs::fstatfs(self.fd()).map_err(|e| self.failed("fstatfs", e.into()))?;
-        Ok(match system.f_type {
-            TMPFS_MAGIC => MappingKind::SharedMemory,
-            _ => MappingKind::PageCache,
-        })
+        match system.f_type {
+            TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
+            magic if KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => Ok(MappingKind::PageCache),
+            magic => Err(Error::UnknownFileSystem { path: self.path().to_owned(), magic }),
+        }
     }
 
     fn attributes(&self) -> Result<Attributes> {

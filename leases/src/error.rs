@@ -86,6 +86,17 @@ pub enum Error {
         /// The kernel's word.
         source: io::Error,
     },
+    /// Nobody has checked what a lease on this file system is worth.
+    #[error(
+        "{} lies on a file system (type {magic:#x}) of which it is not known that leases hold its \
+         files still; use ext4, XFS, btrfs, f2fs or tmpfs", path.display()
+    )]
+    UnknownFileSystem {
+        /// The file.
+        path: PathBuf,
+        /// `f_type`, statfs(2).
+        magic: i64,
+    },
     /// The file system has no room, or a quota is used up.
     #[error("no room for {} bytes in {}; free space or raise the quota", bytes, path.display())]
     NoSpace {

@@ -252,6 +252,12 @@ impl Guard {
         lease.state().map_err(|source| lease.description.failed("fcntl(F_GETLEASE)", source))
     }
 
+    /// Whether the kernel has let somebody through on its own, because lease-break-time ran out. For
+    /// a writer only: a reader's expiry leaves a read lease behind, which this can't tell.
+    pub fn lapsed(&self) -> bool {
+        self.lease().lapsed()
+    }
+
     /// Lets the guard go: who waits for the file proceeds.
     pub fn release(mut self, fenced: Fenced) -> Result<Released, Box<WrongFence>> {
         if fenced.guard != self.id() {

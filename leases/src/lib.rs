@@ -82,15 +82,30 @@ pub use watch::{Break, BreakKind, GuardId, Watcher};
 
 use std::time::Duration;
 
-/// How long the kernel holds a breaker back: `/proc/sys/fs/lease-break-time`. `None` means for
-/// ever (0 or less). Read it at every break: root may change it at any time.
-pub fn lease_break_time() -> Result<Option<Duration>> {
-    const PATH: &str = "/proc/sys/fs/lease-break-time";
-    let text =
-        std::fs::read_to_string(PATH).map_err(|source| Error::Sysctl { path: PATH, source })?;
-    let seconds: i64 = text.trim().parse().map_err(|_| Error::Sysctl {
-        path: PATH,
-        source: std::io::Error::other(format!("not a number: {}", text.trim())),
-    })?;
-    Ok(u64::try_from(seconds).ok().filter(|s| *s > 0).map(Duration::from_secs))
+const LEASE_BREAK_TIME: &str = "/proc/sys/fs/lease-break-time";
+
+/// How long the kernel holds a breaker back: `/proc/sys/fs/lease-break-time`, kept open so that it
+/// can still be read when no descriptor is left.
+#[derive(Debug)]
+pub struct LeaseBreakTime(std::fs::File);
+
+impl LeaseBreakTime {
+    /// Opens the setting.
+    pub fn open() -> Result<Self> {
+        let opened = std::fs::File::open(LEASE_BREAK_TIME);
+        opened.map(Self).map_err(|source| Error::Sysctl { path: LEASE_BREAK_TIME, source })
+    }
+
+    /// What it is now; `None` means for ever (0 or less). To be asked at every break: root may
+    /// change it at any time.
+    pub fn read(&self) -> Result<Option<Duration>> {
+        use std::os::unix::fs::FileExt;
+        let failed = |source| Error::Sysctl { path: LEASE_BREAK_TIME, source };
+        let mut text = [0; 32];
+        let len = self.0.read_at(&mut text, 0).map_err(failed)?;
+        let text = String::from_utf8_lossy(&text[..len]);
+        let not_a_number = |_| failed(std::io::Error::other(format!("not a number: {text}")));
+        let seconds: i64 = text.trim().parse().map_err(not_a_number)?;
+        Ok(u64::try_from(seconds).ok().filter(|s| *s > 0).map(Duration::from_secs))
+    }
 }

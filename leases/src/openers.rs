@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags, makedev, statx};
 
 use crate::description::{Description, FileIdentity};
 
@@ -124,9 +125,14 @@ fn numbers_in(folder: &Path) -> impl Iterator<Item = u32> + use<> {
 fn descriptors_of(pid: u32, file: FileIdentity) -> impl Iterator<Item = u32> {
     let folder = format!("/proc/{pid}/fd");
     numbers_in(Path::new(&folder)).filter(move |fd| {
-        // stat through the link opens nothing, so it breaks no lease.
-        fs::metadata(format!("{folder}/{fd}"))
-            .is_ok_and(|meta| meta.dev() == file.device && meta.ino() == file.inode)
+        // statx through the link opens nothing, so it breaks no lease; DONT_SYNC, so that a file
+        // on a dead network mount, open in whatever process, does not hang us.
+        let link = format!("{folder}/{fd}");
+        let (flags, mask) = (AtFlags::STATX_DONT_SYNC, StatxFlags::INO | StatxFlags::TYPE);
+        statx(CWD, link.as_str(), flags, mask).is_ok_and(|found| {
+            makedev(found.stx_dev_major, found.stx_dev_minor) == file.device
+                && found.stx_ino == file.inode
+        })
     })
 }
 

@@ -84,12 +84,20 @@ struct Entry {
 impl Watcher {
     /// Starts the thread. Breaks come out of the receiver; one may name a guard that
     /// [`Description::arm`](crate::Description::arm) refused with [`Error::Broken`].
+    ///
+    /// A panic of the thread ends the process: unheard breaks would let breakers through while
+    /// hardware still writes.
     pub fn start() -> Result<(Self, Receiver<Break>)> {
+        Self::start_rescanning(RESCAN)
+    }
+
+    /// As [`Watcher::start`], with another interval between two looks at all guards.
+    pub fn start_rescanning(every: Duration) -> Result<(Self, Receiver<Break>)> {
         let (breaks, receiver) = channel();
         let (ready, started) = channel();
         let thread = std::thread::Builder::new()
             .name("pinfold-breaks".to_owned())
-            .spawn(move || run(&ready, &breaks))
+            .spawn(move || run(&ready, &breaks, every))
             .map_err(|source| Error::Watcher { source })?;
         let shared = started
             .recv()
@@ -115,7 +123,19 @@ impl Drop for Watcher {
     }
 }
 
-fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>) {
+/// Ends the process when its thread panics.
+struct Vital;
+
+impl Drop for Vital {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>, every: Duration) {
+    let _vital = Vital;
     // Before anybody can name this thread as a signal's owner, it must have them blocked.
     let signals = match WatchedSignals::block_in_this_thread() {
         Ok(signals) => signals,
@@ -130,13 +150,19 @@ fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>) {
     if ready.send(Ok(Arc::clone(&shared))).is_err() {
         return;
     }
+    let mut rescan_at = Instant::now() + every;
     while !shared.stop.load(Ordering::SeqCst) {
-        match signals.wait(RESCAN) {
+        match signals.wait(rescan_at.saturating_duration_since(Instant::now())) {
             Ok(Signal::Break(fd)) => shared.look_at(fd, breaks),
-            Ok(Signal::Overflow | Signal::Timeout) => shared.rescan(breaks),
-            Ok(Signal::Other) => {}
+            Ok(Signal::Overflow) => shared.rescan(breaks),
+            Ok(Signal::Timeout | Signal::Other) => {}
             // sigtimedwait fails only for arguments that are wrong, and ours don't change.
             Err(error) => panic!("waiting for lease breaks: {error}"),
+        }
+        // By the clock, not by the quiet: signals that keep coming don't put it off.
+        if Instant::now() >= rescan_at {
+            shared.rescan(breaks);
+            rescan_at = Instant::now() + every;
         }
     }
 }

@@ -7,17 +7,17 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    Break, BreakKind, Create, Description, Export, FenceFailed, FileIdentity, GuardId, Located,
-    RelativePath, Watcher, WeakDescription, lease_break_time,
+    Break, BreakKind, Create, Description, Error as FileError, Export, FenceFailed, FileIdentity,
+    GuardId, LeaseBreakTime, Located, RelativePath, Watcher, WeakDescription, waiting_breakers,
 };
 use pinfold_proto::v1;
 use pinfold_verbs::{Endpoint, Mtu};
-use tokio::sync::{Mutex as AsyncMutex, Notify, mpsc};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, mpsc};
 use tonic::Status;
 
 use crate::audit::{self, Teardown};
@@ -35,7 +35,13 @@ const LONGEST_DRAIN: Duration = Duration::from_secs(5);
 /// How long a new pin waits for the revocation of an earlier guarding.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How soon a fence that could not be completed is tried again.
-const FENCE_RETRY: Duration = Duration::from_millis(5);
+const FENCE_RETRY_FIRST: Duration = Duration::from_millis(5);
+/// … and how late at most.
+const FENCE_RETRY_LAST: Duration = Duration::from_millis(100);
+/// How soon a pin is tried again when what stands in its way will pass.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+/// Calls of clients that may block at a time.
+const CLIENT_WORK_AT_A_TIME: usize = 64;
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
 
@@ -49,11 +55,15 @@ pub(crate) type WeakOutbox = mpsc::WeakSender<Result<v1::SessionEvent, Status>>;
 pub(crate) struct Engine {
     me: Weak<Self>,
     registry: Mutex<Registry>,
+    lease_break_time: LeaseBreakTime,
     exports: HashMap<String, Export>,
     fabric: Option<Fabric>,
     watcher: Watcher,
     fences: Sender<Order>,
-    runtime: tokio::runtime::Handle,
+    teardowns: Sender<Retired>,
+    /// Of the threads that may block, so many at most work for clients: the rest is for ending
+    /// sessions, which must not wait for other clients' slow calls.
+    client_work: Semaphore,
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
@@ -67,12 +77,23 @@ struct Inode {
     turn: Arc<AsyncMutex<()>>,
     /// While an old mapping lives, only its own description can be guarded again.
     description: Option<WeakDescription>,
+    /// The last guarding ended by a break: somebody may still be on their way in.
+    broken: bool,
 }
 
 #[derive(Debug)]
 struct SessionParts {
     outbox: Outbox,
     link: Mutex<Option<Link>>,
+    /// Connecting may block in the kernel; one at a time.
+    connecting: AsyncMutex<()>,
+}
+
+/// A file whose guard was let go, for the thread that takes it down.
+#[derive(Debug)]
+struct Retired {
+    file: Arc<HeldFile>,
+    record: Option<Record>,
 }
 
 /// A pin that can be handed out.
@@ -113,7 +134,7 @@ pub(crate) struct PinOrder {
 
 impl Engine {
     /// Opens the exports and the device, and starts the threads. Blocks for the device's self-test.
-    pub(crate) fn start(config: &Config, runtime: tokio::runtime::Handle) -> Result<Arc<Self>> {
+    pub(crate) fn start(config: &Config) -> Result<Arc<Self>> {
         let exports = config
             .exports
             .iter()
@@ -122,14 +143,18 @@ impl Engine {
         let fabric = Fabric::open(&config.rdma_device)?;
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
+        let (teardowns, retired_files) = channel();
+        let lease_break_time = LeaseBreakTime::open()?;
         let engine = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
+            lease_break_time,
             exports,
             fabric,
             watcher,
             fences,
-            runtime,
+            teardowns,
+            client_work: Semaphore::new(CLIENT_WORK_AT_A_TIME),
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
@@ -138,15 +163,17 @@ impl Engine {
         let this = Weak::clone(&engine.me);
         fence::start(orders, move |guard| with(&this, |engine| engine.fence(guard)))?;
         let this = Weak::clone(&engine.me);
-        const NAME: &str = "pinfold-breaks";
-        std::thread::Builder::new()
-            .name(NAME.to_owned())
-            .spawn(move || {
-                for news in breaks {
-                    with(&this, |engine| engine.handle_break(news));
-                }
-            })
-            .map_err(|source| Error::Thread { name: NAME, source })?;
+        fence::vital("pinfold-notice", move || {
+            for news in breaks {
+                with(&this, |engine| engine.handle_break(news));
+            }
+        })?;
+        let this = Weak::clone(&engine.me);
+        fence::vital("pinfold-teardown", move || {
+            for retired in retired_files {
+                with(&this, |engine| engine.take_down(retired));
+            }
+        })?;
         Ok(engine)
     }
 
@@ -166,20 +193,21 @@ impl Engine {
     pub(crate) fn open_session(&self, outbox: Outbox) -> Result<SessionId> {
         let id = SessionId::new(random());
         self.registry().open_session(id)?;
-        let parts = SessionParts { outbox, link: Mutex::default() };
+        let parts =
+            SessionParts { outbox, link: Mutex::default(), connecting: AsyncMutex::default() };
         locked(&self.sessions).insert(id, Arc::new(parts));
         Ok(id)
     }
 
     /// Ends a session: its queue pair goes at once, then its pins.
     pub(crate) async fn end_session(&self, id: SessionId) {
-        let ended = self.blocking(move |engine| {
+        let engine = self.arc();
+        let ended = tokio::task::spawn_blocking(move || {
             let actions = engine.registry().end_session(id, Instant::now());
             engine.perform(actions);
-            Ok(())
         });
-        if let Err(error) = ended.await {
-            tracing::error!(session = %id, error = with_causes(&error), "ending a session failed");
+        if ended.await.is_err() {
+            tracing::error!(session = %id, "ending a session failed");
         }
     }
 
@@ -202,10 +230,13 @@ impl Engine {
 
     /// Connects a new queue pair to the client's end; one that was there before is destroyed.
     pub(crate) async fn connect(&self, id: SessionId, client: Endpoint) -> Result<(Endpoint, Mtu)> {
+        let session = self.session(id)?;
+        let for_link = Arc::clone(&session);
+        // One at a time, and those that wait hold no thread.
+        let _connecting = session.connecting.lock().await;
         self.blocking(move |engine| {
             let fabric = engine.demand_fabric()?;
-            let session = engine.session(id)?;
-            let mut link = locked(&session.link);
+            let mut link = locked(&for_link.link);
             if link.is_none() {
                 *link = Some(Link::new(fabric)?);
             }
@@ -268,34 +299,51 @@ impl Engine {
         path: RelativePath,
         size: u64,
     ) -> Result<FileIdentity> {
-        let located = self.locate(export, path).await?;
+        let located = self.locate(export.clone(), path.clone()).await?;
         let identity = located.identity();
-        let _turn = self.take_turn(identity).await;
-        if let Some((file, pins)) = self.settled(identity, located.path()).await? {
+        let turn = self.take_turn(&located).await?;
+        if let Some((file, pins)) = self.settled(&located).await? {
             return Err(Error::FilePinned { path: file.path().to_owned(), pins });
         }
         self.blocking(move |engine| {
-            engine.open(&located)?.resize(size)?;
+            // A caller that goes away gives its turn up only when this is done.
+            let _turn = turn;
+            let description = engine.open(&located)?;
+            // Nobody else has it open: what they see of it must not change under them.
+            drop(description.arm(&engine.watcher)?);
+            engine.demand_named(&export, &path, &located)?;
+            description.resize(size)?;
             Ok(identity)
         })
         .await
     }
 
-    async fn take_turn(&self, identity: FileIdentity) -> Turn {
-        let turn = locked(&self.inodes).entry(identity).or_default().turn.clone();
-        Turn { engine: self.arc(), identity, held: Some(turn.lock_owned().await) }
+    /// The path must still name the file: it may have been renamed or replaced since we looked.
+    fn demand_named(&self, export: &str, path: &RelativePath, located: &Located) -> Result<()> {
+        let changed = || Error::FileChanged { path: located.path().to_owned() };
+        match self.export(export)?.locate(path) {
+            Ok(found) if found.identity() == located.identity() => Ok(()),
+            Ok(_) | Err(pinfold_leases::Error::NotFound { .. }) => Err(changed()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn take_turn(&self, located: &Located) -> Result<Turn> {
+        let identity = located.identity();
+        let next = locked(&self.inodes).entry(identity).or_default().turn.clone();
+        // Made first: it forgets the inode again, also if the wait is given up.
+        let mut turn = Turn { engine: self.arc(), identity, held: None };
+        let held = tokio::time::timeout(PATIENCE, next.lock_owned()).await;
+        turn.held = Some(held.map_err(|_| still_draining(located))?);
+        Ok(turn)
     }
 
     /// Waits for a revocation that is under way, and returns the guarded file with the number of
     /// its pins, or `None` where the file is not guarded.
-    async fn settled(
-        &self,
-        identity: FileIdentity,
-        path: &std::path::Path,
-    ) -> Result<Option<(Arc<HeldFile>, usize)>> {
+    async fn settled(&self, located: &Located) -> Result<Option<(Arc<HeldFile>, usize)>> {
         let give_up = tokio::time::Instant::now() + PATIENCE;
         loop {
-            let Some((guard, standing)) = self.registry().standing(identity) else {
+            let Some((guard, standing)) = self.registry().standing(located.identity()) else {
                 return Ok(None);
             };
             let Some(file) = self.file(guard) else { return Ok(None) };
@@ -304,7 +352,7 @@ impl Engine {
             }
             tokio::time::timeout_at(give_up, file.wait_released())
                 .await
-                .map_err(|_| Error::StillDraining { path: path.to_owned(), waited: PATIENCE })?;
+                .map_err(|_| still_draining(located))?;
         }
     }
 
@@ -345,20 +393,36 @@ impl Engine {
     }
 
     async fn pin_to_the_end(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            match self.try_to_pin(id, &order).await {
+                Err(error) if passes(&error) && tokio::time::Instant::now() < give_up => {
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_to_pin(&self, id: SessionId, order: &PinOrder) -> Result<Granted> {
         self.demand_fabric()?;
         let session = self.session(id)?;
         let located = self.locate(order.export.clone(), order.path.clone()).await?;
         if order.expected.is_some_and(|expected| expected != located.identity()) {
             return Err(Error::FileChanged { path: located.path().to_owned() });
         }
-        let _turn = self.take_turn(located.identity()).await;
-        let held = self.settled(located.identity(), located.path()).await?;
+        let turn = self.take_turn(&located).await?;
+        let held = self.settled(&located).await?;
+        let order = order.clone();
         self.blocking(move |engine| {
+            let _turn = turn;
             let file = match held {
                 Some((file, _)) => file,
                 None => engine.guard(&located)?,
             };
-            let granted = engine.pin_on(&file, id, &session, &order);
+            let granted = engine
+                .demand_named(&order.export, &order.path, &located)
+                .and_then(|()| engine.pin_on(&file, id, &session, &order));
             if granted.is_err() {
                 let unused = engine.registry().release_if_unused(file.id());
                 engine.perform(unused);
@@ -370,6 +434,7 @@ impl Engine {
 
     /// Opens, guards and maps a file.
     fn guard(&self, located: &Located) -> Result<Arc<HeldFile>> {
+        self.let_breakers_pass(located)?;
         let description = self.open(located)?;
         let armed = description.arm(&self.watcher)?;
         // Only now can the size not change any more.
@@ -378,17 +443,36 @@ impl Engine {
         let (guard, mapping) = armed.map(size.max(1))?;
         let identity = description.identity();
         let file = Arc::new(HeldFile::new(description, kind, guard, mapping));
-        // Known to the fence before it is known to the registry. A break that came even before is
-        // found by the last look at the guard, in `register`.
+        // Known to the fence before it is known to the registry.
         locked(&self.files).insert(file.id(), Arc::clone(&file));
-        if let Err(refusal) = self.registry().add_file(identity, file.id()) {
+        let added = self.registry().add_file(identity, file.id());
+        if let Err(refusal) = added {
             if let Some(Ok(fenced)) = file.fence() {
                 file.release(fenced);
             }
             self.retire(&file, None);
             return Err(refusal.into());
         }
+        // News of a break that came before the registry knew the file went nowhere.
+        if let Some(kind) = file.broken() {
+            self.handle_break(Break { guard: file.id(), kind, at: Instant::now() });
+        }
         Ok(file)
+    }
+
+    /// After a break, whoever waited goes first: unlink and rename hold nothing that would keep us
+    /// from guarding the file again before they have woken up.
+    fn let_breakers_pass(&self, located: &Located) -> Result<()> {
+        let identity = located.identity();
+        let broken = locked(&self.inodes).get(&identity).is_some_and(|inode| inode.broken);
+        if !broken {
+            return Ok(());
+        }
+        if !waiting_breakers(identity).is_empty() {
+            return Err(Refusal::Draining.into());
+        }
+        locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = false);
+        Ok(())
     }
 
     fn pin_on(
@@ -402,9 +486,13 @@ impl Engine {
         let range = usable_range(order.range.clone(), valid_end)?;
         let pin = self.registry().begin_pin(id, file.id(), range.clone())?;
         let registered = self.register(file, pin, session, &range, order.access);
-        let (generation, segments, quirks) = registered.inspect_err(|_| {
+        let (generation, segments, quirks) = registered.map_err(|error| {
+            // The session may have ended meanwhile, and then nobody else knows of them.
+            self.drop_regions(file.id(), pin, id);
             let actions = self.registry().abandon_pin(pin, Instant::now());
             self.perform(actions);
+            // What fails on a mapping that is being fenced fails for that reason.
+            if file.broken().is_some() { Refusal::Draining.into() } else { error }
         })?;
         let access = order.access;
         let file = Arc::clone(file);
@@ -427,33 +515,45 @@ impl Engine {
             why,
         };
         let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| cannot(why.to_owned()))?;
-        let mapping = file.mapping().ok_or(Refusal::Draining)?;
-        if access == PinAccess::ReadWrite {
-            mapping.populate(range.clone(), || self.registry().is_held(file.id()))?;
+        let alignment = u64::from(quirks.start_alignment_bytes.max(1));
+        if !range.start.is_multiple_of(alignment) {
+            return Err(Error::MisalignedPin { start: range.start, alignment });
         }
-        let segments = {
-            let link = locked(&session.link);
-            let domain = link.as_ref().and_then(Link::domain).ok_or(Error::NoQueuePair)?;
-            fabric::register(domain, &mapping, mode, quirks, range.clone(), access)?
-        };
+        let mapping = file.mapping().ok_or(Refusal::Draining)?;
+        let domain = locked(&session.link).as_ref().and_then(Link::domain).cloned();
+        let domain = domain.ok_or(Error::NoQueuePair)?;
+        let go_on = || self.registry().is_held(file.id()) && file.broken().is_none();
+        if access == PinAccess::ReadWrite {
+            mapping.populate(range.clone(), go_on)?;
+        }
+        let terms = fabric::Terms { mode, quirks, access };
+        let segments = fabric::register(&domain, &mapping, range.clone(), &terms, go_on)?;
         let told = segments.iter().map(wire::segment).collect();
         file.add_segments(pin, segments);
-        // The last look at the guard: a break that nobody could match with this file yet.
-        if !file.guard_holds() {
-            return Err(Refusal::Draining.into());
-        }
         let generation = self.registry().finish_pin(pin)?;
         Ok((generation, told, wire::quirks(quirks)))
     }
 
     /// Gives a pin back. When this returns its keys are dead.
     pub(crate) async fn unpin(&self, id: SessionId, pin: PinId) -> Result<()> {
-        self.blocking(move |engine| {
+        let last_of = self.blocking(move |engine| {
             let actions = engine.registry().unpin(id, pin, Instant::now())?;
+            let last_of = actions.iter().find_map(|action| match action {
+                Action::FenceNow { guard, .. } => engine.file(*guard),
+                _ => None,
+            });
             engine.perform(actions);
-            Ok(())
-        })
-        .await
+            Ok(last_of)
+        });
+        if let Some(file) = last_of.await? {
+            // The fence kills the keys that the fence thread took out of this call's hands.
+            let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
+            released.map_err(|_| Error::StillDraining {
+                path: file.path().to_owned(),
+                waited: PATIENCE,
+            })?;
+        }
+        Ok(())
     }
 
     /// Makes what landed in a range durable: only if the flush returned before the release.
@@ -480,8 +580,9 @@ impl Engine {
                 file.description().sync()?;
             }
             let took = start.elapsed();
-            engine.registry().demand_unreleased(view.guard, pin, generation)?;
-            Ok(took)
+            // Too late if the fence has fallen, or if the kernel has let somebody through itself.
+            engine.registry().demand_unfenced(view.guard, pin, generation)?;
+            if file.lapsed() { Err(stale.into()) } else { Ok(took) }
         })
         .await
     }
@@ -489,14 +590,19 @@ impl Engine {
     // ------------------------------------------------------------------------------ revocation
 
     fn handle_break(&self, news: Break) {
-        let budget = drain_budget(lease_break_time().unwrap_or_else(|error| {
-            // Not to know is to assume the shortest.
-            tracing::error!(error = with_causes(&error), "fencing at once");
-            Some(Duration::from_secs(1))
-        }));
+        let budget = self.break_budget();
         let actions =
             self.registry().handle_break(news.guard, news.kind, news.at, Instant::now(), budget);
         self.perform(actions);
+    }
+
+    /// How long clients may drain now.
+    fn break_budget(&self) -> Duration {
+        drain_budget(self.lease_break_time.read().unwrap_or_else(|error| {
+            // Not to know is to assume the shortest.
+            tracing::error!(error = with_causes(&error), "fencing at once");
+            Some(Duration::from_secs(1))
+        }))
     }
 
     /// The fence thread's work, for one file: fence, release, and hand the rest on.
@@ -510,38 +616,70 @@ impl Engine {
             Some(Err(error)) => return self.fence_again(&file, &error),
             None => return,
         };
+        // No commit that ends later succeeds.
         self.registry().fenced(guard, Instant::now());
         let Some(released) = file.release(fenced) else { return };
         let now = Instant::now();
+        let limit = self.lease_break_time.read().unwrap_or_default();
         let (actions, record) =
-            self.registry().released(guard, now, |waited| still_pending(&released, waited));
+            self.registry().released(guard, now, |waited| still_pending(&released, waited, limit));
+        if released.broken.is_some() {
+            let identity = file.description().identity();
+            locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = true);
+        }
+        file.announce_release();
         self.perform(actions);
         self.retire(&file, record);
     }
 
     /// Something still reaches the file: a region that is being registered at this moment, and will
-    /// be dropped as soon as that is done, or one that the device refuses to deregister.
+    /// be dropped as soon as that is done, or one that the device refuses to deregister. For the
+    /// second case the queue pairs go too, which is as good a barrier, and the next try finds the
+    /// regions again.
     fn fence_again(&self, file: &HeldFile, error: &FenceFailed) {
-        tracing::warn!(path = %file.path().display(), error = with_causes(error), "fencing again");
-        self.order(Order::At(file.id(), Instant::now() + FENCE_RETRY));
+        let tries = file.count_fence_failure();
+        if tries == 1 {
+            let error = with_causes(error);
+            tracing::warn!(path = %file.path().display(), error, "a fence is not complete yet");
+        }
+        if file.has_failed_segments() {
+            for session in self.registry().sessions_on(file.id()) {
+                self.sever(session);
+            }
+        }
+        let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
+        let at = Instant::now() + pause.min(FENCE_RETRY_LAST);
+        self.order(Order::At(file.id(), at));
     }
 
-    /// Deregisters and unmaps on a thread of its own, and writes the audit record.
+    /// Destroys a session's queue pair; the client connects a new one, or not.
+    fn sever(&self, id: SessionId) {
+        let session = locked(&self.sessions).get(&id).cloned();
+        if let Some(session) = session
+            && let Some(link) = locked(&session.link).as_mut()
+        {
+            link.disconnect();
+        }
+    }
+
+    /// Hands a released file to the thread that takes it down.
     fn retire(&self, file: &Arc<HeldFile>, record: Option<Record>) {
-        let engine = self.arc();
-        let file = Arc::clone(file);
-        self.runtime.spawn_blocking(move || {
-            let (deregistered, unmapped, failed_regions) = file.tear_down();
-            if let Some(record) = record {
-                let teardown = Teardown {
-                    deregistered: deregistered - record.since,
-                    unmapped: unmapped - record.since,
-                    failed_regions,
-                };
-                audit::revocation(file.path(), file.tier(), &record, &teardown);
-            }
-            engine.forget(file);
-        });
+        // The thread ends only with the engine.
+        let _ = self.teardowns.send(Retired { file: Arc::clone(file), record });
+    }
+
+    /// Deregisters and unmaps, and writes the audit record.
+    fn take_down(&self, Retired { file, record }: Retired) {
+        let (deregistered, unmapped, failed_regions) = file.tear_down();
+        if let Some(record) = record {
+            let teardown = Teardown {
+                deregistered: deregistered - record.since,
+                unmapped: unmapped - record.since,
+                failed_regions,
+            };
+            audit::revocation(file.path(), file.tier(), &record, &teardown);
+        }
+        self.forget(file);
     }
 
     fn forget(&self, file: Arc<HeldFile>) {
@@ -564,7 +702,7 @@ impl Engine {
     /// Takes everything back, with the same notices as for a break. Returns when nothing is guarded
     /// any more, or when that takes far too long.
     pub(crate) async fn shut_down(&self) {
-        let budget = drain_budget(lease_break_time().unwrap_or_default());
+        let budget = self.break_budget();
         let actions = self.registry().shut_down(Instant::now(), budget);
         self.perform(actions);
         let give_up = tokio::time::Instant::now() + budget + PATIENCE;
@@ -578,7 +716,9 @@ impl Engine {
                 break;
             }
         }
-        locked(&self.sessions).clear();
+        let sessions = std::mem::take(&mut *locked(&self.sessions));
+        // Their queue pairs go with them, and their streams end.
+        let _ = tokio::task::spawn_blocking(move || drop(sessions)).await;
     }
 
     // ------------------------------------------------------------------------------ actions
@@ -600,8 +740,9 @@ impl Engine {
                 self.tell(session, wire::revoked(&pins, generation, reason, &timings));
             }
             Action::FenceAt { guard, at } => self.order(Order::At(guard, at)),
-            Action::FenceNow { guard } => self.order(Order::Now(guard)),
-            Action::DropRegions { guard, pin } => self.drop_regions(guard, pin),
+            Action::FenceNow { guard, urgent: true } => self.order(Order::Now(guard)),
+            Action::FenceNow { guard, urgent: false } => self.order(Order::Idle(guard)),
+            Action::DropRegions { guard, pin, session } => self.drop_regions(guard, pin, session),
             Action::DropSession { session } => {
                 let parts = locked(&self.sessions).remove(&session);
                 if let Some(mut link) = parts.and_then(|parts| locked(&parts.link).take()) {
@@ -611,12 +752,12 @@ impl Engine {
         }
     }
 
-    fn drop_regions(&self, guard: GuardId, pin: PinId) {
+    fn drop_regions(&self, guard: GuardId, pin: PinId, session: SessionId) {
         let Some(file) = self.file(guard) else { return };
         if file.drop_segments(pin) > 0 {
-            // A key lives on. Nobody but its own session could use it, through the queue pair that
-            // shares its protection domain; and with the file's fence it dies for good.
-            tracing::error!(path = %file.path().display(), %pin, "a key outlived its pin");
+            // A key lives on. Only through the queue pair of its own session, which shares its
+            // protection domain, could it be used; so that goes.
+            self.sever(session);
         }
     }
 
@@ -633,11 +774,14 @@ impl Engine {
         let _ = self.fences.send(order);
     }
 
+    /// Does a client's work where it may block.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let engine = self.arc();
+        // Never closed.
+        let _turn = self.client_work.acquire().await.map_err(|_| Error::Task)?;
         tokio::task::spawn_blocking(move || work(&engine)).await.map_err(|_| Error::Task)?
     }
 
@@ -682,6 +826,23 @@ fn with(engine: &Weak<Engine>, work: impl FnOnce(&Engine)) {
     }
 }
 
+fn still_draining(located: &Located) -> Error {
+    Error::StillDraining { path: located.path().to_owned(), waited: PATIENCE }
+}
+
+/// Whether what stands in the way of a pin will be gone in a moment: a revocation, or somebody who
+/// was just let through and has not let go of the file yet. /proc shows no descriptor of a
+/// truncate(2), and may show the one that we are closing.
+fn passes(error: &Error) -> bool {
+    let me = std::process::id();
+    match error {
+        Error::Refused(Refusal::Draining) => true,
+        Error::File(FileError::Broken | FileError::AlreadyFenced) => true,
+        Error::File(FileError::Busy { openers, .. }) => openers.iter().all(|o| o.pid == me),
+        _ => false,
+    }
+}
+
 /// Random bytes from the kernel (getrandom(2)).
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
@@ -706,8 +867,12 @@ fn drain_budget(lease_break_time: Option<Duration>) -> Duration {
 
 /// Whether the kernel still held the breaker back when we let go. A reader's expiry leaves a read
 /// lease behind, so for readers the clock decides.
-fn still_pending(released: &pinfold_leases::Released, waited: Duration) -> bool {
-    let expired = lease_break_time().is_ok_and(|time| time.is_some_and(|time| waited >= time));
+fn still_pending(
+    released: &pinfold_leases::Released,
+    waited: Duration,
+    lease_break_time: Option<Duration>,
+) -> bool {
+    let expired = lease_break_time.is_some_and(|time| waited >= time);
     match released.broken {
         None => false,
         Some(BreakKind::Writer) => !released.lapsed,

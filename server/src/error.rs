@@ -57,6 +57,17 @@ pub enum Error {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// The device would misplace what is written to the first bytes of such a pin.
+    #[error(
+        "a pin that starts at byte {start} can't be had on this device: it places data rightly only \
+         from multiples of {alignment} on; start the pin at one"
+    )]
+    MisalignedPin {
+        /// First byte.
+        start: u64,
+        /// What it must be a multiple of.
+        alignment: u64,
+    },
     /// The range reaches too far.
     #[error("bytes {start}..{end} reach past {limit}, the end of {what}; ask for less{remedy}")]
     RangePastEnd {

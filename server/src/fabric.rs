@@ -10,10 +10,12 @@ use pinfold_verbs::{
 
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result, with_causes};
-use crate::registry::PinAccess;
+use crate::registry::{PinAccess, Refusal};
 
 /// Borders of segments lie on a multiple of this, so that a huge page is not cut.
 const SEGMENT_BORDER: u64 = 2 << 20;
+/// Pinning takes some 40 ms for 16 MiB (rxe), and a fence waits for the call that is under way.
+const LARGEST_PINNED: u64 = 256 << 20;
 
 /// A device and what its self-test found.
 #[derive(Debug)]
@@ -178,42 +180,64 @@ impl Segment {
         }
     }
 
-    /// Deregisters. When this returns `Ok` the key is dead and the share of the mapping returned;
-    /// on failure the key lives, and region and share are kept for good.
-    pub(crate) fn deregister(self) -> Result<(), pinfold_verbs::Error> {
-        match self.region {
-            Region::OnDemand(region) => region.deregister().map(drop).map_err(kept),
-            Region::Pinned(region) => region.deregister().map(drop).map_err(kept),
+    /// Deregisters. When this returns `Ok` the key is dead and the share of the mapping returned; on
+    /// failure the key lives, and the segment comes back to be tried again.
+    pub(crate) fn deregister(self) -> Result<(), (Self, String)> {
+        let Self { range, region } = self;
+        let failed = match region {
+            Region::OnDemand(region) => region.deregister().err().map(|failed| {
+                let error = failed.to_string();
+                (Region::OnDemand(failed.into_region()), error)
+            }),
+            Region::Pinned(region) => region.deregister().err().map(|failed| {
+                let error = failed.to_string();
+                (Region::Pinned(failed.into_region()), error)
+            }),
+        };
+        match failed {
+            None => Ok(()),
+            Some((region, error)) => Err((Self { range, region }, error)),
         }
     }
 }
 
-/// Dropping a failure tries once more, and leaks the memory if that fails too.
-fn kept<M: pinfold_verbs::Memory>(
-    failed: pinfold_verbs::DeregisterFailed<M>,
-) -> pinfold_verbs::Error {
-    failed.into()
+/// How a range is to be registered.
+#[derive(Debug)]
+pub(crate) struct Terms<'a> {
+    /// What the kind of mapping demands.
+    pub(crate) mode: RegistrationMode,
+    /// What the device demands.
+    pub(crate) quirks: &'a Quirks,
+    /// What the client may do.
+    pub(crate) access: PinAccess,
 }
 
 /// Registers a range of a mapping as one region, or as several where the device allows none so
-/// large.
+/// large, or where one call would take so long that a fence had to wait for it. Stops between two
+/// when `go_on` says no.
 pub(crate) fn register(
     domain: &ProtectionDomain,
     mapping: &Mapping,
-    mode: RegistrationMode,
-    quirks: &Quirks,
     range: Range<u64>,
-    access: PinAccess,
+    terms: &Terms<'_>,
+    go_on: impl Fn() -> bool,
 ) -> Result<Vec<Segment>> {
-    let access = match access {
+    let access = match terms.access {
         PinAccess::Read => Access::REMOTE_READ,
         PinAccess::ReadWrite => Access::REMOTE_READ_WRITE,
     };
-    pieces(range, quirks.max_region_bytes)
+    let largest = match terms.mode {
+        RegistrationMode::OnDemand => terms.quirks.max_region_bytes,
+        RegistrationMode::Pinned => terms.quirks.max_region_bytes.min(LARGEST_PINNED),
+    };
+    pieces(range, largest)
         .into_iter()
         .map(|piece| {
+            if !go_on() {
+                return Err(Refusal::Draining.into());
+            }
             let bytes = piece.start as usize..piece.end as usize;
-            let region = match mode {
+            let region = match terms.mode {
                 RegistrationMode::OnDemand => {
                     let share = mapping.share()?;
                     let made = domain.register_on_demand(share, bytes, access);

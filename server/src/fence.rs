@@ -2,7 +2,7 @@
 //! that nothing a client or a task does can make a fence late.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Instant;
 
@@ -13,8 +13,10 @@ use crate::error::{Error, Result};
 /// What the thread is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Order {
-    /// Fence this file now.
+    /// Fence this file now: somebody waits for it.
     Now(GuardId),
+    /// Fence this file when nobody waits for another one.
+    Idle(GuardId),
     /// Fence this file at that time, unless it has happened.
     At(GuardId, Instant),
 }
@@ -52,27 +54,70 @@ pub(crate) fn start(
     orders: Receiver<Order>,
     fence: impl Fn(GuardId) + Send + 'static,
 ) -> Result<()> {
-    const NAME: &str = "pinfold-fence";
+    vital("pinfold-fence", move || run(&orders, &fence))
+}
+
+/// Starts a thread without which breakers would be let through by the kernel while a NIC still
+/// writes: if it panics the process ends, and every key with it.
+pub(crate) fn vital(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    struct Vital;
+    impl Drop for Vital {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                std::process::abort();
+            }
+        }
+    }
     std::thread::Builder::new()
-        .name(NAME.to_owned())
-        .spawn(move || run(&orders, &fence))
+        .name(name.to_owned())
+        .spawn(move || {
+            let _vital = Vital;
+            work();
+        })
         .map(drop)
-        .map_err(|source| Error::Thread { name: NAME, source })
+        .map_err(|source| Error::Thread { name, source })
+}
+
+/// What is to be fenced, most urgent first: deadlines that have come, then orders that somebody
+/// waits for, then files that are merely unused.
+#[derive(Debug, Default)]
+struct Queue {
+    deadlines: Deadlines,
+    now: VecDeque<GuardId>,
+    idle: VecDeque<GuardId>,
+}
+
+impl Queue {
+    fn add(&mut self, order: Order) {
+        match order {
+            Order::At(guard, at) => self.deadlines.add(at, guard),
+            Order::Now(guard) => self.now.push_back(guard),
+            Order::Idle(guard) => self.idle.push_back(guard),
+        }
+    }
+
+    fn pop(&mut self, now: Instant) -> Option<GuardId> {
+        let due = self.deadlines.pop_due(now);
+        due.or_else(|| self.now.pop_front()).or_else(|| self.idle.pop_front())
+    }
 }
 
 fn run(orders: &Receiver<Order>, fence: &dyn Fn(GuardId)) {
-    let mut deadlines = Deadlines::default();
+    let mut queue = Queue::default();
     loop {
-        while let Some(guard) = deadlines.pop_due(Instant::now()) {
+        // Everything that has been ordered, before the next fence: a long row of unused files must
+        // not come before somebody who waits.
+        orders.try_iter().for_each(|order| queue.add(order));
+        if let Some(guard) = queue.pop(Instant::now()) {
             fence(guard);
+            continue;
         }
-        let order = match deadlines.next() {
+        let order = match queue.deadlines.next() {
             Some(at) => orders.recv_timeout(at.saturating_duration_since(Instant::now())),
             None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match order {
-            Ok(Order::Now(guard)) => fence(guard),
-            Ok(Order::At(guard, at)) => deadlines.add(at, guard),
+            Ok(order) => queue.add(order),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -99,5 +144,19 @@ mod tests {
         assert_eq!(deadlines.pop_due(at(25)), Some(guard(1)));
         assert_eq!(deadlines.pop_due(at(25)), Some(guard(2)));
         assert_eq!(deadlines.pop_due(at(25)), None);
+    }
+
+    #[test]
+    fn who_is_waited_for_comes_before_what_is_merely_unused() {
+        let start = Instant::now();
+        let guard = GuardId::simulated;
+        let mut queue = Queue::default();
+        queue.add(Order::Idle(guard(1)));
+        queue.add(Order::Idle(guard(2)));
+        queue.add(Order::Now(guard(3)));
+        queue.add(Order::At(guard(4), start));
+        queue.add(Order::At(guard(5), start + Duration::from_secs(1)));
+        let popped: Vec<_> = std::iter::from_fn(|| queue.pop(start)).collect();
+        assert_eq!(popped, [guard(4), guard(3), guard(1), guard(2)]);
     }
 }

@@ -3,16 +3,17 @@
 use std::collections::HashMap;
 use std::mem;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use pinfold_leases::{
-    Description, FenceFailed, Fenced, Guard, GuardId, GuardState, GuardTier, Mapping, MappingKind,
-    Released,
+    BreakKind, Description, FenceFailed, Fenced, Guard, GuardId, GuardState, GuardTier, Mapping,
+    MappingKind, Released,
 };
 use tokio::sync::watch;
 
-use crate::error::{Result, with_causes};
+use crate::error::Result;
 use crate::fabric::Segment;
 use crate::ids::PinId;
 
@@ -28,6 +29,9 @@ pub(crate) struct HeldFile {
     mapping: Mutex<Option<Arc<Mapping>>>,
     map_sync: bool,
     segments: Mutex<HashMap<PinId, Vec<Segment>>>,
+    /// Segments whose deregistration failed: their keys live until a later try succeeds.
+    failed: Mutex<Vec<Segment>>,
+    fence_failures: AtomicU32,
     released: watch::Sender<bool>,
 }
 
@@ -49,6 +53,8 @@ impl HeldFile {
             map_sync: mapping.map_sync(),
             mapping: Mutex::new(Some(Arc::new(mapping))),
             segments: Mutex::default(),
+            failed: Mutex::default(),
+            fence_failures: AtomicU32::new(0),
             released: watch::Sender::new(false),
         }
     }
@@ -88,10 +94,19 @@ impl HeldFile {
         locked(&self.mapping).clone()
     }
 
-    /// Whether the kernel's promise still holds.
-    pub(crate) fn guard_holds(&self) -> bool {
-        let guard = locked(&self.guard);
-        guard.as_ref().is_some_and(|guard| matches!(guard.state(), Ok(GuardState::Held)))
+    /// Whether somebody wants the file, as the kernel says now; also once the guard is let go.
+    pub(crate) fn broken(&self) -> Option<BreakKind> {
+        match locked(&self.guard).as_ref().map(Guard::state) {
+            Some(Ok(GuardState::Held)) => None,
+            Some(Ok(GuardState::Broken(kind))) => Some(kind),
+            // Not to know is to assume the worst.
+            Some(Err(_)) | None => Some(BreakKind::Writer),
+        }
+    }
+
+    /// Whether the kernel has let somebody through on its own, or we have.
+    pub(crate) fn lapsed(&self) -> bool {
+        locked(&self.guard).as_ref().is_none_or(Guard::lapsed)
     }
 
     /// Takes the regions of a pin in.
@@ -102,13 +117,37 @@ impl HeldFile {
     /// Deregisters the regions of one pin. How many failed: their keys live.
     pub(crate) fn drop_segments(&self, pin: PinId) -> usize {
         let segments = locked(&self.segments).remove(&pin);
-        deregister(&self.path, segments.unwrap_or_default())
+        self.deregister(segments.unwrap_or_default())
     }
 
-    /// Deregisters whatever is registered. How many failed.
+    /// Deregisters whatever is registered, and tries again what failed before. How many failed.
     pub(crate) fn drop_all_segments(&self) -> usize {
-        let all = mem::take(&mut *locked(&self.segments));
-        all.into_values().map(|segments| deregister(&self.path, segments)).sum()
+        let mut all = mem::take(&mut *locked(&self.failed));
+        let live = mem::take(&mut *locked(&self.segments));
+        all.extend(live.into_values().flatten());
+        self.deregister(all)
+    }
+
+    fn deregister(&self, segments: Vec<Segment>) -> usize {
+        let mut failed = 0;
+        for segment in segments {
+            if let Err((segment, error)) = segment.deregister() {
+                tracing::error!(path = %self.path.display(), error, "a memory region could not be deregistered");
+                locked(&self.failed).push(segment);
+                failed += 1;
+            }
+        }
+        failed
+    }
+
+    /// Whether regions are left whose deregistration failed.
+    pub(crate) fn has_failed_segments(&self) -> bool {
+        !locked(&self.failed).is_empty()
+    }
+
+    /// Counts a fence that was not complete; returns how many there have been.
+    pub(crate) fn count_fence_failure(&self) -> u32 {
+        self.fence_failures.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Cuts everything off. Regions that pin pages are deregistered, since nothing else cuts those.
@@ -126,12 +165,14 @@ impl HeldFile {
     pub(crate) fn release(&self, fenced: Fenced) -> Option<Released> {
         let guard = locked(&self.guard).take()?;
         match guard.release(fenced) {
-            Ok(released) => {
-                self.released.send_replace(true);
-                Some(released)
-            }
+            Ok(released) => Some(released),
             Err(wrong) => unreachable!("this mapping's own fence: {wrong}"),
         }
+    }
+
+    /// Wakes who waits for the release, once the registry knows of it.
+    pub(crate) fn announce_release(&self) {
+        self.released.send_replace(true);
     }
 
     /// Waits until the guard has been let go.
@@ -148,17 +189,6 @@ impl HeldFile {
         drop(locked(&self.mapping).take());
         (deregistered, Instant::now(), failed)
     }
-}
-
-fn deregister(path: &Path, segments: Vec<Segment>) -> usize {
-    segments
-        .into_iter()
-        .filter_map(|segment| segment.deregister().err())
-        .inspect(|error| {
-            let error = with_causes(error);
-            tracing::error!(path = %path.display(), error, "a memory region could not be deregistered");
-        })
-        .count()
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// A session's name and its secret: 16 random bytes. Not printed, since it is all that a client
 /// needs to act as the session.
-#[derive(Clone, Copy, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) struct SessionId([u8; 16]);
 
 impl SessionId {

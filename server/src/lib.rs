@@ -34,6 +34,9 @@ use config::Config;
 use engine::Engine;
 use service::Service;
 
+/// How long clients may take to close their connections once everything has been taken back.
+const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(2);
+
 /// A server that has tested its device and opened its exports.
 #[derive(Debug)]
 pub struct Server {
@@ -44,9 +47,8 @@ pub struct Server {
 impl Server {
     /// Opens the exports, tests the device, starts the threads.
     pub async fn start(config: Config) -> Result<Self> {
-        let runtime = tokio::runtime::Handle::current();
         let for_engine = config.clone();
-        let engine = tokio::task::spawn_blocking(move || Engine::start(&for_engine, runtime)).await;
+        let engine = tokio::task::spawn_blocking(move || Engine::start(&for_engine)).await;
         Ok(Self { engine: engine.map_err(|_| Error::Task)??, config })
     }
 
@@ -58,15 +60,27 @@ impl Server {
     ) -> Result<(), tonic::transport::Error> {
         let engine = std::sync::Arc::clone(&self.engine);
         let service = PinfoldServer::new(Service::new(self.engine, self.config));
+        let (gone, all_taken_back) = tokio::sync::oneshot::channel();
         let going_down = async move {
             shutdown.await;
             engine.shut_down().await;
+            // Nobody waits: the connections have closed already.
+            let _ = gone.send(());
         };
         // A notice must not wait for the acknowledgement of the message before it.
         let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
-        tonic::transport::Server::builder()
+        let serving = tonic::transport::Server::builder()
             .add_service(service)
-            .serve_with_incoming_shutdown(connections, going_down)
-            .await
+            .serve_with_incoming_shutdown(connections, going_down);
+        tokio::select! {
+            served = serving => served,
+            // A client with a call under way, or one that reads nothing, does not keep us here.
+            () = async {
+                if all_taken_back.await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                tokio::time::sleep(LAST_WORDS).await;
+            } => Ok(()),
+        }
     }
 }

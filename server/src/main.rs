@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
@@ -9,8 +10,10 @@ use pinfold_server::Server;
 use pinfold_server::config::{
     Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_listen_address,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_appender::non_blocking::WorkerGuard;
 
 /// Lets remote machines write into files by RDMA, and takes the right back before the file system
 /// moves the bytes.
@@ -50,17 +53,35 @@ enum LogFormat {
     Json,
 }
 
+/// How long a blocking call of a client may go on after everything has been taken back.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+
 fn main() -> Result<()> {
     let args = Args::parse();
-    start_log(args.log_format);
+    let _flushed_at_exit = start_log(args.log_format);
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run(args))
+    let served = runtime.block_on(run(args));
+    runtime.shutdown_timeout(LAST_CALLS);
+    served
 }
 
-fn start_log(format: LogFormat) {
+/// Every guarded file takes a descriptor, and the usual soft limit is 1024.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "could not raise the limit of open files");
+    }
+}
+
+/// The log goes through a thread of its own and loses lines rather than wait: a terminal or pipe
+/// that nobody reads must not hold up the thread on which fences fall.
+fn start_log(format: LogFormat) -> WorkerGuard {
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
     match format {
         LogFormat::Text => {
             use std::io::IsTerminal;
@@ -68,6 +89,7 @@ fn start_log(format: LogFormat) {
         }
         LogFormat::Json => log.json().flatten_event(true).init(),
     }
+    guard
 }
 
 async fn run(args: Args) -> Result<()> {

@@ -11,10 +11,10 @@
 //!     └───────────── the last pin is gone ──────────┘
 //! ```
 //!
-//! Nothing new starts on a file that is not `Held`. A commit counts as durable in `Held`,
-//! `Draining` and `Fencing`: before the release.
+//! Nothing new starts on a file that is not `Held`. A commit counts as durable if its flush ended
+//! before the fence was complete, and so before the release.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,8 @@ impl Default for Limits {
     }
 }
 
-/// How many revoked pins of a session are remembered, so that a late commit is told "stale".
+/// How many revoked pins of a session are remembered at least, so that a late commit is told
+/// "stale".
 const REMEMBERED_PINS: usize = 1024;
 
 /// What a client may do with a pin.
@@ -85,6 +86,8 @@ pub(crate) enum Action {
     FenceNow {
         /// Which file.
         guard: GuardId,
+        /// Whether somebody waits for it.
+        urgent: bool,
     },
     /// Tell a session that its pins are gone.
     NotifyRevoked {
@@ -105,6 +108,8 @@ pub(crate) enum Action {
         guard: GuardId,
         /// Which pin.
         pin: PinId,
+        /// Whose.
+        session: SessionId,
     },
     /// Destroy a session's queue pair and forget the session.
     DropSession {
@@ -116,7 +121,7 @@ pub(crate) enum Action {
 /// When each step of a revocation was done, from the break on.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Timings {
-    /// The sessions were told.
+    /// The news was there, and the sessions were about to be told.
     pub noticed: Duration,
     /// The last pin was drained; `None` if the budget ran out first.
     pub drained: Option<Duration>,
@@ -199,7 +204,7 @@ pub(crate) struct Registry {
 struct Session {
     pins: BTreeSet<PinId>,
     /// Newest last.
-    revoked: Vec<(PinId, Generation)>,
+    revoked: VecDeque<PinId>,
 }
 
 #[derive(Debug)]
@@ -213,8 +218,15 @@ struct File {
 #[derive(Debug)]
 enum Phase {
     Held,
-    Draining { revocation: Revocation, waiting: BTreeSet<PinId> },
-    Fencing { revocation: Option<Revocation> },
+    Draining {
+        revocation: Revocation,
+        waiting: BTreeSet<PinId>,
+    },
+    /// `fenced`: nothing lands any more, so no flush that ends now covers anything new.
+    Fencing {
+        revocation: Option<Revocation>,
+        fenced: bool,
+    },
     Released,
 }
 
@@ -335,8 +347,8 @@ impl Registry {
         if !matches!(file.phase, Phase::Held) || !file.pins.is_empty() {
             return None;
         }
-        file.phase = Phase::Fencing { revocation: None };
-        Some(Action::FenceNow { guard })
+        file.phase = Phase::Fencing { revocation: None, fenced: false };
+        Some(Action::FenceNow { guard, urgent: false })
     }
 
     /// Whether a file is in the state in which pins can be made.
@@ -393,7 +405,7 @@ impl Registry {
         now: Instant,
     ) -> Result<Vec<Action>, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        if holder.revoked.iter().any(|(revoked, _)| *revoked == pin) {
+        if holder.revoked.contains(&pin) {
             return Ok(Vec::new());
         }
         if !holder.pins.contains(&pin) {
@@ -409,15 +421,17 @@ impl Registry {
         }
         let Some(file) = self.files.get_mut(&pin.guard) else { return Vec::new() };
         file.pins.remove(&id);
-        let mut actions = vec![Action::DropRegions { guard: pin.guard, pin: id }];
+        // Orders first: a deregistration that hangs must not keep a fence from falling.
+        let mut actions = Vec::new();
         match &file.phase {
             Phase::Held if file.pins.is_empty() => {
-                file.phase = Phase::Fencing { revocation: None };
-                actions.push(Action::FenceNow { guard: pin.guard });
+                file.phase = Phase::Fencing { revocation: None, fenced: false };
+                actions.push(Action::FenceNow { guard: pin.guard, urgent: false });
             }
             Phase::Draining { .. } => actions.extend(self.pin_drained(pin.guard, id, now)),
             _ => {}
         }
+        actions.push(Action::DropRegions { guard: pin.guard, pin: id, session: pin.session });
         actions
     }
 
@@ -454,8 +468,13 @@ impl Registry {
     ) -> Vec<Action> {
         // Unknown: it was released while the news was under way.
         let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
-        if !matches!(file.phase, Phase::Held) {
-            return Vec::new();
+        match file.phase {
+            Phase::Held => {}
+            // It was going anyway; now somebody waits for it.
+            Phase::Fencing { revocation: None, .. } => {
+                return vec![Action::FenceNow { guard, urgent: true }];
+            }
+            _ => return Vec::new(),
         }
         let waiting: BTreeSet<PinId> =
             file.pins.iter().copied().filter(|pin| self.pins[pin].live).collect();
@@ -467,8 +486,8 @@ impl Registry {
             let drained = waiting.is_empty().then_some(now - since);
             let timings = Timings { drained, ..timings };
             let revocation = Revocation { timings, ..revocation };
-            file.phase = Phase::Fencing { revocation: Some(revocation) };
-            return vec![Action::FenceNow { guard }];
+            file.phase = Phase::Fencing { revocation: Some(revocation), fenced: false };
+            return vec![Action::FenceNow { guard, urgent: true }];
         }
         let mut actions: Vec<Action> = by_session(&self.pins, &waiting)
             .into_iter()
@@ -507,8 +526,8 @@ impl Registry {
             return None;
         }
         revocation.timings.drained = Some(now - revocation.since);
-        file.phase = Phase::Fencing { revocation: Some(*revocation) };
-        Some(Action::FenceNow { guard })
+        file.phase = Phase::Fencing { revocation: Some(*revocation), fenced: false };
+        Some(Action::FenceNow { guard, urgent: true })
     }
 
     /// The fence is due: by order, or because the deadline of a drain has come. True if it is still
@@ -516,16 +535,17 @@ impl Registry {
     pub(crate) fn fence_due(&mut self, guard: GuardId) -> bool {
         let Some(file) = self.files.get_mut(&guard) else { return false };
         if let Phase::Draining { revocation, .. } = &file.phase {
-            file.phase = Phase::Fencing { revocation: Some(*revocation) };
+            file.phase = Phase::Fencing { revocation: Some(*revocation), fenced: false };
         }
         matches!(file.phase, Phase::Fencing { .. })
     }
 
     /// The fence is complete.
     pub(crate) fn fenced(&mut self, guard: GuardId, now: Instant) {
-        if let Some(File { phase: Phase::Fencing { revocation: Some(revocation) }, .. }) =
-            self.files.get_mut(&guard)
-        {
+        let Some(file) = self.files.get_mut(&guard) else { return };
+        let Phase::Fencing { revocation, fenced } = &mut file.phase else { return };
+        *fenced = true;
+        if let Some(revocation) = revocation {
             revocation.timings.fenced = now - revocation.since;
         }
     }
@@ -540,7 +560,7 @@ impl Registry {
         break_pending: impl FnOnce(Duration) -> bool,
     ) -> (Vec<Action>, Option<Record>) {
         let Some(file) = self.files.get_mut(&guard) else { return (Vec::new(), None) };
-        let Phase::Fencing { revocation } = &file.phase else { return (Vec::new(), None) };
+        let Phase::Fencing { revocation, .. } = &file.phase else { return (Vec::new(), None) };
         let revocation = *revocation;
         file.phase = Phase::Released;
         let generation = file.generation;
@@ -549,7 +569,7 @@ impl Registry {
             gone.iter().copied().filter(|pin| self.pins[pin].live).collect();
         let sessions = by_session(&self.pins, &live);
         for pin in &gone {
-            self.forget_revoked(*pin, generation);
+            self.forget_revoked(*pin);
         }
         let Some(revocation) = revocation else { return (Vec::new(), None) };
         let released = now - revocation.since;
@@ -576,14 +596,15 @@ impl Registry {
         (actions, Some(record))
     }
 
-    fn forget_revoked(&mut self, id: PinId, generation: Generation) {
+    fn forget_revoked(&mut self, id: PinId) {
+        let remembered = self.limits.pins_per_session.max(REMEMBERED_PINS);
         let Some(pin) = self.pins.remove(&id) else { return };
         let Some(session) = self.sessions.get_mut(&pin.session) else { return };
         session.pins.remove(&id);
-        if session.revoked.len() >= REMEMBERED_PINS {
-            session.revoked.remove(0);
+        if session.revoked.len() >= remembered {
+            session.revoked.pop_front();
         }
-        session.revoked.push((id, generation));
+        session.revoked.push_back(id);
     }
 
     /// Everything of this guarding is deregistered, unmapped and closed.
@@ -599,7 +620,13 @@ impl Registry {
         self.files.is_empty()
     }
 
-    /// Checks that a commit may start. After its flush, [`Registry::demand_unreleased`] decides.
+    /// The sessions that have pins on a file.
+    pub(crate) fn sessions_on(&self, guard: GuardId) -> BTreeSet<SessionId> {
+        let Some(file) = self.files.get(&guard) else { return BTreeSet::new() };
+        file.pins.iter().map(|pin| self.pins[pin].session).collect()
+    }
+
+    /// Checks that a commit may start. After its flush, [`Registry::demand_unfenced`] decides.
     pub(crate) fn begin_commit(
         &self,
         session: SessionId,
@@ -607,26 +634,28 @@ impl Registry {
         asked: Generation,
     ) -> Result<PinView, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        if holder.revoked.iter().any(|(revoked, _)| *revoked == pin) {
+        if holder.revoked.contains(&pin) {
             return Err(Refusal::Stale { pin, asked });
         }
         let entry = self.pins.get(&pin).filter(|entry| entry.live && entry.session == session);
         let entry = entry.ok_or(Refusal::UnknownPin { pin })?;
-        self.demand_unreleased(entry.guard, pin, asked)?;
+        self.demand_unfenced(entry.guard, pin, asked)?;
         Ok(PinView { guard: entry.guard, range: entry.range.clone() })
     }
 
-    /// A flush that returned before the release made its range durable; later it is stale.
-    pub(crate) fn demand_unreleased(
+    /// A flush that returned before the fence was complete made its range durable; later it is
+    /// stale, since the file may be another's before anybody looks.
+    pub(crate) fn demand_unfenced(
         &self,
         guard: GuardId,
         pin: PinId,
         asked: Generation,
     ) -> Result<(), Refusal> {
         match self.files.get(&guard) {
-            Some(file) if file.generation == asked && !matches!(file.phase, Phase::Released) => {
-                Ok(())
+            Some(File { phase: Phase::Fencing { fenced: true, .. } | Phase::Released, .. }) => {
+                Err(Refusal::Stale { pin, asked })
             }
+            Some(file) if file.generation == asked => Ok(()),
             _ => Err(Refusal::Stale { pin, asked }),
         }
     }
@@ -650,14 +679,13 @@ pub(crate) struct Record {
 }
 
 /// Pins grouped by session, both in a fixed order.
-fn by_session(pins: &HashMap<PinId, Pin>, which: &BTreeSet<PinId>) -> Vec<(SessionId, Vec<PinId>)> {
-    let mut groups: Vec<(SessionId, Vec<PinId>)> = Vec::new();
+fn by_session(
+    pins: &HashMap<PinId, Pin>,
+    which: &BTreeSet<PinId>,
+) -> BTreeMap<SessionId, Vec<PinId>> {
+    let mut groups: BTreeMap<SessionId, Vec<PinId>> = BTreeMap::new();
     for pin in which {
-        let session = pins[pin].session;
-        match groups.iter_mut().find(|(other, _)| *other == session) {
-            Some((_, group)) => group.push(*pin),
-            None => groups.push((session, vec![*pin])),
-        }
+        groups.entry(pins[pin].session).or_default().push(*pin);
     }
     groups
 }
@@ -759,7 +787,7 @@ mod tests {
             "b is not theirs"
         );
         world.pass(10);
-        let fence = Action::FenceNow { guard: guard(1) };
+        let fence = Action::FenceNow { guard: guard(1), urgent: true };
         assert_eq!(world.registry.drained(session(2), &[b], world.now), [fence]);
         world.pass(5);
         let (actions, record) = world.released(1);
@@ -785,7 +813,7 @@ mod tests {
         let mut world = World::new();
         world.file(1);
         world.registry.begin_pin(session(1), guard(1), 0..1).unwrap();
-        assert_eq!(world.broken(1), [Action::FenceNow { guard: guard(1) }]);
+        assert_eq!(world.broken(1), [Action::FenceNow { guard: guard(1), urgent: true }]);
     }
 
     #[test]
@@ -796,7 +824,7 @@ mod tests {
         let kind = BreakKind::Reader;
         let actions =
             world.registry.handle_break(guard(1), kind, world.now, world.now, Duration::ZERO);
-        assert_eq!(actions, [Action::FenceNow { guard: guard(1) }]);
+        assert_eq!(actions, [Action::FenceNow { guard: guard(1), urgent: true }]);
         let (actions, _) = world.released(1);
         assert!(matches!(&actions[..], [Action::NotifyRevoked { pins, .. }] if *pins == [pin]));
     }
@@ -822,11 +850,14 @@ mod tests {
         world.broken(1);
         assert!(commit(&world).is_ok(), "draining");
         assert!(world.registry.fence_due(guard(1)));
-        assert!(commit(&world).is_ok(), "fenced, not released");
+        assert!(commit(&world).is_ok(), "the fence is due, not complete");
+        world.registry.fenced(guard(1), world.now);
+        let fenced = Err(Refusal::Stale { pin, asked: generation });
+        assert_eq!(commit(&world), fenced, "fenced, not released");
         world.released(1);
         let stale = Err(Refusal::Stale { pin, asked: generation });
         assert_eq!(commit(&world), stale);
-        let flushed_too_late = world.registry.demand_unreleased(guard(1), pin, generation);
+        let flushed_too_late = world.registry.demand_unfenced(guard(1), pin, generation);
         assert_eq!(flushed_too_late, Err(Refusal::Stale { pin, asked: generation }));
         assert_eq!(world.registry.unpin(session(1), pin, world.now), Ok(Vec::new()));
     }
@@ -866,11 +897,12 @@ mod tests {
         let mut world = World::new();
         world.file(1);
         let (a, b) = (world.pin(1, 1), world.pin(1, 1));
-        let dropped = |pin| Action::DropRegions { guard: guard(1), pin };
+        let dropped = |pin| Action::DropRegions { guard: guard(1), pin, session: session(1) };
         assert_eq!(world.registry.unpin(session(1), a, world.now), Ok(vec![dropped(a)]));
-        let fence = Action::FenceNow { guard: guard(1) };
-        assert_eq!(world.registry.unpin(session(1), b, world.now), Ok(vec![dropped(b), fence]));
-        assert_eq!(world.broken(1), [], "it is going already");
+        let idle = Action::FenceNow { guard: guard(1), urgent: false };
+        assert_eq!(world.registry.unpin(session(1), b, world.now), Ok(vec![idle, dropped(b)]));
+        let urgent = Action::FenceNow { guard: guard(1), urgent: true };
+        assert_eq!(world.broken(1), [urgent], "it is going already, but now somebody waits");
         assert_eq!(world.released(1), (Vec::new(), None));
         world.registry.retired(guard(1));
         assert!(world.registry.is_idle());
@@ -886,8 +918,8 @@ mod tests {
             world.registry.end_session(session(1), world.now),
             [
                 Action::DropSession { session: session(1) },
-                Action::DropRegions { guard: guard(1), pin },
-                Action::FenceNow { guard: guard(1) }
+                Action::FenceNow { guard: guard(1), urgent: true },
+                Action::DropRegions { guard: guard(1), pin, session: session(1) }
             ]
         );
         assert_eq!(world.registry.demand_session(session(1)), Err(Refusal::UnknownSession));
@@ -927,7 +959,11 @@ mod tests {
         world.file(2);
         world.pin(1, 1);
         let actions = world.registry.shut_down(world.now, BUDGET);
-        assert_eq!(actions.last(), Some(&Action::FenceNow { guard: guard(2) }), "nobody is on 2");
+        assert_eq!(
+            actions.last(),
+            Some(&Action::FenceNow { guard: guard(2), urgent: true }),
+            "nobody is on 2"
+        );
         assert_eq!(world.registry.open_session(session(3)), Err(Refusal::ShuttingDown));
         assert_eq!(world.registry.add_file(inode(3), guard(3)), Err(Refusal::ShuttingDown));
     }

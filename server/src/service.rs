@@ -63,7 +63,7 @@ impl Pinfold for Service {
         self.engine.demand_session(wire::session_id(&request.session_id)?)?;
         let if_exists = request.if_exists();
         let path = wire::path(&request.path)?;
-        let (export, size) = (request.export, request.size);
+        let (export, size) = (request.export, wire::file_size(request.size)?);
         let made = self.engine.create(export.clone(), path.clone(), size).await;
         let (identity, created) = match made {
             Err(Error::File(pinfold_leases::Error::Exists { .. }))

@@ -38,8 +38,13 @@ pub(crate) async fn start(
     let welcome = wire::welcome(welcome(&engine, config, id));
     // The queue is empty and its other end is held here.
     let _ = outbox.try_send(Ok(welcome));
-    let keeper =
-        Keeper { engine, id, outbox: outbox.downgrade(), time_to_live: config.time_to_live };
+    let keeper = Keeper {
+        engine,
+        id,
+        outbox: outbox.downgrade(),
+        time_to_live: config.time_to_live,
+        pins_at_most: config.limits.pins_per_session,
+    };
     tokio::spawn(keeper.run(requests));
     Ok(events)
 }
@@ -81,6 +86,7 @@ struct Keeper {
     /// Weak, so that the stream ends when the engine forgets the session.
     outbox: WeakOutbox,
     time_to_live: Duration,
+    pins_at_most: usize,
 }
 
 impl Keeper {
@@ -104,6 +110,9 @@ impl Keeper {
                 // A full outbox: the client does not read; it will miss the reply and notice.
                 let reply = Ok(wire::heartbeat_reply(beat.sequence));
                 let _ = self.outbox.upgrade().map(|outbox| outbox.try_send(reply));
+            }
+            Some(Message::Drained(drained)) if drained.pin_ids.len() > self.pins_at_most => {
+                tracing::warn!(session = %self.id, "drained more pins than a session can hold");
             }
             Some(Message::Drained(drained)) => {
                 let pins: Vec<PinId> = drained.pin_ids.into_iter().map(PinId).collect();

@@ -36,7 +36,9 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::ExportNotFound { .. } => (Code::NotFound, Reason::ExportNotFound),
         Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FilePinned { .. } => (Code::FailedPrecondition, Reason::FilePinned),
-        Error::BadRange { .. } => (Code::InvalidArgument, Reason::BadRange),
+        Error::BadRange { .. } | Error::MisalignedPin { .. } => {
+            (Code::InvalidArgument, Reason::BadRange)
+        }
         Error::RangePastEnd { .. } => (Code::OutOfRange, Reason::RangePastEnd),
         Error::NoRdmaDevice { .. } => (Code::FailedPrecondition, Reason::NoRdmaDevice),
         Error::NoQueuePair => (Code::FailedPrecondition, Reason::NoQueuePair),
@@ -44,7 +46,20 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
         Error::StillDraining { .. } => (Code::Unavailable, Reason::FileDraining),
-        Error::Verbs(_) | Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
+        Error::Verbs(error) => of_verbs(error),
+        Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
+    }
+}
+
+fn of_verbs(error: &pinfold_verbs::Error) -> (Code, Reason) {
+    use pinfold_verbs::Error as E;
+    match error {
+        E::BadEndpoint { .. } => (Code::InvalidArgument, Reason::MalformedRequest),
+        E::MemlockExceeded { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
+        E::PinRefused { .. } | E::PinFault { .. } | E::NoOnDemandPaging { .. } => {
+            (Code::FailedPrecondition, Reason::DeviceCannotRegister)
+        }
+        _ => (Code::Internal, Reason::Internal),
     }
 }
 
@@ -67,7 +82,9 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::NotRegular { .. } => (Code::InvalidArgument, Reason::NotARegularFile),
         FileError::Denied { .. } => (Code::PermissionDenied, Reason::PermissionDenied),
         FileError::Busy { .. } => (Code::FailedPrecondition, Reason::FileBusy),
-        FileError::NoGuard { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
+        FileError::NoGuard { .. } | FileError::UnknownFileSystem { .. } => {
+            (Code::FailedPrecondition, Reason::UnsupportedFile)
+        }
         FileError::NoSpace { .. } => (Code::ResourceExhausted, Reason::NoSpace),
         FileError::Broken | FileError::AlreadyFenced => (Code::Unavailable, Reason::FileDraining),
         FileError::OutOfMapping { .. } => (Code::OutOfRange, Reason::RangePastEnd),

@@ -36,6 +36,14 @@ pub(crate) fn path(path: &str) -> Result<RelativePath> {
     Ok(RelativePath::parse(path)?)
 }
 
+/// A size that a file can have (`off_t`).
+pub(crate) fn file_size(size: u64) -> Result<u64> {
+    if i64::try_from(size).is_err() {
+        return Err(malformed(format!("{size} bytes are more than a file can hold")));
+    }
+    Ok(size)
+}
+
 fn range(range: v1::ByteRange) -> Range<u64> {
     range.start..range.end
 }
