@@ -1,12 +1,13 @@
 //! `demo`: from a fresh clone to Pinfold at work in the lab, in one command.
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::Result;
 
 use crate::vm::{self, End, Job, Options};
-use crate::{cargo, setup};
+use crate::{cargo, setup, terminal};
 
 /// The demo takes a minute; an emulated and busy machine more.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -18,6 +19,21 @@ pub(crate) fn run(options: &Options) -> Result<End> {
     let programs = cargo::programs()?;
     let mut bin_dir = OsString::from("PINFOLD_BIN_DIR=");
     bin_dir.push(&programs);
-    let argv = vec!["env".into(), bin_dir, programs.join("demo").into_os_string()];
+    let mut argv = vec!["env".into(), bin_dir, programs.join("demo").into_os_string()];
+    argv.extend(screen().into_iter().map(OsString::from));
     vm::run(options, &Job::Run(argv, LIMIT), &None)
+}
+
+/// What the program can't see from inside the guest: whether its output ends at a terminal.
+fn screen() -> Vec<String> {
+    if !std::io::stdout().is_terminal() {
+        return Vec::new();
+    }
+    let (_, columns) = terminal::size();
+    let mut args = vec!["--width".to_owned(), columns.to_string()];
+    // https://no-color.org
+    if std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) {
+        args.push("--colour".to_owned());
+    }
+    args
 }
