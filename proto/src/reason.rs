@@ -109,6 +109,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_protocol_page_tells_of_every_reason() {
+        let page = include_str!("../../docs/protocol.md");
+        for reason in Reason::ALL {
+            assert!(page.contains(&format!("\n| `{reason}` |")), "{reason}");
+        }
+    }
+
+    #[test]
     fn every_reason_survives_the_wire() {
         for reason in Reason::ALL {
             assert_eq!(reason.as_str().parse(), Ok(*reason));
