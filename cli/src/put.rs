@@ -100,6 +100,7 @@ async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Repor
     }
     let request = PinRequest::read_write(export, path).expect_identity(made.identity);
     let pin = Arc::new(session.pin(request).await?);
+    check_size(args, source.len, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
     let mut events = session.events();
     let copied = copy(session, args, &source, &pin, &progress).await;
@@ -119,6 +120,21 @@ async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Repor
         let _ = pin.unpin().await;
     }
     Ok(Report::new(args, made.created, begin, &progress, flush))
+}
+
+/// Between its making and its pin the file is anybody's: one that was cut takes only a part of the
+/// bytes, and one that grew would keep more behind them.
+fn check_size(args: &Put, made: u64, found: u64) -> Result<(), Failure> {
+    if found == made {
+        return Ok(());
+    }
+    let what = format!(
+        "cannot put {} into {}: a process on the storage host changed its size from {made} to \
+         {found} bytes meanwhile",
+        args.local.display(),
+        args.file,
+    );
+    Err(Failure::new(Exit::Revoked, what).or_hint(AGAIN))
 }
 
 /// What is known about the bytes when a copy fails: the commit comes last.
