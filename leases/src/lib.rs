@@ -61,7 +61,7 @@
 //! delegation does), and neither sees `fallocate` through a description that exists already; but a
 //! guard is granted only while no other description does. And it fails open: after
 //! `lease-break-time` the kernel lets the breaker through whatever the holder does. Who must not
-//! be late fences well before ([`lease_break_time`]).
+//! be late fences well before ([`LeaseBreakTime`]).
 
 mod description;
 mod error;
