@@ -13,6 +13,7 @@ use crate::{
 const PAGE: usize = 4096;
 const PAGES: u64 = 64;
 const LEFT: u64 = PAGES / 2;
+const OTHER_PINS: usize = 32;
 
 /// Somebody truncates a file on tmpfs while a client that does not listen writes to it. There are
 /// no page tables to follow here: only deregistering cuts the writes off, and what would land
@@ -31,6 +32,11 @@ pub async fn truncate_under_pinned_registration(lab: Lab, tier: GuardTier) {
     // The path MTU is the connection's: it is set by what fs-DAX needs, where that works.
     assert_eq!(grant.quirks, Quirks { start_alignment_bytes: 1, path_mtu_bytes: 0 });
     let key = grant.segments[0];
+    // More regions to deregister: whoever would not wait for all of them is far too early.
+    let mut others = Vec::new();
+    for _ in 0..OTHER_PINS {
+        others.push(deaf.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap());
+    }
     not_durable(&pin.commit().await.unwrap_err(), &lab);
 
     let mut acknowledged = vec![None; PAGES as usize];
@@ -41,11 +47,13 @@ pub async fn truncate_under_pinned_registration(lab: Lab, tier: GuardTier) {
         let page = round % PAGES;
         let (offset, pattern) = (page * PAGE as u64, Pattern(round + 1));
         pattern.fill(offset, buffer.as_mut_slice());
+        let cut = truncation.as_ref().is_some_and(Truncation::is_done);
         let (back, status) =
             deaf.raw_write(remote_slice(&key, offset, PAGE), buffer).await.unwrap();
         if !status.is_success() {
             break (status, page);
         }
+        assert!(!cut, "a write that began after the truncate was taken, and is lost");
         buffer = back;
         acknowledged[page as usize] = Some(pattern);
         round += 1;

@@ -38,6 +38,11 @@ impl Truncation {
         Self(tokio::task::spawn_blocking(move || nix::unistd::truncate(&path, len)))
     }
 
+    /// Whether it has gone through already.
+    pub fn is_done(&self) -> bool {
+        self.0.is_finished()
+    }
+
     /// Waits until it has gone through.
     pub async fn done(self) {
         self.0.await.unwrap().unwrap();

@@ -105,6 +105,7 @@ on_each_file_system! {
         nix::unistd::mkfifo(&lab.path("fifo"), Mode::S_IRWXU).unwrap();
         symlink("/etc/passwd", lab.path("link")).unwrap();
         symlink("/etc", lab.path("away")).unwrap();
+        symlink("file", lab.path("inside")).unwrap();
 
         let outside = Answer {
             code: Code::InvalidArgument,
@@ -119,6 +120,7 @@ on_each_file_system! {
             (".", "it names the export itself"),
             ("link", "it crosses a symbolic link"),
             ("away/passwd", "it crosses a symbolic link"),
+            ("inside", "it crosses a symbolic link"),
         ] {
             let named = format!("{path:?} leaves the export");
             let says = [&named, why, "name a file by its path inside the export"];
