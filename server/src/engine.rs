@@ -203,8 +203,11 @@ impl Engine {
     pub(crate) async fn end_session(&self, id: SessionId) {
         let engine = self.arc();
         let ended = tokio::task::spawn_blocking(move || {
+            // The stream ends when these go, and a client takes its end for the end of its keys.
+            let parts = locked(&engine.sessions).get(&id).cloned();
             let actions = engine.registry().end_session(id, Instant::now());
             engine.perform(actions);
+            drop(parts);
         });
         if ended.await.is_err() {
             tracing::error!(session = %id, "ending a session failed");
