@@ -152,23 +152,65 @@ impl Description {
         // Allocating in one go gives contiguous extents, and says at once if there is no room.
         match rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old) {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
-            Err(e) => return Err(self.no_space(size - old, e.into())),
+            Err(e) => return Err(self.no_space(size - old, "fallocate", e.into())),
         }
-        write_zeroes(self.fd(), old..size).map_err(|e| self.no_space(size - old, e))
+        write_zeroes(self.fd(), old..size).map_err(|e| self.no_space(size - old, "pwrite", e))
     }
 
-    fn no_space(&self, bytes: u64, source: std::io::Error) -> Error {
+    fn no_space(&self, bytes: u64, call: &'static str, source: std::io::Error) -> Error {
         match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => {
                 Error::NoSpace { path: self.path().to_owned(), bytes, source }
             }
-            _ => self.failed("fallocate", source),
+            _ => self.failed(call, source),
         }
     }
 
     /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard.
     pub fn sync(&self) -> Result<()> {
         rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
+    }
+
+    /// Writes all of `data` at `offset` (pwrite(2)), through the kernel, so that nothing can fault.
+    /// Breaks no guard. The caller keeps within the file's size, which this would change.
+    pub fn write_at(&self, mut data: &[u8], mut offset: u64) -> Result<()> {
+        while !data.is_empty() {
+            let written = match rustix::io::pwrite(self.fd(), data, offset) {
+                Err(rustix::io::Errno::INTR) => continue,
+                written => {
+                    written.map_err(|e| self.no_space(data.len() as u64, "pwrite", e.into()))?
+                }
+            };
+            data = &data[written..];
+            offset += written as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills `data` from `offset` (pread(2)). Fails with `UnexpectedEof` past the file's end.
+    pub fn read_at(&self, mut data: &mut [u8], mut offset: u64) -> Result<()> {
+        while !data.is_empty() {
+            let read = match rustix::io::pread(self.fd(), &mut *data, offset) {
+                Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
+                Err(rustix::io::Errno::INTR) => continue,
+                read => read.map_err(Into::into),
+            }
+            .map_err(|source| self.failed("pread", source))?;
+            data = &mut data[read..];
+            offset += read as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes the file longer while it is guarded: allocated, reading as zeroes, flushed. fallocate
+    /// through the guarded description breaks no guard, as a change of size by other calls would.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let old = self.size()?;
+        if size > old {
+            rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old)
+                .map_err(|e| self.no_space(size - old, "fallocate", e.into()))?;
+        }
+        self.sync()
     }
 
     /// A reference that doesn't keep the description open.

@@ -127,6 +127,41 @@ impl Export {
         made
     }
 
+    /// Lists a folder, or the export itself where `path` is `None`, ordered by name. Opens no file.
+    pub fn list(&self, path: Option<&RelativePath>) -> Result<Vec<Entry>> {
+        let here = RelativePath(PathBuf::from("."));
+        let path = path.unwrap_or(&here);
+        let full = self.path.join(path.as_path());
+        let folder = self.open_beneath(path.as_path(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        let failed = |call| {
+            let full = full.clone();
+            move |e: rustix::io::Errno| Error::File { call, path: full, source: e.into() }
+        };
+        let mut entries = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&folder).map_err(failed("opendir"))? {
+            let name = entry.map_err(failed("readdir"))?.file_name().to_owned();
+            if name.as_c_str() == c"." || name.as_c_str() == c".." {
+                continue;
+            }
+            // Gone since it was read: not there.
+            if let Ok(attributes) = Attributes::at(&folder, &name) {
+                entries.push(Entry::new(name.to_string_lossy().into_owned(), &attributes));
+            }
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Removes a file's name and makes that durable. Who holds the file guarded must let it go
+    /// first: it would wait for itself.
+    pub fn remove(&self, path: &RelativePath) -> Result<()> {
+        let full = self.path.join(path.as_path());
+        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        rustix::fs::unlinkat(&folder, path.file_name()?, AtFlags::empty())
+            .map_err(|e| refusal(e.into(), "remove", path, &full))?;
+        sync_folder(&folder, &full)
+    }
+
     fn open_beneath(
         &self,
         what: &Path,
@@ -149,6 +184,44 @@ fn sync_folder(folder: &OwnedFd, path: &Path) -> Result<()> {
         path: path.to_owned(),
         source: e.into(),
     })
+}
+
+/// What a folder holds.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Entry {
+    /// The name in the folder.
+    pub name: String,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Names the inode for good.
+    pub identity: FileIdentity,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes of storage.
+    pub allocated: u64,
+}
+
+/// What a name stands for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum EntryKind {
+    /// A regular file, which can be guarded.
+    File,
+    /// A folder.
+    Folder,
+    /// A link, a device, a socket or a FIFO.
+    Other,
+}
+
+impl Entry {
+    fn new(name: String, attributes: &Attributes) -> Self {
+        let kind = match attributes.kind {
+            FileType::RegularFile => EntryKind::File,
+            FileType::Directory => EntryKind::Folder,
+            _ => EntryKind::Other,
+        };
+        let Attributes { identity, size, allocated, .. } = *attributes;
+        Self { name, kind, identity, size, allocated }
+    }
 }
 
 /// A file that was found but not opened.
@@ -214,9 +287,20 @@ pub(crate) struct Attributes {
 
 impl Attributes {
     pub(crate) fn of(fd: BorrowedFd<'_>, path: &Path) -> Result<Self> {
+        Self::read(fd, c"", AtFlags::EMPTY_PATH).map_err(|e| Error::File {
+            call: "statx",
+            path: path.to_owned(),
+            source: e.into(),
+        })
+    }
+
+    fn at(folder: &OwnedFd, name: &std::ffi::CStr) -> rustix::io::Result<Self> {
+        Self::read(folder.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW)
+    }
+
+    fn read(fd: BorrowedFd<'_>, name: &std::ffi::CStr, flags: AtFlags) -> rustix::io::Result<Self> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, mask)
-            .map_err(|e| Error::File { call: "statx", path: path.to_owned(), source: e.into() })?;
+        let stat = rustix::fs::statx(fd, name, flags, mask)?;
         let born = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
         let birth_time_ns = match u64::try_from(stat.stx_btime.tv_sec) {
             Ok(seconds) if born => {
