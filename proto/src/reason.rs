@@ -62,6 +62,8 @@ reasons! {
     FileChanged = "FILE_CHANGED",
     /// The file has pins that this operation would hurt.
     FilePinned = "FILE_PINNED",
+    /// An exclusive pin overlaps; the message names its holder.
+    RangeHeld = "RANGE_HELD",
     /// The file system can't guard or map the file.
     UnsupportedFile = "UNSUPPORTED_FILE",
     /// The range is empty or ends before it starts.
@@ -82,6 +84,8 @@ reasons! {
     UnknownPin = "UNKNOWN_PIN",
     /// The pin's generation is over: what was not committed before is not durable.
     StaleGeneration = "STALE_GENERATION",
+    /// The pin may only be read.
+    ReadOnlyPin = "READ_ONLY_PIN",
     /// A limit of the server.
     QuotaExceeded = "QUOTA_EXCEEDED",
     /// The server is going down.

@@ -16,6 +16,8 @@ pub(crate) struct Teardown {
     pub unmapped: Duration,
     /// Regions whose deregistration failed.
     pub failed_regions: usize,
+    /// Stream transfers that were still inside the kernel when the guard was let go.
+    pub late_stream_writes: usize,
 }
 
 /// Writes the record to the log, target `pinfold::audit`.
@@ -37,6 +39,7 @@ pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown
         unmapped_us = micros(teardown.unmapped),
         break_pending_at_release = timings.break_pending,
         failed_regions = teardown.failed_regions,
+        late_stream_writes = teardown.late_stream_writes,
         "revoked"
     );
 }
@@ -47,6 +50,8 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::Break(BreakKind::Reader) => "local reader",
         Reason::Break(BreakKind::Writer) => "local writer",
         Reason::Shutdown => "shutdown",
+        Reason::Shrink => "shrink",
+        Reason::Remove => "remove",
     }
 }
 

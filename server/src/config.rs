@@ -16,8 +16,8 @@ pub const DEFAULT_PORT: u16 = 7350;
 pub struct Config {
     /// Directories that clients may reach.
     pub exports: Vec<ExportConfig>,
-    /// Which RDMA device to use.
-    pub rdma_device: DeviceChoice,
+    /// Which RDMA devices to use; clients get the first unless they ask for another.
+    pub rdma_devices: Vec<DeviceChoice>,
     /// How often clients must give a sign of life.
     pub heartbeat_interval: Duration,
     /// A session that is silent for this long is over.
@@ -31,7 +31,7 @@ impl Config {
     pub fn new(exports: Vec<ExportConfig>) -> Self {
         Self {
             exports,
-            rdma_device: DeviceChoice::Auto,
+            rdma_devices: vec![DeviceChoice::Auto],
             heartbeat_interval: Duration::from_secs(2),
             time_to_live: Duration::from_secs(10),
             limits: Limits::default(),
@@ -75,6 +75,8 @@ pub enum DeviceChoice {
     Auto,
     /// This one or none: the server does not start without it.
     Named(String),
+    /// No device: everything goes by the stream path.
+    None,
 }
 
 impl FromStr for DeviceChoice {
@@ -82,8 +84,9 @@ impl FromStr for DeviceChoice {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "" => Err("name a device, or say auto".to_owned()),
+            "" => Err("name a device, or say auto or none".to_owned()),
             "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
             name => Ok(Self::Named(name.to_owned())),
         }
     }
@@ -94,6 +97,7 @@ impl fmt::Display for DeviceChoice {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Named(name) => f.write_str(name),
+            Self::None => f.write_str("none"),
         }
     }
 }

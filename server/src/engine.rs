@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    Break, BreakKind, Create, Description, Error as FileError, Export, FenceFailed, FileIdentity,
-    GuardId, LeaseBreakTime, Located, RelativePath, Watcher, WeakDescription, waiting_breakers,
+    Break, BreakKind, Create, Description, Entry, Error as FileError, Export, FenceFailed,
+    FileIdentity, GuardId, LeaseBreakTime, Located, Mapping, RelativePath, Watcher,
+    WeakDescription, waiting_breakers,
 };
 use pinfold_proto::v1;
-use pinfold_verbs::{Endpoint, Mtu};
-use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, mpsc};
+use pinfold_verbs::{Endpoint, Mtu, ProtectionDomain};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
 use crate::audit::{self, Teardown};
@@ -27,7 +28,9 @@ use crate::fabric::{self, Fabric, Link};
 use crate::fence::{self, Order};
 use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
-use crate::registry::{Action, PinAccess, Record, Refusal, Registry, Standing};
+use crate::registry::{
+    Action, PinAccess, Reason, Record, Refusal, Registry, Standing, Terms, Transport,
+};
 use crate::wire;
 
 /// A drain takes a third of lease-break-time, and never longer than this.
@@ -38,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const FENCE_RETRY_FIRST: Duration = Duration::from_millis(5);
 /// … and how late at most.
 const FENCE_RETRY_LAST: Duration = Duration::from_millis(100);
+/// Revocation records that a slow watcher may be behind.
+const RECORDS_KEPT: usize = 256;
 /// How soon a pin is tried again when what stands in its way will pass.
 const TRY_AGAIN: Duration = Duration::from_millis(20);
 /// Calls of clients that may block at a time.
@@ -57,7 +62,7 @@ pub(crate) struct Engine {
     registry: Mutex<Registry>,
     lease_break_time: LeaseBreakTime,
     exports: HashMap<String, Export>,
-    fabric: Option<Fabric>,
+    fabrics: Vec<Arc<Fabric>>,
     watcher: Watcher,
     fences: Sender<Order>,
     teardowns: Sender<Retired>,
@@ -68,6 +73,7 @@ pub(crate) struct Engine {
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
     retired: Notify,
+    records: broadcast::Sender<v1::RevocationRecord>,
 }
 
 /// What outlives one guarding of an inode.
@@ -94,6 +100,59 @@ struct SessionParts {
 struct Retired {
     file: Arc<HeldFile>,
     record: Option<Record>,
+    late_stream_writes: usize,
+}
+
+/// The ways by which a pin's bytes can travel; the stream path always can.
+#[derive(Debug)]
+pub(crate) struct Ways {
+    /// Offset, length, address and key of each region; none: by the stream path only.
+    pub segments: Vec<v1::Segment>,
+    /// The device's rules for this kind of registration.
+    pub quirks: v1::Quirks,
+    /// Why there are no segments.
+    pub no_rdma_because: String,
+}
+
+impl Ways {
+    fn stream(no_rdma_because: String) -> Self {
+        let quirks = v1::Quirks { start_alignment_bytes: 1, path_mtu_bytes: 0 };
+        Self { segments: Vec::new(), quirks, no_rdma_because }
+    }
+}
+
+/// How a client wants its bytes to travel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum TransportWish {
+    /// By RDMA where it can be.
+    Either,
+    /// By RDMA or not at all.
+    Rdma,
+    /// By the stream path only.
+    Stream,
+}
+
+/// Where a stream transfer starts, and on whose behalf.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StreamPiece {
+    /// Whose.
+    pub session: SessionId,
+    /// By which right.
+    pub pin: PinId,
+    /// Of which guarding.
+    pub generation: Generation,
+    /// In the file.
+    pub offset: u64,
+}
+
+/// What making a pin ready needs to know.
+struct Registration<'a> {
+    file: &'a HeldFile,
+    mapping: &'a Mapping,
+    pin: PinId,
+    range: &'a Range<u64>,
+    reach: Range<u64>,
+    order: &'a PinOrder,
 }
 
 /// A pin that can be handed out.
@@ -111,10 +170,8 @@ pub(crate) struct Granted {
     pub range: Range<u64>,
     /// The file's size.
     pub valid_end: u64,
-    /// Offset, length, address and key of each region.
-    pub segments: Vec<v1::Segment>,
-    /// The device's rules for this kind of registration.
-    pub quirks: v1::Quirks,
+    /// How its bytes can travel.
+    pub ways: Ways,
 }
 
 /// What a pin asks for.
@@ -130,6 +187,12 @@ pub(crate) struct PinOrder {
     pub access: PinAccess,
     /// Refuse unless the path names this file.
     pub expected: Option<FileIdentity>,
+    /// How its bytes are to travel.
+    pub transport: TransportWish,
+    /// Keep others off.
+    pub exclusive: bool,
+    /// Keys reach up to here, if that is past the range.
+    pub reserve_end: u64,
 }
 
 impl Engine {
@@ -140,7 +203,7 @@ impl Engine {
             .iter()
             .map(|export| Ok((export.name.clone(), Export::open(&export.directory)?)))
             .collect::<Result<_>>()?;
-        let fabric = Fabric::open(&config.rdma_device)?;
+        let fabrics = Fabric::open_all(&config.rdma_devices)?.into_iter().map(Arc::new).collect();
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
         let (teardowns, retired_files) = channel();
@@ -150,7 +213,7 @@ impl Engine {
             registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
             lease_break_time,
             exports,
-            fabric,
+            fabrics,
             watcher,
             fences,
             teardowns,
@@ -159,6 +222,7 @@ impl Engine {
             files: Mutex::default(),
             inodes: Mutex::default(),
             retired: Notify::new(),
+            records: broadcast::Sender::new(RECORDS_KEPT),
         });
         let this = Weak::clone(&engine.me);
         fence::start(orders, move |guard| with(&this, |engine| engine.fence(guard)))?;
@@ -177,9 +241,14 @@ impl Engine {
         Ok(engine)
     }
 
-    /// The device, if there is one.
-    pub(crate) fn fabric(&self) -> Option<&Fabric> {
-        self.fabric.as_ref()
+    /// The devices; the first is the one that clients get unless they ask for another.
+    pub(crate) fn fabrics(&self) -> &[Arc<Fabric>] {
+        &self.fabrics
+    }
+
+    /// Every revocation from now on, when it is complete.
+    pub(crate) fn records(&self) -> broadcast::Receiver<v1::RevocationRecord> {
+        self.records.subscribe()
     }
 
     /// The first half of every generation of this run.
@@ -190,9 +259,9 @@ impl Engine {
     // ------------------------------------------------------------------------------ sessions
 
     /// Takes a session up; its events go to `outbox`.
-    pub(crate) fn open_session(&self, outbox: Outbox) -> Result<SessionId> {
+    pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
         let id = SessionId::new(random());
-        self.registry().open_session(id)?;
+        self.registry().open_session(id, client_name)?;
         let parts =
             SessionParts { outbox, link: Mutex::default(), connecting: AsyncMutex::default() };
         locked(&self.sessions).insert(id, Arc::new(parts));
@@ -231,19 +300,32 @@ impl Engine {
         locked(&self.sessions).get(&id).cloned().ok_or(Refusal::UnknownSession.into())
     }
 
-    /// Connects a new queue pair to the client's end; one that was there before is destroyed.
-    pub(crate) async fn connect(&self, id: SessionId, client: Endpoint) -> Result<(Endpoint, Mtu)> {
+    /// Connects a new queue pair to the client's end; one that was there before is destroyed. A
+    /// session stays on the device of its first queue pair: its keys are good on that one only.
+    pub(crate) async fn connect(
+        &self,
+        id: SessionId,
+        client: Endpoint,
+        device: String,
+    ) -> Result<(Endpoint, Mtu)> {
+        let fabric = self.fabric_named(&device)?;
         let session = self.session(id)?;
         let for_link = Arc::clone(&session);
         // One at a time, and those that wait hold no thread.
         let _connecting = session.connecting.lock().await;
         self.blocking(move |engine| {
-            let fabric = engine.demand_fabric()?;
             let mut link = locked(&for_link.link);
-            if link.is_none() {
-                *link = Some(Link::new(fabric)?);
-            }
-            let connected = link.as_mut().expect("just made").connect(fabric, client);
+            let connected = match &mut *link {
+                None => link.insert(Link::new(fabric)?).connect(&client),
+                Some(link) if Arc::ptr_eq(link.fabric(), &fabric) => link.connect(&client),
+                Some(link) => Err(Error::QueuePair {
+                    why: format!(
+                        "this session is on {} already; open another one for {}",
+                        link.fabric().device().name(),
+                        fabric.device().name()
+                    ),
+                }),
+            };
             // The session may have ended while the kernel resolved the address; then nobody would
             // destroy the new queue pair but us.
             if let Err(ended) = engine.demand_session(id) {
@@ -255,12 +337,16 @@ impl Engine {
         .await
     }
 
-    fn demand_fabric(&self) -> Result<&Fabric> {
-        self.fabric.as_ref().ok_or_else(|| Error::NoRdmaDevice {
-            why: "there was none with an active port when it started; add one (rdma link add rxe0 type \
-                  rxe netdev IFACE makes a soft one), then restart pinfoldd"
-                .to_owned(),
-        })
+    fn fabric_named(&self, name: &str) -> Result<Arc<Fabric>> {
+        let found = self.fabrics.iter().find(|f| name.is_empty() || f.device().name() == name);
+        if let Some(fabric) = found {
+            return Ok(Arc::clone(fabric));
+        }
+        if self.fabrics.is_empty() {
+            return Err(no_device());
+        }
+        let known: Vec<&str> = self.fabrics.iter().map(|f| f.device().name()).collect();
+        Err(Error::UnknownDevice { name: name.to_owned(), known: known.join(", ") })
     }
 
     // ------------------------------------------------------------------------------ files
@@ -295,6 +381,12 @@ impl Engine {
             .await
     }
 
+    /// What holds a file still, if it is guarded.
+    pub(crate) fn guard_tier(&self, identity: FileIdentity) -> Option<pinfold_leases::GuardTier> {
+        let (guard, _) = self.registry().standing(identity)?;
+        Some(self.file(guard)?.tier())
+    }
+
     /// Gives an existing file another size. Refused while it has pins.
     pub(crate) async fn resize(
         &self,
@@ -305,20 +397,162 @@ impl Engine {
         let located = self.locate(export.clone(), path.clone()).await?;
         let identity = located.identity();
         let turn = self.take_turn(&located).await?;
-        if let Some((file, pins)) = self.settled(&located).await? {
-            return Err(Error::FilePinned { path: file.path().to_owned(), pins });
-        }
+        self.demand_unpinned(&located).await?;
         self.blocking(move |engine| {
             // A caller that goes away gives its turn up only when this is done.
             let _turn = turn;
-            let description = engine.open(&located)?;
-            // Nobody else has it open: what they see of it must not change under them.
-            drop(description.arm(&engine.watcher)?);
-            engine.demand_named(&export, &path, &located)?;
-            description.resize(size)?;
+            engine.resize_unguarded(&export, &path, &located, size)?;
             Ok(identity)
         })
         .await
+    }
+
+    async fn demand_unpinned(&self, located: &Located) -> Result<()> {
+        match self.settled(located).await? {
+            Some((file, pins)) => Err(Error::FilePinned { path: file.path().to_owned(), pins }),
+            None => Ok(()),
+        }
+    }
+
+    /// Only in the inode's turn, while it is not guarded.
+    fn resize_unguarded(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        located: &Located,
+        size: u64,
+    ) -> Result<()> {
+        let description = self.open(located)?;
+        // Nobody else has it open: what they see of it must not change under them.
+        drop(description.arm(&self.watcher)?);
+        self.demand_named(export, path, located)?;
+        Ok(description.resize(size)?)
+    }
+
+    /// Makes a file longer, under its guard if it has one. Returns its end.
+    pub(crate) async fn grow(&self, export: String, path: RelativePath, size: u64) -> Result<u64> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let turn = self.take_turn(&located).await?;
+        let held = self.settled(&located).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            let old = located.size();
+            if size < old {
+                let why = "a file grows to a size that is not below its own; shrink it instead";
+                return Err(Error::BadRange { start: old, end: size, why });
+            }
+            match held {
+                Some((file, _)) => file.description().grow(size)?,
+                None => engine.resize_unguarded(&export, &path, &located, size)?,
+            }
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Makes a file shorter, after its pins have been revoked with notice. Returns how many.
+    pub(crate) async fn shrink(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<usize> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        if size > located.size() {
+            let (start, end) = (located.size(), size);
+            let why = "a file shrinks to a size that is not above its own; grow it instead";
+            return Err(Error::BadRange { start, end, why });
+        }
+        let turn = self.take_turn(&located).await?;
+        let revoked = self.take_back(&located, Reason::Shrink).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            engine.resize_unguarded(&export, &path, &located, size)?;
+            Ok(revoked)
+        })
+        .await
+    }
+
+    /// Removes a file; its pins are revoked with notice first, or it is refused. Returns how many.
+    pub(crate) async fn remove(
+        &self,
+        export: String,
+        path: RelativePath,
+        revoke_pins: bool,
+    ) -> Result<usize> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let turn = self.take_turn(&located).await?;
+        if !revoke_pins {
+            self.demand_unpinned(&located).await?;
+        }
+        let revoked = self.take_back(&located, Reason::Remove).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            engine.demand_named(&export, &path, &located)?;
+            engine.export(&export)?.remove(&path)?;
+            Ok(revoked)
+        })
+        .await
+    }
+
+    /// Takes a file back, and waits until its guard is let go. Returns how many pins it had.
+    async fn take_back(&self, located: &Located, reason: Reason) -> Result<usize> {
+        let Some((file, pins)) = self.settled(located).await? else { return Ok(0) };
+        let budget = self.break_budget();
+        let actions = self.registry().take_back_for(file.id(), reason, Instant::now(), budget);
+        file.gate().close();
+        self.perform(actions);
+        // Nobody can pin it meanwhile: that takes a turn.
+        match self.settled(located).await? {
+            None => Ok(pins),
+            Some(_) => Err(Refusal::Draining.into()),
+        }
+    }
+
+    /// Lists a folder, with the number of pins on each file.
+    pub(crate) async fn list(
+        &self,
+        export: String,
+        path: Option<RelativePath>,
+    ) -> Result<Vec<(Entry, usize)>> {
+        self.blocking(move |engine| {
+            let entries = engine.export(&export)?.list(path.as_ref())?;
+            let with_pins = |entry: Entry| {
+                let pins = match engine.standing(entry.identity) {
+                    Some(Standing::Held { pins, .. }) => pins,
+                    Some(Standing::Going) | None => 0,
+                };
+                (entry, pins)
+            };
+            Ok(entries.into_iter().map(with_pins).collect())
+        })
+        .await
+    }
+
+    /// The names of the exports, ordered.
+    pub(crate) fn export_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.exports.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Who holds what now, as seen by one session.
+    pub(crate) fn inspect(&self, id: SessionId) -> v1::InspectResponse {
+        let (sessions, files) = self.registry().view();
+        let device = |id| {
+            let parts = locked(&self.sessions).get(&id).cloned()?;
+            let link = locked(&parts.link);
+            link.as_ref().map(|link| link.fabric().device().name().to_owned())
+        };
+        let sessions = sessions
+            .into_iter()
+            .map(|view| wire::session_info(&view, view.id == id, device(view.id)))
+            .collect();
+        let files = files
+            .into_iter()
+            .filter_map(|view| Some(wire::file_info(&view, self.file(view.guard)?.as_ref())))
+            .collect();
+        v1::InspectResponse { sessions, files }
     }
 
     /// The path must still name the file: it may have been renamed or replaced since we looked.
@@ -408,8 +642,10 @@ impl Engine {
     }
 
     async fn try_to_pin(&self, id: SessionId, order: &PinOrder) -> Result<Granted> {
-        self.demand_fabric()?;
         let session = self.session(id)?;
+        if order.transport == TransportWish::Rdma {
+            self.demand_link(&session)?;
+        }
         let located = self.locate(order.export.clone(), order.path.clone()).await?;
         if order.expected.is_some_and(|expected| expected != located.identity()) {
             return Err(Error::FileChanged { path: located.path().to_owned() });
@@ -421,13 +657,13 @@ impl Engine {
             let _turn = turn;
             let file = match held {
                 Some((file, _)) => file,
-                None => engine.guard(&located)?,
+                None => engine.guard(&located, order.reserve_end)?,
             };
             let granted = engine
                 .demand_named(&order.export, &order.path, &located)
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));
             if granted.is_err() {
-                let unused = engine.registry().release_if_unused(file.id());
+                let unused = engine.registry().release_if_unused(file.id(), Instant::now());
                 engine.perform(unused);
             }
             granted
@@ -435,15 +671,15 @@ impl Engine {
         .await
     }
 
-    /// Opens, guards and maps a file.
-    fn guard(&self, located: &Located) -> Result<Arc<HeldFile>> {
+    /// Opens, guards and maps a file, with room for what a pin reserves past its end.
+    fn guard(&self, located: &Located, reserve_end: u64) -> Result<Arc<HeldFile>> {
         self.let_breakers_pass(located)?;
         let description = self.open(located)?;
         let armed = description.arm(&self.watcher)?;
         // Only now can the size not change any more.
         let size = description.size()?;
         let kind = description.kind()?;
-        let (guard, mapping) = armed.map(size.max(1))?;
+        let (guard, mapping) = armed.map(size.max(reserve_end).max(1))?;
         let identity = description.identity();
         let file = Arc::new(HeldFile::new(description, kind, guard, mapping));
         // Known to the fence before it is known to the registry.
@@ -453,7 +689,7 @@ impl Engine {
             if let Some(Ok(fenced)) = file.fence() {
                 file.release(fenced);
             }
-            self.retire(&file, None);
+            self.retire(&file, None, 0);
             return Err(refusal.into());
         }
         // News of a break that came before the registry knew the file went nowhere.
@@ -487,54 +723,79 @@ impl Engine {
     ) -> Result<Granted> {
         let valid_end = file.description().size()?;
         let range = usable_range(order.range.clone(), valid_end)?;
-        let pin = self.registry().begin_pin(id, file.id(), range.clone())?;
-        let registered = self.register(file, pin, session, &range, order.access);
-        let (generation, segments, quirks) = registered.map_err(|error| {
-            // The session may have ended meanwhile, and then nobody else knows of them.
+        let mapping = file.mapping().ok_or(Refusal::Draining)?;
+        let reach = range.start..reserved_end(range.end, order.reserve_end, mapping.len() as u64)?;
+        let terms =
+            Terms { range: reach.clone(), access: order.access, exclusive: order.exclusive };
+        let pin = self.registry().begin_pin(id, file.id(), terms)?;
+        let job = Registration { file, mapping: &mapping, pin, range: &range, reach, order };
+        let ready = self.make_ready(session, &job);
+        let (generation, ways) = ready.map_err(|error| {
+            // The session may have ended meanwhile, and then nobody else knows of the regions.
             self.drop_regions(file.id(), pin, id);
             let actions = self.registry().abandon_pin(pin, Instant::now());
             self.perform(actions);
             // What fails on a mapping that is being fenced fails for that reason.
             if file.broken().is_some() { Refusal::Draining.into() } else { error }
         })?;
-        let access = order.access;
-        let file = Arc::clone(file);
-        Ok(Granted { file, pin, generation, access, range, valid_end, segments, quirks })
+        let (access, file) = (order.access, Arc::clone(file));
+        Ok(Granted { file, pin, generation, access, range, valid_end, ways })
     }
 
-    fn register(
+    /// Registers what the pin asks for, and lets the pin live.
+    fn make_ready(
         &self,
-        file: &HeldFile,
-        pin: PinId,
         session: &SessionParts,
-        range: &Range<u64>,
-        access: PinAccess,
-    ) -> Result<(Generation, Vec<v1::Segment>, v1::Quirks)> {
-        let fabric = self.demand_fabric()?;
-        let cannot = |why: String| Error::CannotRegister {
+        job: &Registration<'_>,
+    ) -> Result<(Generation, Ways)> {
+        let ways = match job.order.transport {
+            TransportWish::Stream => Ways::stream("it was not asked for".to_owned()),
+            TransportWish::Rdma => self.register(session, job)?,
+            TransportWish::Either => match self.register(session, job) {
+                Err(error) if stream_can_serve(&error) => Ways::stream(with_causes(&error)),
+                ways => ways?,
+            },
+        };
+        let transport = if ways.segments.is_empty() { Transport::Stream } else { Transport::Rdma };
+        let generation = self.registry().finish_pin(job.pin, transport)?;
+        Ok((generation, ways))
+    }
+
+    fn register(&self, session: &SessionParts, job: &Registration<'_>) -> Result<Ways> {
+        let Registration { file, mapping, pin, range, reach, order } = job;
+        let (fabric, domain) = self.demand_link(session)?;
+        let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| Error::CannotRegister {
             path: file.path().to_owned(),
             kind: file.kind(),
             device: fabric.device().name().to_owned(),
-            why,
-        };
-        let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| cannot(why.to_owned()))?;
+            why: why.to_owned(),
+        })?;
+        // Below that, its key would reach bytes outside the pin: the device would move them there.
         let alignment = u64::from(quirks.start_alignment_bytes.max(1));
-        if !range.start.is_multiple_of(alignment) {
+        let start = range.start.next_multiple_of(alignment);
+        if start >= reach.end || (start > range.start && order.transport == TransportWish::Rdma) {
             return Err(Error::MisalignedPin { start: range.start, alignment });
         }
-        let mapping = file.mapping().ok_or(Refusal::Draining)?;
-        let domain = locked(&session.link).as_ref().and_then(Link::domain).cloned();
-        let domain = domain.ok_or(Error::NoQueuePair)?;
         let go_on = || self.registry().is_held(file.id()) && file.broken().is_none();
-        if access == PinAccess::ReadWrite {
-            mapping.populate(range.clone(), go_on)?;
+        if order.access == PinAccess::ReadWrite {
+            mapping.populate((*range).clone(), go_on)?;
         }
-        let terms = fabric::Terms { mode, quirks, access };
-        let segments = fabric::register(&domain, &mapping, range.clone(), &terms, go_on)?;
+        let manner = fabric::Manner { mode, quirks, access: order.access };
+        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)?;
         let told = segments.iter().map(wire::segment).collect();
-        file.add_segments(pin, segments);
-        let generation = self.registry().finish_pin(pin)?;
-        Ok((generation, told, wire::quirks(quirks)))
+        file.add_segments(*pin, segments);
+        Ok(Ways { segments: told, quirks: wire::quirks(quirks), no_rdma_because: String::new() })
+    }
+
+    /// The session's device and protection domain, or why it has none.
+    fn demand_link(&self, session: &SessionParts) -> Result<(Arc<Fabric>, ProtectionDomain)> {
+        if self.fabrics.is_empty() {
+            return Err(no_device());
+        }
+        let link = locked(&session.link);
+        let link = link.as_ref().ok_or(Error::NoQueuePair)?;
+        let domain = link.domain().ok_or(Error::NoQueuePair)?;
+        Ok((Arc::clone(link.fabric()), domain.clone()))
     }
 
     /// Gives a pin back. When this returns its keys are dead.
@@ -559,6 +820,55 @@ impl Engine {
         Ok(())
     }
 
+    /// Writes bytes of a pin through the kernel.
+    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
+        self.blocking(move |engine| {
+            let len = data.len() as u64;
+            engine.inside(piece, len, PinAccess::ReadWrite, |file| {
+                Ok(file.description().write_at(&data, piece.offset)?)
+            })
+        })
+        .await
+    }
+
+    /// Reads bytes of a pin through the kernel.
+    pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
+        self.blocking(move |engine| {
+            engine.inside(piece, len as u64, PinAccess::Read, |file| {
+                let mut data = vec![0; len];
+                file.description().read_at(&mut data, piece.offset)?;
+                Ok(data)
+            })
+        })
+        .await
+    }
+
+    /// Does a piece of stream work inside the file's gate, if the pin allows it.
+    fn inside<T>(
+        &self,
+        piece: StreamPiece,
+        len: u64,
+        access: PinAccess,
+        work: impl FnOnce(&HeldFile) -> Result<T>,
+    ) -> Result<T> {
+        let StreamPiece { session, pin, generation, offset } = piece;
+        let begin = || self.registry().begin_transfer(session, pin, generation, access);
+        let view = begin()?;
+        let file = self.file(view.guard).ok_or(Refusal::Draining)?;
+        let inside = file.gate().enter(pin).ok_or(Refusal::Draining)?;
+        // Once more, now that an unpin would wait for us.
+        let done = begin().map_err(Error::from).and_then(|_| {
+            piece_fits(offset, len, &view.range, file.description().size()?)?;
+            work(&file)
+        });
+        drop(inside);
+        if file.gate().is_empty_for_good() {
+            // A fence waited for this.
+            self.order(Order::Now(file.id()));
+        }
+        done
+    }
+
     /// Makes what landed in a range durable: only if the flush returned before the release.
     pub(crate) async fn commit(
         &self,
@@ -569,13 +879,13 @@ impl Engine {
     ) -> Result<Duration> {
         self.blocking(move |engine| {
             let view = engine.registry().begin_commit(id, pin, generation)?;
-            let stale = Refusal::Stale { pin, asked: generation };
-            let file = engine.file(view.guard).ok_or(stale)?;
+            let stale = || Refusal::Stale { pin, asked: generation };
+            let file = engine.file(view.guard).ok_or_else(stale)?;
             let range = committed_range(range, &view.range)?;
             if file.kind() == pinfold_leases::MappingKind::SharedMemory {
                 return Err(Error::NotDurable { path: file.path().to_owned() });
             }
-            let flusher = file.mapping().ok_or(stale)?.share_for_flush();
+            let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
             let start = Instant::now();
             flusher.flush(range)?;
             if !file.map_sync() {
@@ -585,7 +895,7 @@ impl Engine {
             let took = start.elapsed();
             // Too late if the fence has fallen, or if the kernel has let somebody through itself.
             engine.registry().demand_unfenced(view.guard, pin, generation)?;
-            if file.lapsed() { Err(stale.into()) } else { Ok(took) }
+            if file.lapsed() { Err(stale().into()) } else { Ok(took) }
         })
         .await
     }
@@ -596,6 +906,10 @@ impl Engine {
         let budget = self.break_budget();
         let actions =
             self.registry().handle_break(news.guard, news.kind, news.at, Instant::now(), budget);
+        // Before anybody is told: from the break on no stream write enters the kernel.
+        if let Some(file) = self.file(news.guard) {
+            file.gate().close();
+        }
         self.perform(actions);
     }
 
@@ -610,10 +924,13 @@ impl Engine {
 
     /// The fence thread's work, for one file: fence, release, and hand the rest on.
     fn fence(&self, guard: GuardId) {
-        if !self.registry().fence_due(guard) {
-            return;
-        }
+        let Some(by) = self.registry().fence_due(guard) else { return };
         let Some(file) = self.file(guard) else { return };
+        let late_stream_writes = file.gate().close();
+        if late_stream_writes > 0 && Instant::now() < by {
+            // The last one out orders the fence.
+            return self.order(Order::At(guard, by));
+        }
         let fenced = match file.fence() {
             Some(Ok(fenced)) => fenced,
             Some(Err(error)) => return self.fence_again(&file, &error),
@@ -632,7 +949,7 @@ impl Engine {
         }
         file.announce_release();
         self.perform(actions);
-        self.retire(&file, record);
+        self.retire(&file, record, late_stream_writes);
     }
 
     /// Something still reaches the file: a region that is being registered at this moment, and will
@@ -666,21 +983,25 @@ impl Engine {
     }
 
     /// Hands a released file to the thread that takes it down.
-    fn retire(&self, file: &Arc<HeldFile>, record: Option<Record>) {
+    fn retire(&self, file: &Arc<HeldFile>, record: Option<Record>, late_stream_writes: usize) {
+        let file = Arc::clone(file);
         // The thread ends only with the engine.
-        let _ = self.teardowns.send(Retired { file: Arc::clone(file), record });
+        let _ = self.teardowns.send(Retired { file, record, late_stream_writes });
     }
 
     /// Deregisters and unmaps, and writes the audit record.
-    fn take_down(&self, Retired { file, record }: Retired) {
+    fn take_down(&self, Retired { file, record, late_stream_writes }: Retired) {
         let (deregistered, unmapped, failed_regions) = file.tear_down();
         if let Some(record) = record {
             let teardown = Teardown {
                 deregistered: deregistered - record.since,
                 unmapped: unmapped - record.since,
                 failed_regions,
+                late_stream_writes,
             };
             audit::revocation(file.path(), file.tier(), &record, &teardown);
+            // Nobody watches: no error.
+            let _ = self.records.send(wire::record(file.path(), &record, &teardown));
         }
         self.forget(file);
     }
@@ -829,6 +1150,41 @@ fn with(engine: &Weak<Engine>, work: impl FnOnce(&Engine)) {
     }
 }
 
+fn no_device() -> Error {
+    Error::NoRdmaDevice {
+        why:
+            "there was none with an active port when it started; add one (rdma link add rxe0 type \
+              rxe netdev IFACE makes a soft one) and restart pinfoldd, or use the stream path"
+                .to_owned(),
+    }
+}
+
+/// Whether a pin that can't go by RDMA for this reason can go by the stream path.
+fn stream_can_serve(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NoRdmaDevice { .. }
+            | Error::NoQueuePair
+            | Error::CannotRegister { .. }
+            | Error::MisalignedPin { .. }
+            | Error::Verbs(_)
+    )
+}
+
+/// A piece of the stream path lies inside its pin and inside the file.
+fn piece_fits(offset: u64, len: u64, pin: &Range<u64>, size: u64) -> Result<()> {
+    let (start, end) = (offset, offset.saturating_add(len));
+    if len == 0 {
+        return Err(Error::BadRange { start, end, why: "the piece is empty" });
+    }
+    for (limit, what) in [(pin.end, "the pin"), (size, "the file")] {
+        if start < pin.start || end > limit {
+            return Err(Error::RangePastEnd { start, end, limit, what, remedy: "" });
+        }
+    }
+    Ok(())
+}
+
 fn still_draining(located: &Located) -> Error {
     Error::StillDraining { path: located.path().to_owned(), waited: PATIENCE }
 }
@@ -899,6 +1255,17 @@ fn usable_range(asked: Option<Range<u64>>, size: u64) -> Result<Range<u64>> {
         return Err(Error::RangePastEnd { start, end, limit: size, what: "the file", remedy });
     }
     Ok(range)
+}
+
+/// Where the keys of a pin end: past the range if more is reserved, but inside the mapping.
+fn reserved_end(end: u64, reserve_end: u64, mapped: u64) -> Result<u64> {
+    let reach = end.max(reserve_end);
+    if reach > mapped {
+        let what = "what is mapped of the file while others have it pinned";
+        let remedy = ", or wait until it has no pins";
+        return Err(Error::RangePastEnd { start: end, end: reach, limit: mapped, what, remedy });
+    }
+    Ok(reach)
 }
 
 /// The bytes of a commit, checked against its pin.

@@ -39,8 +39,9 @@ pub enum Error {
         path: PathBuf,
     },
     /// The file has pins.
-    #[error("{} has {} on it; its size can be changed when {} given back", path.display(),
-            counted(*pins), if *pins == 1 { "it is" } else { "they are" })]
+    #[error("{} has {} on it; try again when {} given back, or have {} revoked", path.display(),
+            counted(*pins), if *pins == 1 { "it is" } else { "they are" },
+            if *pins == 1 { "it" } else { "them" })]
     FilePinned {
         /// The file.
         path: PathBuf,
@@ -87,6 +88,14 @@ pub enum Error {
     NoRdmaDevice {
         /// Why not.
         why: String,
+    },
+    /// No device of that name.
+    #[error("this server does not use an RDMA device {name:?}; it uses {known}")]
+    UnknownDevice {
+        /// As asked for.
+        name: String,
+        /// What there is.
+        known: String,
     },
     /// The session did not connect a queue pair.
     #[error("this session has no queue pair yet; connect one before pinning")]

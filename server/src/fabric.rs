@@ -1,6 +1,7 @@
 //! The server's RDMA device, tested before it is trusted, and what sessions and pins have on it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
 use pinfold_verbs::{
@@ -28,20 +29,31 @@ pub(crate) struct Fabric {
 }
 
 impl Fabric {
-    /// Opens the device and tests it in a loop with itself; takes a second or two. `None` where
-    /// there is none and none was asked for by name.
-    pub(crate) fn open(choice: &DeviceChoice) -> Result<Option<Self>> {
-        let device = match choice {
-            DeviceChoice::Named(name) => Device::open(name)?,
-            DeviceChoice::Auto => match Device::open_first() {
-                Ok(device) => device,
-                Err(pinfold_verbs::Error::NoDevice) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            },
-        };
+    /// Opens the devices and tests each in a loop with itself, which takes a second or two. None
+    /// where there is none and none was asked for by name.
+    pub(crate) fn open_all(choices: &[DeviceChoice]) -> Result<Vec<Self>> {
+        let mut fabrics: Vec<Self> = Vec::new();
+        for choice in choices {
+            let device = match choice {
+                DeviceChoice::None => continue,
+                DeviceChoice::Named(name) => Device::open(name)?,
+                DeviceChoice::Auto => match Device::open_first() {
+                    Ok(device) => device,
+                    Err(pinfold_verbs::Error::NoDevice) => continue,
+                    Err(error) => return Err(error.into()),
+                },
+            };
+            if fabrics.iter().all(|known| known.device.name() != device.name()) {
+                fabrics.push(Self::test(device));
+            }
+        }
+        Ok(fabrics)
+    }
+
+    fn test(device: Device) -> Self {
         let on_demand = tested(&device, RegistrationMode::OnDemand);
         let pinned = tested(&device, RegistrationMode::Pinned);
-        Ok(Some(Self { device, on_demand, pinned }))
+        Self { device, on_demand, pinned }
     }
 
     /// The device.
@@ -106,18 +118,25 @@ fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
     }
 }
 
-/// What a session has on the device: a protection domain of its own, so that its keys work on no
+/// What a session has on a device: a protection domain of its own, so that its keys work on no
 /// other session's queue pair, and one queue pair at a time.
 #[derive(Debug)]
 pub(crate) struct Link {
+    fabric: Arc<Fabric>,
     domain: ProtectionDomain,
     queue_pair: Option<QueuePair<Connected>>,
 }
 
 impl Link {
     /// An unconnected one.
-    pub(crate) fn new(fabric: &Fabric) -> Result<Self> {
-        Ok(Self { domain: ProtectionDomain::new(&fabric.device)?, queue_pair: None })
+    pub(crate) fn new(fabric: Arc<Fabric>) -> Result<Self> {
+        let domain = ProtectionDomain::new(&fabric.device)?;
+        Ok(Self { fabric, domain, queue_pair: None })
+    }
+
+    /// The device that it is on.
+    pub(crate) fn fabric(&self) -> &Arc<Fabric> {
+        &self.fabric
     }
 
     /// The session's protection domain, once it has a queue pair.
@@ -127,12 +146,12 @@ impl Link {
 
     /// Connects a new queue pair to the client's. One that was there is destroyed first. Address
     /// resolution in the kernel may block for a second.
-    pub(crate) fn connect(&mut self, fabric: &Fabric, client: Endpoint) -> Result<(Endpoint, Mtu)> {
+    pub(crate) fn connect(&mut self, client: &Endpoint) -> Result<(Endpoint, Mtu)> {
         self.disconnect();
         let queue_pair = QueuePairBuilder::new(&self.domain).build()?;
         let server = queue_pair.endpoint();
-        let mtu = fabric.path_mtu(&client, &server)?;
-        let connected = queue_pair.connect(&client, mtu).map_err(|failed| Error::QueuePair {
+        let mtu = self.fabric.path_mtu(client, &server)?;
+        let connected = queue_pair.connect(client, mtu).map_err(|failed| Error::QueuePair {
             why: with_causes(&pinfold_verbs::Error::from(failed)),
         })?;
         self.queue_pair = Some(connected);
@@ -203,7 +222,7 @@ impl Segment {
 
 /// How a range is to be registered.
 #[derive(Debug)]
-pub(crate) struct Terms<'a> {
+pub(crate) struct Manner<'a> {
     /// What the kind of mapping demands.
     pub(crate) mode: RegistrationMode,
     /// What the device demands.
@@ -219,16 +238,16 @@ pub(crate) fn register(
     domain: &ProtectionDomain,
     mapping: &Mapping,
     range: Range<u64>,
-    terms: &Terms<'_>,
+    manner: &Manner<'_>,
     go_on: impl Fn() -> bool,
 ) -> Result<Vec<Segment>> {
-    let access = match terms.access {
+    let access = match manner.access {
         PinAccess::Read => Access::REMOTE_READ,
         PinAccess::ReadWrite => Access::REMOTE_READ_WRITE,
     };
-    let largest = match terms.mode {
-        RegistrationMode::OnDemand => terms.quirks.max_region_bytes,
-        RegistrationMode::Pinned => terms.quirks.max_region_bytes.min(LARGEST_PINNED),
+    let largest = match manner.mode {
+        RegistrationMode::OnDemand => manner.quirks.max_region_bytes,
+        RegistrationMode::Pinned => manner.quirks.max_region_bytes.min(LARGEST_PINNED),
     };
     pieces(range, largest)
         .into_iter()
@@ -237,7 +256,7 @@ pub(crate) fn register(
                 return Err(Refusal::Draining.into());
             }
             let bytes = piece.start as usize..piece.end as usize;
-            let region = match terms.mode {
+            let region = match manner.mode {
                 RegistrationMode::OnDemand => {
                     let share = mapping.share()?;
                     let made = domain.register_on_demand(share, bytes, access);

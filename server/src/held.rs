@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::error::Result;
 use crate::fabric::Segment;
+use crate::gate::Gate;
 use crate::ids::PinId;
 
 /// See the module's documentation. What must go in order is in options that are taken.
@@ -32,6 +33,7 @@ pub(crate) struct HeldFile {
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
     failed: Mutex<Vec<Segment>>,
     fence_failures: AtomicU32,
+    gate: Gate,
     released: watch::Sender<bool>,
 }
 
@@ -55,6 +57,7 @@ impl HeldFile {
             segments: Mutex::default(),
             failed: Mutex::default(),
             fence_failures: AtomicU32::new(0),
+            gate: Gate::default(),
             released: watch::Sender::new(false),
         }
     }
@@ -94,6 +97,11 @@ impl HeldFile {
         locked(&self.mapping).clone()
     }
 
+    /// The gate of the stream path.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
     /// Whether somebody wants the file, as the kernel says now; also once the guard is let go.
     pub(crate) fn broken(&self) -> Option<BreakKind> {
         match locked(&self.guard).as_ref().map(Guard::state) {
@@ -114,8 +122,10 @@ impl HeldFile {
         locked(&self.segments).insert(pin, segments);
     }
 
-    /// Deregisters the regions of one pin. How many failed: their keys live.
+    /// Deregisters the regions of one pin, and waits until none of its stream transfers is inside
+    /// the kernel. How many regions failed: their keys live.
     pub(crate) fn drop_segments(&self, pin: PinId) -> usize {
+        self.gate.wait_until_out(pin);
         let segments = locked(&self.segments).remove(&pin);
         self.deregister(segments.unwrap_or_default())
     }

@@ -13,6 +13,7 @@ mod engine;
 mod error;
 mod fabric;
 mod fence;
+mod gate;
 mod held;
 mod ids;
 mod registry;

@@ -32,9 +32,10 @@ struct Args {
     #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)))]
     listen: SocketAddr,
 
-    /// The RDMA device to use, or auto for the first with an active port
-    #[arg(long, value_name = "NAME|auto", default_value_t = DeviceChoice::Auto)]
-    rdma_device: DeviceChoice,
+    /// The RDMA device to use, auto for the first with an active port, if there is one, or none; may
+    /// be given several times
+    #[arg(long = "rdma-device", value_name = "NAME|auto|none", default_value = "auto")]
+    rdma_devices: Vec<DeviceChoice>,
 
     /// Listen on the network although keys then travel in plain text
     #[arg(long)]
@@ -97,7 +98,7 @@ async fn run(args: Args) -> Result<()> {
         bail!(reason);
     }
     let mut config = Config::new(args.exports);
-    config.rdma_device = args.rdma_device;
+    config.rdma_devices = args.rdma_devices;
     // Installed before anything is guarded, so that no signal finds us half-way.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -37,6 +37,8 @@ impl Default for Limits {
     }
 }
 
+/// How long an unused file waits for the stream transfers that are still inside the kernel.
+const IDLE_FENCE_BY: Duration = Duration::from_secs(5);
 /// How many revoked pins of a session are remembered at least, so that a late commit is told
 /// "stale".
 const REMEMBERED_PINS: usize = 1024;
@@ -57,6 +59,30 @@ pub(crate) enum Reason {
     Break(BreakKind),
     /// The server goes down.
     Shutdown,
+    /// A client wants the file shorter.
+    Shrink,
+    /// A client wants the file gone.
+    Remove,
+}
+
+/// How a pin's bytes travel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Transport {
+    /// By RDMA, and by the stream path where a quirk wants it.
+    Rdma,
+    /// By the stream path only.
+    Stream,
+}
+
+/// What a pin is to be.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Terms {
+    /// Bytes of the file.
+    pub(crate) range: Range<u64>,
+    /// What may be done with them.
+    pub(crate) access: PinAccess,
+    /// Whether others must keep off.
+    pub(crate) exclusive: bool,
 }
 
 /// What the engine has to do next, in this order.
@@ -134,7 +160,7 @@ pub(crate) struct Timings {
 }
 
 /// Why the registry refuses.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// The session has ended or never was.
     #[error("this session has ended or is unknown; open a new one")]
@@ -155,6 +181,27 @@ pub enum Refusal {
         pin: PinId,
         /// As asked for.
         asked: Generation,
+    },
+    /// Another pin overlaps, and one of the two is exclusive.
+    #[error(
+        "bytes {}..{} are held by pin {pin} of {holder}{}; wait until it is given back, or pin other \
+         bytes", range.start, range.end, if *exclusive { ", exclusively" } else { "" }
+    )]
+    RangeHeld {
+        /// The other pin.
+        pin: PinId,
+        /// Its bytes.
+        range: Range<u64>,
+        /// Its client.
+        holder: String,
+        /// Whether the other one is exclusive.
+        exclusive: bool,
+    },
+    /// The pin does not allow writing.
+    #[error("pin {pin} allows reading only; pin the file with read-write access")]
+    ReadOnly {
+        /// As asked for.
+        pin: PinId,
     },
     /// The file is on its way out.
     #[error("the file is being taken back right now; pin it again in a moment")]
@@ -193,6 +240,7 @@ pub(crate) struct Registry {
     limits: Limits,
     guardings: u64,
     last_pin: u64,
+    last_session: u64,
     shutting_down: bool,
     sessions: HashMap<SessionId, Session>,
     files: HashMap<GuardId, File>,
@@ -200,8 +248,10 @@ pub(crate) struct Registry {
     pins: HashMap<PinId, Pin>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Session {
+    number: u64,
+    client_name: String,
     pins: BTreeSet<PinId>,
     /// Newest last.
     revoked: VecDeque<PinId>,
@@ -221,13 +271,28 @@ enum Phase {
     Draining {
         revocation: Revocation,
         waiting: BTreeSet<PinId>,
+        by: Instant,
     },
-    /// `fenced`: nothing lands any more, so no flush that ends now covers anything new.
+    /// `fenced`: nothing lands any more, so no flush that ends now covers anything new. `by`: when
+    /// the fence falls even if a stream transfer is still inside the kernel.
     Fencing {
         revocation: Option<Revocation>,
         fenced: bool,
+        by: Instant,
     },
     Released,
+}
+
+impl Phase {
+    /// The fence is to fall because nobody uses the file.
+    fn unused(now: Instant) -> Self {
+        Self::Fencing { revocation: None, fenced: false, by: now + IDLE_FENCE_BY }
+    }
+
+    /// The fence is to fall because the file is taken back.
+    fn due(revocation: Revocation, by: Instant) -> Self {
+        Self::Fencing { revocation: Some(revocation), fenced: false, by }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -241,7 +306,8 @@ struct Revocation {
 struct Pin {
     session: SessionId,
     guard: GuardId,
-    range: Range<u64>,
+    terms: Terms,
+    transport: Transport,
     /// Its keys are out.
     live: bool,
 }
@@ -255,6 +321,45 @@ pub(crate) struct PinView {
     pub range: Range<u64>,
 }
 
+/// A session as an operator sees it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct SessionView {
+    /// Its secret, for telling the asker's own.
+    pub id: SessionId,
+    /// Counts sessions of this run.
+    pub number: u64,
+    /// As the client says.
+    pub client_name: String,
+    /// How many it holds.
+    pub pins: usize,
+}
+
+/// A guarded file as an operator sees it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct FileView {
+    /// Its guarding.
+    pub guard: GuardId,
+    /// Of the guarding.
+    pub generation: Generation,
+    /// Where its revocation stands.
+    pub stage: Stage,
+    /// Ordered by id: pin, number of its session, terms, transport.
+    pub pins: Vec<(PinId, u64, Terms, Transport)>,
+}
+
+/// Where a file's revocation stands.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Stage {
+    /// Not begun.
+    Held,
+    /// Clients drain.
+    Draining,
+    /// The fence is due.
+    Fencing,
+    /// The guard is let go.
+    Released,
+}
+
 impl Registry {
     /// An empty one; `incarnation` is random.
     pub(crate) fn new(incarnation: u64, limits: Limits) -> Self {
@@ -263,6 +368,7 @@ impl Registry {
             limits,
             guardings: 0,
             last_pin: 0,
+            last_session: 0,
             shutting_down: false,
             sessions: HashMap::new(),
             files: HashMap::new(),
@@ -277,7 +383,7 @@ impl Registry {
     }
 
     /// Takes a session up under a random id.
-    pub(crate) fn open_session(&mut self, id: SessionId) -> Result<(), Refusal> {
+    pub(crate) fn open_session(&mut self, id: SessionId, client_name: &str) -> Result<(), Refusal> {
         if self.shutting_down {
             return Err(Refusal::ShuttingDown);
         }
@@ -287,7 +393,14 @@ impl Registry {
                 limit: self.limits.sessions,
             });
         }
-        self.sessions.insert(id, Session::default());
+        self.last_session += 1;
+        let session = Session {
+            number: self.last_session,
+            client_name: client_name.to_owned(),
+            pins: BTreeSet::new(),
+            revoked: VecDeque::new(),
+        };
+        self.sessions.insert(id, session);
         Ok(())
     }
 
@@ -342,12 +455,12 @@ impl Registry {
     }
 
     /// Lets a file go that turned out to have no use.
-    pub(crate) fn release_if_unused(&mut self, guard: GuardId) -> Option<Action> {
+    pub(crate) fn release_if_unused(&mut self, guard: GuardId, now: Instant) -> Option<Action> {
         let file = self.files.get_mut(&guard)?;
         if !matches!(file.phase, Phase::Held) || !file.pins.is_empty() {
             return None;
         }
-        file.phase = Phase::Fencing { revocation: None, fenced: false };
+        file.phase = Phase::unused(now);
         Some(Action::FenceNow { guard, urgent: false })
     }
 
@@ -361,34 +474,61 @@ impl Registry {
         &mut self,
         session: SessionId,
         guard: GuardId,
-        range: Range<u64>,
+        terms: Terms,
     ) -> Result<PinId, Refusal> {
         let limit = self.limits.pins_per_session;
-        let holder = self.sessions.get_mut(&session).ok_or(Refusal::UnknownSession)?;
+        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
         if holder.pins.len() >= limit {
             return Err(Refusal::Quota { what: "the number of pins of one session", limit });
         }
-        let file = self.files.get_mut(&guard).ok_or(Refusal::Draining)?;
+        let file = self.files.get(&guard).ok_or(Refusal::Draining)?;
         if !matches!(file.phase, Phase::Held) {
             return Err(Refusal::Draining);
         }
+        self.demand_free(file, &terms)?;
         self.last_pin += 1;
         let id = PinId(self.last_pin);
-        holder.pins.insert(id);
-        file.pins.insert(id);
-        self.pins.insert(id, Pin { session, guard, range, live: false });
+        self.sessions.entry(session).and_modify(|holder| holder.pins.extend([id]));
+        self.files.entry(guard).and_modify(|file| file.pins.extend([id]));
+        // Until its regions are there, no byte travels in any way.
+        let pin = Pin { session, guard, terms, transport: Transport::Stream, live: false };
+        self.pins.insert(id, pin);
         Ok(id)
+    }
+
+    fn demand_free(&self, file: &File, wanted: &Terms) -> Result<(), Refusal> {
+        let overlaps = |held: &Terms| {
+            held.range.start < wanted.range.end && wanted.range.start < held.range.end
+        };
+        let in_the_way = file.pins.iter().find(|pin| {
+            let held = &self.pins[pin].terms;
+            (held.exclusive || wanted.exclusive) && overlaps(held)
+        });
+        let Some(pin) = in_the_way else { return Ok(()) };
+        let held = &self.pins[pin];
+        let holder = self.sessions.get(&held.session);
+        Err(Refusal::RangeHeld {
+            pin: *pin,
+            range: held.terms.range.clone(),
+            holder: holder.map_or("a session that is ending".to_owned(), |s| s.client_name.clone()),
+            exclusive: held.terms.exclusive,
+        })
     }
 
     /// The regions of a pin are registered. Only what this lets pass may be handed out: the file
     /// may have been broken, or the session have ended, while they were made.
-    pub(crate) fn finish_pin(&mut self, pin: PinId) -> Result<Generation, Refusal> {
+    pub(crate) fn finish_pin(
+        &mut self,
+        pin: PinId,
+        transport: Transport,
+    ) -> Result<Generation, Refusal> {
         let entry = self.pins.get_mut(&pin).ok_or(Refusal::UnknownSession)?;
         let file = self.files.get(&entry.guard).ok_or(Refusal::Draining)?;
         if !matches!(file.phase, Phase::Held) {
             return Err(Refusal::Draining);
         }
         entry.live = true;
+        entry.transport = transport;
         Ok(file.generation)
     }
 
@@ -425,7 +565,7 @@ impl Registry {
         let mut actions = Vec::new();
         match &file.phase {
             Phase::Held if file.pins.is_empty() => {
-                file.phase = Phase::Fencing { revocation: None, fenced: false };
+                file.phase = Phase::unused(now);
                 actions.push(Action::FenceNow { guard: pin.guard, urgent: false });
             }
             Phase::Draining { .. } => actions.extend(self.pin_drained(pin.guard, id, now)),
@@ -458,6 +598,17 @@ impl Registry {
             .collect()
     }
 
+    /// A client wants the file's extents changed: its pins are taken back first.
+    pub(crate) fn take_back_for(
+        &mut self,
+        guard: GuardId,
+        reason: Reason,
+        now: Instant,
+        budget: Duration,
+    ) -> Vec<Action> {
+        self.take_back(guard, reason, now, now, budget)
+    }
+
     fn take_back(
         &mut self,
         guard: GuardId,
@@ -468,11 +619,16 @@ impl Registry {
     ) -> Vec<Action> {
         // Unknown: it was released while the news was under way.
         let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
-        match file.phase {
+        let at = since + budget;
+        match &mut file.phase {
             Phase::Held => {}
             // It was going anyway; now somebody waits for it.
-            Phase::Fencing { revocation: None, .. } => {
-                return vec![Action::FenceNow { guard, urgent: true }];
+            Phase::Fencing { revocation: None, by, .. } => {
+                *by = at.min(*by);
+                return vec![
+                    Action::FenceAt { guard, at: *by },
+                    Action::FenceNow { guard, urgent: true },
+                ];
             }
             _ => return Vec::new(),
         }
@@ -481,12 +637,11 @@ impl Registry {
         let timings = Timings { noticed: now - since, ..Timings::default() };
         let revocation = Revocation { reason, since, timings };
         let generation = file.generation;
-        let at = since + budget;
         if waiting.is_empty() || at <= now {
             let drained = waiting.is_empty().then_some(now - since);
             let timings = Timings { drained, ..timings };
             let revocation = Revocation { timings, ..revocation };
-            file.phase = Phase::Fencing { revocation: Some(revocation), fenced: false };
+            file.phase = Phase::due(revocation, at);
             return vec![Action::FenceNow { guard, urgent: true }];
         }
         let mut actions: Vec<Action> = by_session(&self.pins, &waiting)
@@ -500,7 +655,7 @@ impl Registry {
             })
             .collect();
         actions.push(Action::FenceAt { guard, at });
-        file.phase = Phase::Draining { revocation, waiting };
+        file.phase = Phase::Draining { revocation, waiting, by: at };
         actions
     }
 
@@ -520,30 +675,33 @@ impl Registry {
 
     fn pin_drained(&mut self, guard: GuardId, pin: PinId, now: Instant) -> Option<Action> {
         let file = self.files.get_mut(&guard)?;
-        let Phase::Draining { revocation, waiting } = &mut file.phase else { return None };
+        let Phase::Draining { revocation, waiting, by } = &mut file.phase else { return None };
         waiting.remove(&pin);
         if !waiting.is_empty() {
             return None;
         }
         revocation.timings.drained = Some(now - revocation.since);
-        file.phase = Phase::Fencing { revocation: Some(*revocation), fenced: false };
+        file.phase = Phase::due(*revocation, *by);
         Some(Action::FenceNow { guard, urgent: true })
     }
 
-    /// The fence is due: by order, or because the deadline of a drain has come. True if it is still
-    /// to be done.
-    pub(crate) fn fence_due(&mut self, guard: GuardId) -> bool {
-        let Some(file) = self.files.get_mut(&guard) else { return false };
-        if let Phase::Draining { revocation, .. } = &file.phase {
-            file.phase = Phase::Fencing { revocation: Some(*revocation), fenced: false };
+    /// The fence is due: by order, or because the deadline of a drain has come. If it is still to be
+    /// done: the time by which it falls even if a stream transfer is still inside the kernel.
+    pub(crate) fn fence_due(&mut self, guard: GuardId) -> Option<Instant> {
+        let file = self.files.get_mut(&guard)?;
+        if let Phase::Draining { revocation, by, .. } = &file.phase {
+            file.phase = Phase::due(*revocation, *by);
         }
-        matches!(file.phase, Phase::Fencing { .. })
+        match file.phase {
+            Phase::Fencing { by, .. } => Some(by),
+            _ => None,
+        }
     }
 
     /// The fence is complete.
     pub(crate) fn fenced(&mut self, guard: GuardId, now: Instant) {
         let Some(file) = self.files.get_mut(&guard) else { return };
-        let Phase::Fencing { revocation, fenced } = &mut file.phase else { return };
+        let Phase::Fencing { revocation, fenced, .. } = &mut file.phase else { return };
         *fenced = true;
         if let Some(revocation) = revocation {
             revocation.timings.fenced = now - revocation.since;
@@ -633,6 +791,29 @@ impl Registry {
         pin: PinId,
         asked: Generation,
     ) -> Result<PinView, Refusal> {
+        let entry = self.live_pin(session, pin, asked)?;
+        Ok(PinView { guard: entry.guard, range: entry.terms.range.clone() })
+    }
+
+    /// Checks that a transfer on the stream path may start: not from the break on.
+    pub(crate) fn begin_transfer(
+        &self,
+        session: SessionId,
+        pin: PinId,
+        asked: Generation,
+        access: PinAccess,
+    ) -> Result<PinView, Refusal> {
+        let entry = self.live_pin(session, pin, asked)?;
+        if access == PinAccess::ReadWrite && entry.terms.access == PinAccess::Read {
+            return Err(Refusal::ReadOnly { pin });
+        }
+        if !self.is_held(entry.guard) {
+            return Err(Refusal::Draining);
+        }
+        Ok(PinView { guard: entry.guard, range: entry.terms.range.clone() })
+    }
+
+    fn live_pin(&self, session: SessionId, pin: PinId, asked: Generation) -> Result<&Pin, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
         if holder.revoked.contains(&pin) {
             return Err(Refusal::Stale { pin, asked });
@@ -640,7 +821,41 @@ impl Registry {
         let entry = self.pins.get(&pin).filter(|entry| entry.live && entry.session == session);
         let entry = entry.ok_or(Refusal::UnknownPin { pin })?;
         self.demand_unfenced(entry.guard, pin, asked)?;
-        Ok(PinView { guard: entry.guard, range: entry.range.clone() })
+        Ok(entry)
+    }
+
+    /// Who holds what, ordered.
+    pub(crate) fn view(&self) -> (Vec<SessionView>, Vec<FileView>) {
+        let mut sessions: Vec<SessionView> = self
+            .sessions
+            .iter()
+            .map(|(id, session)| SessionView {
+                id: *id,
+                number: session.number,
+                client_name: session.client_name.clone(),
+                pins: session.pins.len(),
+            })
+            .collect();
+        sessions.sort_by_key(|session| session.number);
+        let mut files: Vec<FileView> =
+            self.files.iter().map(|(guard, file)| self.file_view(*guard, file)).collect();
+        files.sort_by_key(|file| file.generation.counter);
+        (sessions, files)
+    }
+
+    fn file_view(&self, guard: GuardId, file: &File) -> FileView {
+        let stage = match file.phase {
+            Phase::Held => Stage::Held,
+            Phase::Draining { .. } => Stage::Draining,
+            Phase::Fencing { .. } => Stage::Fencing,
+            Phase::Released => Stage::Released,
+        };
+        let pins = file.pins.iter().map(|id| {
+            let pin = &self.pins[id];
+            let session = self.sessions.get(&pin.session).map_or(0, |session| session.number);
+            (*id, session, pin.terms.clone(), pin.transport)
+        });
+        FileView { guard, generation: file.generation, stage, pins: pins.collect() }
     }
 
     /// A flush that returned before the fence was complete made its range durable; later it is
@@ -714,13 +929,17 @@ mod tests {
         FileIdentity { device: 1, inode: number, birth_time_ns: 0 }
     }
 
+    fn shared(range: Range<u64>) -> Terms {
+        Terms { range, access: PinAccess::ReadWrite, exclusive: false }
+    }
+
     impl World {
         fn new() -> Self {
             let now = Instant::now();
             let limits = Limits { sessions: 3, pins_per_session: 4 };
             let mut registry = Registry::new(7, limits);
-            registry.open_session(session(1)).unwrap();
-            registry.open_session(session(2)).unwrap();
+            registry.open_session(session(1), "one").unwrap();
+            registry.open_session(session(2), "two").unwrap();
             Self { registry, now }
         }
 
@@ -733,8 +952,9 @@ mod tests {
         }
 
         fn pin(&mut self, holder: u8, file: u64) -> PinId {
-            let pin = self.registry.begin_pin(session(holder), guard(file), 0..100).unwrap();
-            self.registry.finish_pin(pin).unwrap();
+            let pin =
+                self.registry.begin_pin(session(holder), guard(file), shared(0..100)).unwrap();
+            self.registry.finish_pin(pin, Transport::Rdma).unwrap();
             pin
         }
 
@@ -744,7 +964,7 @@ mod tests {
         }
 
         fn released(&mut self, file: u64) -> (Vec<Action>, Option<Record>) {
-            assert!(self.registry.fence_due(guard(file)));
+            assert!(self.registry.fence_due(guard(file)).is_some());
             self.registry.fenced(guard(file), self.now);
             self.registry.released(guard(file), self.now, |_| true)
         }
@@ -812,7 +1032,7 @@ mod tests {
     fn a_file_without_live_pins_holds_nobody_up() {
         let mut world = World::new();
         world.file(1);
-        world.registry.begin_pin(session(1), guard(1), 0..1).unwrap();
+        world.registry.begin_pin(session(1), guard(1), shared(0..1)).unwrap();
         assert_eq!(world.broken(1), [Action::FenceNow { guard: guard(1), urgent: true }]);
     }
 
@@ -833,10 +1053,10 @@ mod tests {
     fn no_key_goes_out_once_a_break_was_seen() {
         let mut world = World::new();
         world.file(1);
-        let pin = world.registry.begin_pin(session(1), guard(1), 0..1).unwrap();
+        let pin = world.registry.begin_pin(session(1), guard(1), shared(0..1)).unwrap();
         world.broken(1);
-        assert_eq!(world.registry.finish_pin(pin), Err(Refusal::Draining));
-        let another = world.registry.begin_pin(session(1), guard(1), 0..1);
+        assert_eq!(world.registry.finish_pin(pin, Transport::Rdma), Err(Refusal::Draining));
+        let another = world.registry.begin_pin(session(1), guard(1), shared(0..1));
         assert_eq!(another, Err(Refusal::Draining));
     }
 
@@ -849,7 +1069,7 @@ mod tests {
         assert!(commit(&world).is_ok());
         world.broken(1);
         assert!(commit(&world).is_ok(), "draining");
-        assert!(world.registry.fence_due(guard(1)));
+        assert!(world.registry.fence_due(guard(1)).is_some());
         assert!(commit(&world).is_ok(), "the fence is due, not complete");
         world.registry.fenced(guard(1), world.now);
         let fenced = Err(Refusal::Stale { pin, asked: generation });
@@ -887,7 +1107,7 @@ mod tests {
         let generation = world.file(1);
         let pin = world.pin(1, 1);
         let foreign = Refusal::UnknownPin { pin };
-        assert_eq!(world.registry.unpin(session(2), pin, world.now), Err(foreign));
+        assert_eq!(world.registry.unpin(session(2), pin, world.now), Err(foreign.clone()));
         assert_eq!(world.registry.begin_commit(session(2), pin, generation), Err(foreign));
         assert_eq!(world.registry.demand_session(session(3)), Err(Refusal::UnknownSession));
     }
@@ -901,8 +1121,9 @@ mod tests {
         assert_eq!(world.registry.unpin(session(1), a, world.now), Ok(vec![dropped(a)]));
         let idle = Action::FenceNow { guard: guard(1), urgent: false };
         assert_eq!(world.registry.unpin(session(1), b, world.now), Ok(vec![idle, dropped(b)]));
+        let sooner = Action::FenceAt { guard: guard(1), at: world.now + BUDGET };
         let urgent = Action::FenceNow { guard: guard(1), urgent: true };
-        assert_eq!(world.broken(1), [urgent], "it is going already, but now somebody waits");
+        assert_eq!(world.broken(1), [sooner, urgent], "it is going, but now somebody waits");
         assert_eq!(world.released(1), (Vec::new(), None));
         world.registry.retired(guard(1));
         assert!(world.registry.is_idle());
@@ -943,11 +1164,11 @@ mod tests {
         for _ in 0..4 {
             world.pin(1, 1);
         }
-        let refused = world.registry.begin_pin(session(1), guard(1), 0..1);
+        let refused = world.registry.begin_pin(session(1), guard(1), shared(0..1));
         assert!(matches!(refused, Err(Refusal::Quota { limit: 4, .. })));
-        world.registry.open_session(session(3)).unwrap();
+        world.registry.open_session(session(3), "three").unwrap();
         assert!(matches!(
-            world.registry.open_session(session(4)),
+            world.registry.open_session(session(4), "four"),
             Err(Refusal::Quota { limit: 3, .. })
         ));
     }
@@ -964,7 +1185,61 @@ mod tests {
             Some(&Action::FenceNow { guard: guard(2), urgent: true }),
             "nobody is on 2"
         );
-        assert_eq!(world.registry.open_session(session(3)), Err(Refusal::ShuttingDown));
+        assert_eq!(world.registry.open_session(session(3), "three"), Err(Refusal::ShuttingDown));
         assert_eq!(world.registry.add_file(inode(3), guard(3)), Err(Refusal::ShuttingDown));
+    }
+
+    #[test]
+    fn an_exclusive_pin_keeps_others_off_its_bytes_and_names_itself() {
+        let mut world = World::new();
+        world.file(1);
+        let begin = |world: &mut World, holder, range, exclusive| {
+            let terms = Terms { exclusive, ..shared(range) };
+            world.registry.begin_pin(session(holder), guard(1), terms)
+        };
+        let first = begin(&mut world, 1, 10..20, true).unwrap();
+        for range in [0..11, 19..30, 12..13, 0..100] {
+            let refused = begin(&mut world, 2, range, false).unwrap_err();
+            let held = Refusal::RangeHeld {
+                pin: first,
+                range: 10..20,
+                holder: "one".to_owned(),
+                exclusive: true,
+            };
+            assert_eq!(refused, held);
+        }
+        begin(&mut world, 2, 20..30, false).unwrap();
+        begin(&mut world, 2, 0..10, true).unwrap();
+        let over_a_shared_one = begin(&mut world, 1, 25..26, true).unwrap_err();
+        assert!(matches!(over_a_shared_one, Refusal::RangeHeld { exclusive: false, .. }));
+        world.registry.unpin(session(1), first, world.now).unwrap();
+        begin(&mut world, 2, 12..13, false).unwrap();
+    }
+
+    #[test]
+    fn no_stream_transfer_starts_once_a_break_was_seen() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let pin = world.pin(1, 1);
+        let begin = |world: &World| {
+            world.registry.begin_transfer(session(1), pin, generation, PinAccess::ReadWrite)
+        };
+        assert!(begin(&world).is_ok());
+        world.broken(1);
+        assert_eq!(begin(&world), Err(Refusal::Draining));
+        world.released(1);
+        assert_eq!(begin(&world), Err(Refusal::Stale { pin, asked: generation }));
+    }
+
+    #[test]
+    fn a_pin_for_reading_is_not_written() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let terms = Terms { access: PinAccess::Read, ..shared(0..1) };
+        let pin = world.registry.begin_pin(session(1), guard(1), terms).unwrap();
+        world.registry.finish_pin(pin, Transport::Stream).unwrap();
+        let begin = |access| world.registry.begin_transfer(session(1), pin, generation, access);
+        assert_eq!(begin(PinAccess::ReadWrite), Err(Refusal::ReadOnly { pin }));
+        assert!(begin(PinAccess::Read).is_ok());
     }
 }

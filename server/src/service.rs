@@ -1,10 +1,12 @@
 //! Speaks gRPC: unpack, call the engine, pack.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use pinfold_proto::v1;
 use pinfold_proto::v1::pinfold_server::Pinfold;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::audit::micros;
@@ -34,6 +36,7 @@ type Answer<T> = Result<Response<T>, Status>;
 #[tonic::async_trait]
 impl Pinfold for Service {
     type SessionStream = ReceiverStream<Result<v1::SessionEvent, Status>>;
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::RevocationRecord, Status>> + Send>>;
 
     async fn session(
         &self,
@@ -51,7 +54,7 @@ impl Pinfold for Service {
         let request = request.into_inner();
         let id = wire::session_id(&request.session_id)?;
         let client = wire::endpoint(request.client)?;
-        let (server, mtu) = self.engine.connect(id, client).await?;
+        let (server, mtu) = self.engine.connect(id, client, request.server_device).await?;
         Ok(Response::new(v1::ConnectQueuePairResponse {
             server: Some(wire::own_endpoint(&server)),
             path_mtu_bytes: mtu.bytes(),
@@ -86,13 +89,16 @@ impl Pinfold for Service {
             Some(Standing::Held { generation, pins }) => (Some(wire::generation(generation)), pins),
             Some(Standing::Going) | None => (None, 0),
         };
+        let guard = self.engine.guard_tier(found.identity()).map(wire::tier);
         Ok(Response::new(v1::StatResponse {
             identity: Some(wire::identity(found.identity())),
             size: found.size(),
             allocated: found.allocated(),
             dax: found.dax(),
             generation,
-            pins: u32::try_from(pins).unwrap_or(u32::MAX),
+            pins: wire::count(pins),
+            guard: guard.unwrap_or_default().into(),
+            page_size_bytes: wire::page_size_bytes(),
         }))
     }
 
@@ -118,5 +124,79 @@ impl Pinfold for Service {
         let (pin, generation, range) = wire::commit(&request)?;
         let took = self.engine.commit(id, pin, generation, range).await?;
         Ok(Response::new(v1::CommitResponse { flush_us: micros(took) }))
+    }
+
+    async fn write(&self, request: Request<v1::WriteRequest>) -> Answer<v1::WriteResponse> {
+        let v1::WriteRequest { session_id, pin_id, generation, offset, data } =
+            request.into_inner();
+        let id = wire::session_id(&session_id)?;
+        let piece = wire::stream_piece(id, pin_id, generation, offset)?;
+        wire::piece_len(data.len())?;
+        self.engine.stream_write(piece, data).await?;
+        Ok(Response::new(v1::WriteResponse {}))
+    }
+
+    async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<v1::ReadResponse> {
+        let v1::ReadRequest { session_id, pin_id, generation, offset, length } =
+            request.into_inner();
+        let id = wire::session_id(&session_id)?;
+        let piece = wire::stream_piece(id, pin_id, generation, offset)?;
+        let len = wire::piece_len(length as usize)?;
+        let data = self.engine.stream_read(piece, len).await?;
+        Ok(Response::new(v1::ReadResponse { data }))
+    }
+
+    async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        if request.export.is_empty() {
+            let names = self.engine.export_names();
+            let entries = names.into_iter().map(wire::export_entry).collect();
+            return Ok(Response::new(v1::ListResponse { entries }));
+        }
+        let path = match request.path.as_str() {
+            "" => None,
+            path => Some(wire::path(path)?),
+        };
+        let found = self.engine.list(request.export, path).await?;
+        let entries = found.into_iter().map(|(entry, pins)| wire::entry(entry, pins)).collect();
+        Ok(Response::new(v1::ListResponse { entries }))
+    }
+
+    async fn grow(&self, request: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
+        let valid_end = self.engine.grow(request.export, path, size).await?;
+        Ok(Response::new(v1::GrowResponse { valid_end }))
+    }
+
+    async fn shrink(&self, request: Request<v1::ShrinkRequest>) -> Answer<v1::ShrinkResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
+        let revoked = self.engine.shrink(request.export, path, size).await?;
+        Ok(Response::new(v1::ShrinkResponse { revoked_pins: wire::count(revoked) }))
+    }
+
+    async fn remove(&self, request: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let path = wire::path(&request.path)?;
+        let revoked = self.engine.remove(request.export, path, request.revoke_pins).await?;
+        Ok(Response::new(v1::RemoveResponse { revoked_pins: wire::count(revoked) }))
+    }
+
+    async fn inspect(&self, request: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {
+        let id = wire::session_id(&request.into_inner().session_id)?;
+        self.engine.demand_session(id)?;
+        Ok(Response::new(self.engine.inspect(id)))
+    }
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        self.engine.demand_session(wire::session_id(&request.into_inner().session_id)?)?;
+        // A watcher that is too slow misses records; its stream goes on with the newest.
+        let records = BroadcastStream::new(self.engine.records()).filter_map(Result::ok).map(Ok);
+        Ok(Response::new(Box::pin(records)))
     }
 }

@@ -33,7 +33,7 @@ pub(crate) async fn start(
         .map_err(|_| malformed("no Hello came in time"))??;
     let name = client_name(hello)?;
     let (outbox, events) = mpsc::channel(OUTBOX_DEPTH);
-    let id = engine.open_session(outbox.clone())?;
+    let id = engine.open_session(outbox.clone(), &name)?;
     tracing::info!(session = %id, client = name, "session opened");
     let welcome = wire::welcome(welcome(&engine, config, id));
     // The queue is empty and its other end is held here.
@@ -66,17 +66,24 @@ fn client_name(request: Option<v1::SessionRequest>) -> Result<String> {
 
 fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
     let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    let devices: Vec<v1::RdmaDevice> = engine
+        .fabrics()
+        .iter()
+        .map(|fabric| v1::RdmaDevice {
+            name: fabric.device().name().to_owned(),
+            active_mtu_bytes: fabric.device().port().active_mtu_bytes,
+            on_demand_paging: fabric.on_demand_paging(),
+        })
+        .collect();
     v1::Welcome {
         session_id: id.as_bytes().to_vec(),
         incarnation: engine.incarnation(),
         heartbeat_interval_ms: millis(config.heartbeat_interval),
         time_to_live_ms: millis(config.time_to_live),
-        rdma_device: engine.fabric().map(|fabric| v1::RdmaDevice {
-            name: fabric.device().name().to_owned(),
-            active_mtu_bytes: fabric.device().port().active_mtu_bytes,
-            on_demand_paging: fabric.on_demand_paging(),
-        }),
+        rdma_device: devices.first().cloned(),
         server_version: env!("CARGO_PKG_VERSION").to_owned(),
+        stream_piece_bytes_max: wire::count(wire::STREAM_PIECE_BYTES_MAX),
+        rdma_devices: devices,
     }
 }
 
@@ -109,7 +116,9 @@ impl Keeper {
             Some(Message::Heartbeat(beat)) => {
                 // A full outbox: the client does not read; it will miss the reply and notice.
                 let reply = Ok(wire::heartbeat_reply(beat.sequence));
-                let _ = self.outbox.upgrade().map(|outbox| outbox.try_send(reply));
+                if let Some(outbox) = self.outbox.upgrade() {
+                    let _ = outbox.try_send(reply);
+                }
             }
             Some(Message::Drained(drained)) if drained.pin_ids.len() > self.pins_at_most => {
                 tracing::warn!(session = %self.id, "drained more pins than a session can hold");

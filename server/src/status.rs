@@ -41,6 +41,7 @@ fn classify(error: &Error) -> (Code, Reason) {
         }
         Error::RangePastEnd { .. } => (Code::OutOfRange, Reason::RangePastEnd),
         Error::NoRdmaDevice { .. } => (Code::FailedPrecondition, Reason::NoRdmaDevice),
+        Error::UnknownDevice { .. } => (Code::NotFound, Reason::NoRdmaDevice),
         Error::NoQueuePair => (Code::FailedPrecondition, Reason::NoQueuePair),
         Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
         Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
@@ -68,6 +69,8 @@ fn of_refusal(refusal: &Refusal) -> (Code, Reason) {
         Refusal::UnknownSession => (Code::NotFound, Reason::UnknownSession),
         Refusal::UnknownPin { .. } => (Code::NotFound, Reason::UnknownPin),
         Refusal::Stale { .. } => (Code::Aborted, Reason::StaleGeneration),
+        Refusal::RangeHeld { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
+        Refusal::ReadOnly { .. } => (Code::PermissionDenied, Reason::ReadOnlyPin),
         Refusal::Draining => (Code::Unavailable, Reason::FileDraining),
         Refusal::Quota { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
         Refusal::ShuttingDown => (Code::Unavailable, Reason::ShuttingDown),

@@ -2,21 +2,29 @@
 //! once; inside, only valid values travel.
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
-use pinfold_leases::{BreakKind, FileIdentity, GuardTier, MappingKind, RelativePath};
+use pinfold_leases::{
+    BreakKind, Entry, EntryKind, FileIdentity, GuardTier, MappingKind, RelativePath,
+};
 use pinfold_proto::v1;
 use pinfold_verbs::{Endpoint, Gid, QueuePairNumber, Quirks};
 
-use crate::audit::micros;
-use crate::engine::{Granted, PinOrder};
+use crate::audit::{Teardown, micros};
+use crate::engine::{Granted, PinOrder, StreamPiece, TransportWish};
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
+use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
-use crate::registry::{PinAccess, Reason, Timings};
+use crate::registry::{
+    FileView, PinAccess, Reason, Record, SessionView, Stage, Timings, Transport,
+};
 
 /// Longest path in bytes (`PATH_MAX`).
 const LONGEST_PATH: usize = 4096;
+/// Longest piece of the stream path in bytes: what a fence may have to wait for.
+pub(crate) const STREAM_PIECE_BYTES_MAX: usize = 1 << 20;
 
 fn malformed(what: impl Into<String>) -> Error {
     Error::Malformed { what: what.into() }
@@ -82,11 +90,19 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
             return Err(malformed("access says neither READ nor READ_WRITE"));
         }
     };
+    let transport = match request.transport() {
+        v1::Transport::Unspecified => TransportWish::Either,
+        v1::Transport::Rdma => TransportWish::Rdma,
+        v1::Transport::Stream => TransportWish::Stream,
+    };
     Ok(PinOrder {
         path: path(&request.path)?,
         export: request.export,
         range: request.range.map(range),
         access,
+        transport,
+        exclusive: request.exclusive,
+        reserve_end: request.reserve_end,
         expected: request.expected_identity.map(known_identity),
     })
 }
@@ -95,9 +111,32 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
 pub(crate) fn commit(
     request: &v1::CommitRequest,
 ) -> Result<(PinId, Generation, Option<Range<u64>>)> {
-    let asked = request.generation.ok_or_else(|| malformed("generation is missing"))?;
-    let asked = Generation { incarnation: asked.incarnation, counter: asked.counter };
+    let asked = known_generation(request.generation)?;
     Ok((PinId(request.pin_id), asked, request.range.map(range)))
+}
+
+fn known_generation(asked: Option<v1::Generation>) -> Result<Generation> {
+    let asked = asked.ok_or_else(|| malformed("generation is missing"))?;
+    Ok(Generation { incarnation: asked.incarnation, counter: asked.counter })
+}
+
+/// Where a piece of the stream path starts.
+pub(crate) fn stream_piece(
+    session: SessionId,
+    pin: u64,
+    asked: Option<v1::Generation>,
+    offset: u64,
+) -> Result<StreamPiece> {
+    let generation = known_generation(asked)?;
+    Ok(StreamPiece { session, pin: PinId(pin), generation, offset })
+}
+
+/// A piece is not longer than what was agreed on.
+pub(crate) fn piece_len(len: usize) -> Result<usize> {
+    if len > STREAM_PIECE_BYTES_MAX {
+        return Err(malformed(format!("a piece is at most {STREAM_PIECE_BYTES_MAX} bytes")));
+    }
+    Ok(len)
 }
 
 /// As it goes over the wire.
@@ -144,28 +183,126 @@ pub(crate) fn quirks(quirks: &Quirks) -> v1::Quirks {
 pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
     let file = &granted.file;
     let durable = file.kind() != MappingKind::SharedMemory;
-    let access = match granted.access {
-        PinAccess::Read => v1::Access::Read,
-        PinAccess::ReadWrite => v1::Access::ReadWrite,
-    };
-    let guard = match file.tier() {
-        GuardTier::Lease => v1::GuardTier::Lease,
-        GuardTier::Delegation => v1::GuardTier::Delegation,
-    };
     v1::PinResponse {
         pin_id: granted.pin.0,
         generation: Some(generation(granted.generation)),
         identity: Some(identity(file.description().identity())),
         range: Some(v1::ByteRange { start: granted.range.start, end: granted.range.end }),
-        segments: granted.segments,
-        access: access.into(),
-        guard: guard.into(),
+        segments: granted.ways.segments,
+        access: access(granted.access).into(),
+        guard: tier(file.tier()).into(),
         valid_end: granted.valid_end,
-        page_size_bytes: u32::try_from(rustix::param::page_size()).unwrap_or(0),
+        page_size_bytes: page_size_bytes(),
         dax: file.kind() == MappingKind::FsDax,
         map_sync: file.map_sync(),
         durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
-        quirks: Some(granted.quirks),
+        quirks: Some(granted.ways.quirks),
+        no_rdma_because: granted.ways.no_rdma_because,
+    }
+}
+
+/// Of the pages that map a file, as far as is known: the smallest there are.
+pub(crate) fn page_size_bytes() -> u32 {
+    count(rustix::param::page_size())
+}
+
+/// A number that can't reach four billion.
+pub(crate) fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn access(access: PinAccess) -> v1::Access {
+    match access {
+        PinAccess::Read => v1::Access::Read,
+        PinAccess::ReadWrite => v1::Access::ReadWrite,
+    }
+}
+
+/// As it goes over the wire.
+pub(crate) fn tier(tier: GuardTier) -> v1::GuardTier {
+    match tier {
+        GuardTier::Lease => v1::GuardTier::Lease,
+        GuardTier::Delegation => v1::GuardTier::Delegation,
+    }
+}
+
+/// What a folder holds.
+pub(crate) fn entry(entry: Entry, pins: usize) -> v1::Entry {
+    let kind = match entry.kind {
+        EntryKind::File => v1::EntryKind::File,
+        EntryKind::Folder => v1::EntryKind::Folder,
+        EntryKind::Other => v1::EntryKind::Unspecified,
+    };
+    let sized = |bytes| if entry.kind == EntryKind::File { bytes } else { 0 };
+    v1::Entry {
+        size: sized(entry.size),
+        allocated: sized(entry.allocated),
+        name: entry.name,
+        kind: kind.into(),
+        pins: count(pins),
+    }
+}
+
+/// An export as an entry of the top.
+pub(crate) fn export_entry(name: String) -> v1::Entry {
+    v1::Entry { name, kind: v1::EntryKind::Export.into(), size: 0, allocated: 0, pins: 0 }
+}
+
+/// A session for the operator.
+pub(crate) fn session_info(
+    view: &SessionView,
+    yours: bool,
+    device: Option<String>,
+) -> v1::SessionInfo {
+    v1::SessionInfo {
+        number: view.number,
+        client_name: view.client_name.clone(),
+        yours,
+        pins: count(view.pins),
+        rdma_device: device.unwrap_or_default(),
+    }
+}
+
+/// A guarded file for the operator.
+pub(crate) fn file_info(view: &FileView, file: &HeldFile) -> v1::FileInfo {
+    let state = match view.stage {
+        Stage::Held => v1::FileState::Held,
+        Stage::Draining => v1::FileState::Draining,
+        Stage::Fencing => v1::FileState::Fencing,
+        Stage::Released => v1::FileState::Released,
+    };
+    let pins = view.pins.iter().map(|(pin, session, terms, transport)| v1::PinInfo {
+        pin_id: pin.0,
+        session: *session,
+        range: Some(v1::ByteRange { start: terms.range.start, end: terms.range.end }),
+        access: access(terms.access).into(),
+        exclusive: terms.exclusive,
+        transport: match transport {
+            Transport::Rdma => v1::Transport::Rdma.into(),
+            Transport::Stream => v1::Transport::Stream.into(),
+        },
+    });
+    v1::FileInfo {
+        path: file.path().display().to_string(),
+        generation: Some(generation(view.generation)),
+        guard: tier(file.tier()).into(),
+        state: state.into(),
+        pins: pins.collect(),
+    }
+}
+
+/// A complete revocation, for those who watch.
+pub(crate) fn record(path: &Path, record: &Record, teardown: &Teardown) -> v1::RevocationRecord {
+    v1::RevocationRecord {
+        path: path.display().to_string(),
+        generation: Some(generation(record.generation)),
+        reason: reason(record.reason).into(),
+        pins: count(record.pins),
+        sessions: count(record.sessions),
+        timings: Some(timings(&record.timings)),
+        deregistered_us: micros(teardown.deregistered),
+        unmapped_us: micros(teardown.unmapped),
+        late_stream_writes: count(teardown.late_stream_writes),
     }
 }
 
@@ -174,6 +311,8 @@ fn reason(reason: Reason) -> v1::RevocationReason {
         Reason::Break(BreakKind::Reader) => v1::RevocationReason::LocalReader,
         Reason::Break(BreakKind::Writer) => v1::RevocationReason::LocalWriter,
         Reason::Shutdown => v1::RevocationReason::Shutdown,
+        Reason::Shrink => v1::RevocationReason::Shrink,
+        Reason::Remove => v1::RevocationReason::Remove,
     }
 }
 
@@ -211,14 +350,18 @@ pub(crate) fn revoked(
         pin_ids: pin_ids(pins),
         generation: Some(generation(revoked)),
         reason: reason(why).into(),
-        timings: Some(v1::RevocationTimings {
-            noticed_us: micros(timings.noticed),
-            drained_us: timings.drained.map(micros),
-            fenced_us: micros(timings.fenced),
-            released_us: micros(timings.released),
-            break_pending_at_release: timings.break_pending,
-        }),
+        timings: Some(self::timings(timings)),
     }))
+}
+
+fn timings(timings: &Timings) -> v1::RevocationTimings {
+    v1::RevocationTimings {
+        noticed_us: micros(timings.noticed),
+        drained_us: timings.drained.map(micros),
+        fenced_us: micros(timings.fenced),
+        released_us: micros(timings.released),
+        break_pending_at_release: timings.break_pending,
+    }
 }
 
 /// The first event of a session.

@@ -1,0 +1,118 @@
+//! The gate of the stream path: who is inside the kernel with a write or read of a file, and the
+//! point from which nobody enters any more.
+//!
+//! The fence covers the stream path with it: closed first, then waited for until nobody is inside
+//! or the deadline has come.
+
+use std::collections::HashMap;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::ids::PinId;
+
+/// One file's gate.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    left: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    closed: bool,
+    inside: HashMap<PinId, usize>,
+}
+
+/// The right to be inside; ends when dropped.
+#[derive(Debug)]
+#[must_use = "the gate counts it as long as it lives"]
+pub(crate) struct Inside<'a> {
+    gate: &'a Gate,
+    pin: PinId,
+}
+
+impl Gate {
+    /// Lets one transfer in; `None` once the gate is closed.
+    pub(crate) fn enter(&self, pin: PinId) -> Option<Inside<'_>> {
+        let mut state = self.state();
+        if state.closed {
+            return None;
+        }
+        *state.inside.entry(pin).or_default() += 1;
+        Some(Inside { gate: self, pin })
+    }
+
+    /// From here on nobody enters. Returns how many are still inside.
+    pub(crate) fn close(&self) -> usize {
+        let mut state = self.state();
+        state.closed = true;
+        state.inside.values().sum()
+    }
+
+    /// Whether it is closed and nobody is inside: what a fence waits for.
+    pub(crate) fn is_empty_for_good(&self) -> bool {
+        let state = self.state();
+        state.closed && state.inside.is_empty()
+    }
+
+    /// Waits until no transfer of this pin is inside. The pin must be refused before the gate by
+    /// then, or this may never end.
+    pub(crate) fn wait_until_out(&self, pin: PinId) {
+        let state = self.state();
+        drop(self.left.wait_while(state, |state| state.inside.contains_key(&pin)));
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Counting can't leave the state half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        if let Some(count) = state.inside.get_mut(&self.pin) {
+            *count -= 1;
+            if *count == 0 {
+                state.inside.remove(&self.pin);
+                self.gate.left.notify_all();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_enters_a_closed_gate_and_those_inside_are_counted() {
+        let gate = Gate::default();
+        let first = gate.enter(PinId(1)).unwrap();
+        let second = gate.enter(PinId(2)).unwrap();
+        assert_eq!(gate.close(), 2);
+        assert!(gate.enter(PinId(1)).is_none());
+        assert!(!gate.is_empty_for_good());
+        drop(first);
+        assert_eq!(gate.close(), 1);
+        drop(second);
+        assert!(gate.is_empty_for_good());
+    }
+
+    #[test]
+    fn an_open_gate_is_never_empty_for_good() {
+        assert!(!Gate::default().is_empty_for_good());
+    }
+
+    #[test]
+    fn waiting_for_one_pin_does_not_wait_for_another() {
+        let gate = Gate::default();
+        let _other = gate.enter(PinId(2)).unwrap();
+        gate.wait_until_out(PinId(1));
+        std::thread::scope(|scope| {
+            let mine = gate.enter(PinId(1)).unwrap();
+            let waiting = scope.spawn(|| gate.wait_until_out(PinId(1)));
+            drop(mine);
+            waiting.join().unwrap();
+        });
+    }
+}
