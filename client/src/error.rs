@@ -7,15 +7,15 @@ use std::ops::Range;
 use std::time::Duration;
 
 use pinfold_proto::{ERROR_DOMAIN, Reason};
-use pinfold_verbs::{Buffer, CompletionStatus};
+use pinfold_verbs::CompletionStatus;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::pin_state::Gone;
-use crate::plan::Refusal;
-use crate::{DrainNotice, Grant, Loss, Revocation};
+use crate::plan::{Reach, Refusal};
+use crate::{Buffer, DrainNotice, Loss, Revocation};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,21 +80,23 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// This host has no RDMA device that could be used.
+    /// This host has no RDMA device that could be used, and one was asked for by name.
     #[error("no usable RDMA device on this host; `rdma link` lists them")]
     NoRdmaDevice {
         /// What the search ran into.
         source: pinfold_verbs::Error,
     },
 
-    /// The session was opened without an RDMA device, so it can't pin.
-    #[error("cannot {doing} in a session that was opened without an RDMA device")]
-    ControlOnly {
+    /// Only RDMA could do it, and the session has none.
+    #[error("cannot {doing} without RDMA: {because}")]
+    StreamOnly {
         /// What was asked for.
         doing: String,
+        /// Why the session has no RDMA.
+        because: String,
     },
 
-    /// The server has no RDMA device.
+    /// The server has no RDMA device, and RDMA was asked for by a device's name.
     #[error("the server at {endpoint} has no RDMA device; see `pinfoldd`'s log for the reason")]
     ServerHasNoRdmaDevice {
         /// The server's address.
@@ -108,6 +110,25 @@ pub enum Error {
         doing: &'static str,
         /// What the device or its driver says.
         source: pinfold_verbs::Error,
+    },
+
+    /// This host has no memory left for a buffer.
+    #[error("cannot allocate a buffer of {capacity} bytes")]
+    NoMemory {
+        /// What was asked for.
+        capacity: usize,
+        /// What the kernel says.
+        source: std::io::Error,
+    },
+
+    /// Only RDMA is to do it, and the session's device does not know the buffer.
+    #[error(
+        "cannot {doing} by RDMA: the buffer is not one of this session; use one from its own \
+         `buffer`"
+    )]
+    ForeignBuffer {
+        /// What was asked for.
+        doing: String,
     },
 
     /// The server wants the pin back: nothing new begins.
@@ -170,11 +191,12 @@ pub enum Error {
         valid_end: u64,
     },
 
-    /// A request would start where the server's device misplaces data.
+    /// A request would start where the server's device misplaces data, and the pin may not use the
+    /// stream path instead.
     #[error(
         "a transfer at byte {file_offset} of {file} would break a quirk of the server's device \
          (requests start at multiples of {start_alignment_bytes} bytes, or data is misplaced); \
-         start at such a multiple"
+         start at such a multiple, or pin without asking for RDMA only"
     )]
     Misaligned {
         /// Export and path.
@@ -258,19 +280,19 @@ impl Error {
         }
     }
 
-    pub(crate) fn from_refusal(refusal: Refusal, file: &FileName, grant: &Grant) -> Self {
+    pub(crate) fn from_refusal(refusal: Refusal, file: &FileName, reach: Reach<'_>) -> Self {
         let file = file.to_string();
         match refusal {
             Refusal::OutsidePin { wanted } => {
-                Self::OutsidePin { file, wanted, pinned: grant.range.clone() }
+                Self::OutsidePin { file, wanted, pinned: reach.range() }
             }
             Refusal::PastEnd { wanted } => {
-                Self::PastEnd { file, wanted, valid_end: grant.valid_end }
+                Self::PastEnd { file, wanted, valid_end: reach.valid_end }
             }
             Refusal::Misaligned { file_offset } => Self::Misaligned {
                 file,
                 file_offset,
-                start_alignment_bytes: grant.quirks.start_alignment_bytes,
+                start_alignment_bytes: reach.grant.quirks.start_alignment_bytes,
             },
         }
     }

@@ -1,6 +1,7 @@
 //! This host's RDMA device as one session uses it: a protection domain, and a lane that is made
 //! anew when it breaks.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{self, Arc, MutexGuard, PoisonError};
 
 use pinfold_proto::v1;
@@ -15,7 +16,7 @@ use crate::lane::{Claim, Direction, Done, LaneHandle, Work};
 use crate::pin_state::Gone;
 use crate::pin_table::PinCell;
 use crate::plan::PROBE_BYTES;
-use crate::{Error, RdmaDevice};
+use crate::{Buffer as AnyBuffer, ConnectOptions, Error, RdmaDevice, buffer};
 
 /// A lane can break between the moment it was found live and the moment it takes the work. More
 /// often than this in a row is no accident.
@@ -24,11 +25,25 @@ const LANES_PER_OPERATION: usize = 3;
 /// An open device, and the session's lane on it.
 #[derive(Debug)]
 pub(crate) struct Fabric {
+    id: FabricId,
     domain: ProtectionDomain,
     depth: u32,
+    /// Which of the server's devices to connect to; empty: its first.
+    server_device: String,
     lane: Mutex<Option<LaneHandle>>,
     /// Takes what the read before a commit brings; nobody looks at it.
     probe_buffer: sync::Mutex<Option<Buffer>>,
+}
+
+/// Tells the buffers of one session's device from those of another.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct FabricId(u64);
+
+impl FabricId {
+    fn next() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 /// An operation on its way to the lane.
@@ -52,7 +67,8 @@ pub(crate) enum Failure {
 
 impl Fabric {
     /// Opens a device; `None` if none is wanted.
-    pub(crate) async fn open(choice: RdmaDevice, depth: u32) -> Result<Option<Self>, Error> {
+    pub(crate) async fn open(options: &ConnectOptions) -> Result<Option<Self>, Error> {
+        let choice = options.rdma_device.clone();
         let open = move || match choice {
             RdmaDevice::Auto => Device::open_first().map(Some),
             RdmaDevice::Named(name) => Device::open(&name).map(Some),
@@ -62,15 +78,22 @@ impl Fabric {
         let Some(device) = device else {
             return Ok(None);
         };
-        let depth = depth.clamp(1, device.capabilities().max_qp_wr.max(1));
+        let depth = options.send_window.clamp(1, device.capabilities().max_qp_wr.max(1));
         let domain = ProtectionDomain::new(&device)
             .map_err(|source| Error::Verbs { doing: "allocate a protection domain", source })?;
         Ok(Some(Self {
+            id: FabricId::next(),
             domain,
             depth,
+            server_device: options.server_device.clone(),
             lane: Mutex::new(None),
             probe_buffer: sync::Mutex::new(None),
         }))
+    }
+
+    /// What its buffers are known by.
+    pub(crate) fn id(&self) -> FabricId {
+        self.id
     }
 
     /// How many requests fit in the send queue.
@@ -79,19 +102,27 @@ impl Fabric {
     }
 
     /// Allocates and registers a buffer.
-    pub(crate) async fn buffer(&self, capacity: usize) -> Result<Buffer, Error> {
+    pub(crate) async fn buffer(&self, capacity: usize) -> Result<AnyBuffer, Error> {
+        let mut registered = self.registered(capacity).await?;
+        // Shortening can't fail.
+        let _ = registered.set_len(capacity);
+        Ok(AnyBuffer::registered(registered, self.id))
+    }
+
+    async fn registered(&self, capacity: usize) -> Result<Buffer, Error> {
+        let whole = buffer::whole_grains(capacity).unwrap_or(capacity);
         let domain = self.domain.clone();
-        blocking(move || Buffer::new(&domain, capacity))
+        blocking(move || Buffer::new(&domain, whole))
             .await
             .map_err(|source| Error::Verbs { doing: "register a buffer", source })
     }
 
-    /// A buffer for [`plan::probe`](crate::plan::probe).
+    /// A buffer for [`Reach::probe`](crate::plan::Reach::probe).
     pub(crate) async fn probe_buffer(&self) -> Result<Buffer, Error> {
         let kept = self.kept_probe_buffer().take();
         match kept {
             Some(buffer) => Ok(buffer),
-            None => self.buffer(PROBE_BYTES).await,
+            None => self.registered(PROBE_BYTES).await,
         }
     }
 
@@ -153,7 +184,7 @@ impl Fabric {
             .await
             .map_err(|source| Error::Verbs { doing: "create a queue pair", source })?;
         let (server, path_mtu_bytes) =
-            control.connect_queue_pair(to_wire(&lane.endpoint())).await?;
+            control.connect_queue_pair(to_wire(&lane.endpoint()), &self.server_device).await?;
         let unusable = |what| Error::Protocol { doing: "connect a queue pair".to_owned(), what };
         let server = from_wire(&server).ok_or_else(|| unusable("an unusable endpoint"))?;
         let path_mtu = Mtu::from_bytes(path_mtu_bytes).ok_or_else(|| unusable("no path MTU"))?;

@@ -4,7 +4,7 @@ use std::fmt;
 
 use pinfold_proto::v1;
 
-use crate::Generation;
+use crate::{Generation, GuardTier};
 
 /// Names one inode for good, where a path may come to name another one.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -53,6 +53,39 @@ pub struct FileStat {
     pub generation: Option<Generation>,
     /// How many pins are on it now, of all sessions.
     pub pins: u32,
+    /// What holds it still, if it is guarded now.
+    pub guard: Option<GuardTier>,
+    /// Size of the pages that a mapping of it consists of, as far as the server knows.
+    pub page_size_bytes: u32,
+}
+
+/// What [`list`](crate::Session::list) finds in a folder.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Entry {
+    /// Its name in the folder.
+    pub name: String,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Size in bytes; 0 for all but files.
+    pub size: u64,
+    /// Bytes of storage that it holds; 0 for all but files.
+    pub allocated: u64,
+    /// How many pins are on it now, of all sessions.
+    pub pins: u32,
+}
+
+/// What an [`Entry`] is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum EntryKind {
+    /// An export.
+    Export,
+    /// A folder.
+    Folder,
+    /// A file, which can be pinned.
+    File,
+    /// Something that can't be pinned: a device, a socket, a symbolic link …
+    Other,
 }
 
 /// An export and a path in it, for messages.
@@ -71,6 +104,19 @@ impl FileName {
 impl fmt::Display for FileName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.export, self.path)
+    }
+}
+
+impl From<v1::Entry> for Entry {
+    fn from(wire: v1::Entry) -> Self {
+        let kind = match wire.kind() {
+            v1::EntryKind::Unspecified => EntryKind::Other,
+            v1::EntryKind::File => EntryKind::File,
+            v1::EntryKind::Folder => EntryKind::Folder,
+            v1::EntryKind::Export => EntryKind::Export,
+        };
+        let v1::Entry { name, size, allocated, pins, .. } = wire;
+        Self { name, kind, size, allocated, pins }
     }
 }
 

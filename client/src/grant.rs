@@ -45,8 +45,21 @@ pub enum Durability {
     Commit,
 }
 
+/// How a pin's bytes travel.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transport {
+    /// By RDMA where it can be, else by the stream path: what hosts without a device do, and what
+    /// quirks forbid. The grant and each transfer say which it was.
+    #[default]
+    Auto,
+    /// By RDMA, or refuse.
+    Rdma,
+    /// By the stream path only: gRPC, through the server's processor. No key is made.
+    Stream,
+}
+
 /// A rule of the server's device. The device reports success and misplaces data when it is broken,
-/// so this library keeps it: a request that would break it is refused here.
+/// so this library keeps it: what would break it goes by the stream path.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Quirks {
     /// Every request starts at a remote address that is a multiple of this. 1: any.
@@ -86,13 +99,17 @@ pub struct Grant {
     pub identity: FileIdentity,
     /// The bytes of the file that are pinned.
     pub range: Range<u64>,
-    /// How they are reached: ordered by file offset, without gaps, covering the range.
+    /// How they are reached by RDMA: ordered by file offset, without gaps, up to `reserved_end`.
+    /// None: by the stream path only. The first may start later than the range, where the device
+    /// can't reach its first bytes; those go by the stream path.
     pub segments: Vec<Segment>,
+    /// How far the pin reaches when the file grows: the range's end, or what was reserved.
+    pub reserved_end: u64,
     /// What may be done.
     pub access: Access,
     /// What holds the file still.
     pub guard: GuardTier,
-    /// The file's end, to the byte. Bytes beyond it in the last page would vanish, so this library
+    /// The file's end when it was pinned, to the byte. Bytes beyond it in the last page would vanish, so this library
     /// writes none.
     pub valid_end: u64,
     /// Size of the pages that map the file, as far as the server knows.
@@ -105,6 +122,18 @@ pub struct Grant {
     pub durability: Vec<Durability>,
     /// Rules of the server's device.
     pub quirks: Quirks,
+    /// Why there are no segments, for people; absent if there are.
+    pub no_rdma_because: Option<String>,
+}
+
+impl GuardTier {
+    pub(crate) fn from_wire(wire: i32) -> Self {
+        match v1::GuardTier::try_from(wire) {
+            Ok(v1::GuardTier::Lease) => Self::Lease,
+            Ok(v1::GuardTier::Delegation) => Self::Delegation,
+            Ok(v1::GuardTier::Unspecified) | Err(_) => Self::Unknown,
+        }
+    }
 }
 
 /// The server's answer contradicts the protocol.
@@ -118,23 +147,26 @@ impl Grant {
     }
 
     /// Checks everything that later code relies on, so that arithmetic on a grant cannot overflow
-    /// and a pin's bytes are in exactly one segment each.
-    pub(crate) fn parse(wire: v1::PinResponse) -> Result<Self, Malformed> {
+    /// and a pin's bytes are in one segment each at most. `reserve_end` is what was asked for.
+    pub(crate) fn parse(wire: v1::PinResponse, reserve_end: u64) -> Result<Self, Malformed> {
         let range = wire.range.ok_or(Malformed("a grant without a range"))?;
         if range.start >= range.end {
             return Err(Malformed("a grant of an empty range"));
         }
         let segments: Vec<_> = wire.segments.iter().map(Segment::from).collect();
-        check_cover(&segments, range.start..range.end)?;
+        let reserved_end = check_cover(&segments, range.start..range.end)?
+            .unwrap_or_else(|| range.end.max(reserve_end));
         let quirks = wire.quirks.unwrap_or_default();
         Ok(Self {
             pin_id: wire.pin_id,
             generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
             identity: wire.identity.ok_or(Malformed("a grant without an identity"))?.into(),
             range: range.start..range.end,
+            no_rdma_because: segments.is_empty().then_some(wire.no_rdma_because),
             segments,
+            reserved_end,
             access: parse_access(wire.access)?,
-            guard: parse_guard(wire.guard),
+            guard: GuardTier::from_wire(wire.guard),
             valid_end: wire.valid_end,
             page_size_bytes: wire.page_size_bytes,
             dax: wire.dax,
@@ -149,8 +181,16 @@ impl Grant {
     }
 }
 
-fn check_cover(segments: &[Segment], range: Range<u64>) -> Result<(), Malformed> {
-    let mut reached = range.start;
+/// Returns where the last segment ends, if there are any. They may start late and end late: an
+/// unaligned head has none, and what was reserved lies past the range.
+fn check_cover(segments: &[Segment], range: Range<u64>) -> Result<Option<u64>, Malformed> {
+    let Some(first) = segments.first() else {
+        return Ok(None);
+    };
+    if first.file_offset < range.start {
+        return Err(Malformed("a segment before the granted range"));
+    }
+    let mut reached = first.file_offset;
     for segment in segments {
         if segment.file_offset != reached || segment.length == 0 {
             return Err(Malformed("segments with a gap, an overlap or no bytes"));
@@ -163,25 +203,17 @@ fn check_cover(segments: &[Segment], range: Range<u64>) -> Result<(), Malformed>
             .checked_add(segment.length)
             .ok_or(Malformed("a segment past the last address"))?;
     }
-    if reached != range.end {
-        return Err(Malformed("segments that do not cover the granted range"));
+    if reached < range.end {
+        return Err(Malformed("segments that end before the granted range"));
     }
-    Ok(())
+    Ok(Some(reached))
 }
 
-fn parse_access(wire: i32) -> Result<Access, Malformed> {
+pub(crate) fn parse_access(wire: i32) -> Result<Access, Malformed> {
     match v1::Access::try_from(wire) {
         Ok(v1::Access::Read) => Ok(Access::Read),
         Ok(v1::Access::ReadWrite) => Ok(Access::ReadWrite),
-        Ok(v1::Access::Unspecified) | Err(_) => Err(Malformed("a grant of unknown access")),
-    }
-}
-
-fn parse_guard(wire: i32) -> GuardTier {
-    match v1::GuardTier::try_from(wire) {
-        Ok(v1::GuardTier::Lease) => GuardTier::Lease,
-        Ok(v1::GuardTier::Delegation) => GuardTier::Delegation,
-        Ok(v1::GuardTier::Unspecified) | Err(_) => GuardTier::Unknown,
+        Ok(v1::Access::Unspecified) | Err(_) => Err(Malformed("a pin of unknown access")),
     }
 }
 
@@ -225,6 +257,26 @@ impl From<Access> for v1::Access {
     }
 }
 
+impl From<Transport> for v1::Transport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Auto => Self::Unspecified,
+            Transport::Rdma => Self::Rdma,
+            Transport::Stream => Self::Stream,
+        }
+    }
+}
+
+impl From<v1::Transport> for Transport {
+    fn from(wire: v1::Transport) -> Self {
+        match wire {
+            v1::Transport::Unspecified => Self::Auto,
+            v1::Transport::Rdma => Self::Rdma,
+            v1::Transport::Stream => Self::Stream,
+        }
+    }
+}
+
 /// As the server's log and audit write it.
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -237,6 +289,16 @@ impl fmt::Display for Access {
         f.write_str(match self {
             Self::Read => "read",
             Self::ReadWrite => "read-write",
+        })
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Rdma => "rdma",
+            Self::Stream => "stream",
         })
     }
 }
@@ -286,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_good_grant_is_taken() {
-        let grant = Grant::parse(wire()).unwrap();
+        let grant = Grant::parse(wire(), 0).unwrap();
         assert_eq!(grant.range, 100..300);
         assert_eq!(grant.usable(), 100..280);
         assert_eq!(grant.durability, [Durability::Commit]);
@@ -295,18 +357,39 @@ mod tests {
 
     #[test]
     fn a_grant_past_the_end_of_the_file_has_nothing_usable() {
-        let grant = Grant::parse(v1::PinResponse { valid_end: 50, ..wire() }).unwrap();
+        let grant = Grant::parse(v1::PinResponse { valid_end: 50, ..wire() }, 0).unwrap();
         assert!(grant.usable().is_empty());
+    }
+
+    #[test]
+    fn segments_may_start_late_and_end_late() {
+        let mut late = wire();
+        late.segments[0].file_offset += 10;
+        late.segments[0].length -= 10;
+        late.segments[1].length += 1000;
+        let grant = Grant::parse(late, 1300).unwrap();
+        assert_eq!((grant.range, grant.reserved_end), (100..300, 1300));
+        assert_eq!(grant.no_rdma_because, None);
+    }
+
+    #[test]
+    fn without_segments_what_was_asked_for_is_reserved() {
+        let mut stream = wire();
+        stream.segments.clear();
+        stream.no_rdma_because = "no device".to_owned();
+        let grant = Grant::parse(stream.clone(), 900).unwrap();
+        assert_eq!(grant.reserved_end, 900);
+        assert_eq!(grant.no_rdma_because.as_deref(), Some("no device"));
+        assert_eq!(Grant::parse(stream, 0).unwrap().reserved_end, 300);
     }
 
     #[test]
     fn segments_must_cover_the_range() {
         for break_it in [
-            (|wire| wire.segments.clear()) as fn(&mut v1::PinResponse),
-            |wire| wire.segments[1].file_offset = 251,
+            (|wire| wire.segments[1].file_offset = 251) as fn(&mut v1::PinResponse),
             |wire| wire.segments[1].file_offset = 249,
             |wire| wire.segments[1].length = 49,
-            |wire| wire.segments[1].length = 51,
+            |wire| wire.segments[0].file_offset = 99,
             |wire| wire.segments[1].length = u64::MAX,
             |wire| wire.segments[0].remote_address = u64::MAX - 10,
             |wire| wire.range = Some(v1::ByteRange { start: 300, end: 100 }),
@@ -317,7 +400,7 @@ mod tests {
         ] {
             let mut broken = wire();
             break_it(&mut broken);
-            assert!(Grant::parse(broken.clone()).is_err(), "{broken:?}");
+            assert!(Grant::parse(broken.clone(), 0).is_err(), "{broken:?}");
         }
     }
 }

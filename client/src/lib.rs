@@ -1,5 +1,6 @@
 //! The client side of Pinfold: pin a range of a file on a storage host, and write and read it with
-//! one-sided RDMA, without the host's processor, until its file system wants it back.
+//! one-sided RDMA, without the host's processor, until its file system wants it back. Without an
+//! RDMA device the same calls go over gRPC.
 //!
 //! ```no_run
 //! use pinfold_client::{ConnectOptions, IfExists, PinRequest, Session};
@@ -15,7 +16,7 @@
 //! pin.commit().await?; // survives power loss from here on
 //!
 //! let (buffer, report) = pin.read(8192, 4096, buffer).await?;
-//! assert_eq!((buffer.as_slice()[0], report.rdma_bytes), (7, 4096));
+//! assert_eq!((buffer.as_slice()[0], report.rdma_bytes + report.stream_bytes), (7, 4096));
 //! pin.unpin().await?;
 //! session.close().await;
 //! # Ok(())
@@ -28,19 +29,24 @@
 //!   a [`commit`](Pin::commit) acknowledged before is durable; the rest is to be written again.
 //! * **A transfer owns its buffer**, and gives it back with its result. A future can be dropped at
 //!   any time: the buffer stays with the device until the device is done with it.
-//! * **Quirks of the server's device are kept**: a request that the device would misplace is refused
-//!   here, with [`Error::Misaligned`], before it is sent.
+//! * **Every offset and length works, on any device**: what the device can't do or would misplace (a
+//!   quirk) goes by the stream path, which is gRPC through the server's processor. So do all bytes
+//!   of a session without RDMA; [`Session::no_rdma_because`] and [`Grant::no_rdma_because`] say why,
+//!   and each transfer reports which way its bytes went.
 //! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod control;
 mod error;
 mod event;
 mod fabric;
 mod file;
 mod grant;
+mod inspection;
 mod lane;
 mod options;
+mod pieces;
 mod pin;
 mod pin_state;
 mod pin_table;
@@ -49,14 +55,18 @@ mod revocation;
 mod session;
 mod stream;
 
+pub use buffer::Buffer;
 pub use error::{Error, TransferError};
 pub use event::{Event, Events};
-pub use file::{Created, FileIdentity, FileStat, IfExists};
-pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segment};
+pub use file::{Created, Entry, EntryKind, FileIdentity, FileStat, IfExists};
+pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segment, Transport};
+pub use inspection::{
+    FileInfo, FileState, Inspection, PinInfo, Records, RevocationRecord, SessionInfo,
+};
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
 pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;
-pub use pinfold_verbs::{Buffer, CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};
+pub use pinfold_verbs::{CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};
 pub use revocation::{DrainNotice, Loss, Revocation, RevocationReason, RevocationTimings};
 pub use session::Session;
 pub use tonic::Code;

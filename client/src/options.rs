@@ -15,6 +15,7 @@ pub struct ConnectOptions {
     pub(crate) endpoint: String,
     pub(crate) client_name: String,
     pub(crate) rdma_device: RdmaDevice,
+    pub(crate) server_device: String,
     pub(crate) send_window: u32,
     pub(crate) drain_policy: DrainPolicy,
     pub(crate) timeout: Duration,
@@ -23,12 +24,15 @@ pub struct ConnectOptions {
 /// Which RDMA device of this host a session uses.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum RdmaDevice {
-    /// The first one with an active port.
+    /// The first one with an active port. Where this host or the server has none, or the two can't
+    /// be connected, the session goes by the stream path; [`Session::no_rdma_because`] tells why.
+    ///
+    /// [`Session::no_rdma_because`]: crate::Session::no_rdma_because
     #[default]
     Auto,
-    /// The one of this name, such as `rxe0` or `mlx5_0`.
+    /// The one of this name, such as `rxe0` or `mlx5_0`, or no session.
     Named(String),
-    /// None: the session can create and stat files, not pin them.
+    /// None: the session goes by the stream path.
     None,
 }
 
@@ -52,6 +56,7 @@ impl ConnectOptions {
             endpoint: endpoint.into(),
             client_name: default_client_name(),
             rdma_device: RdmaDevice::Auto,
+            server_device: String::new(),
             send_window: DEFAULT_SEND_WINDOW,
             drain_policy: DrainPolicy::Automatic,
             timeout: DEFAULT_TIMEOUT,
@@ -74,6 +79,14 @@ impl ConnectOptions {
     #[must_use]
     pub fn rdma_device(mut self, device: RdmaDevice) -> Self {
         self.rdma_device = device;
+        self
+    }
+
+    /// Which of the server's RDMA devices to connect to; if it has none of that name there is no
+    /// session. Default: its first.
+    #[must_use]
+    pub fn server_device(mut self, name: impl Into<String>) -> Self {
+        self.server_device = name.into();
         self
     }
 

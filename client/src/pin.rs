@@ -1,19 +1,26 @@
-//! A pin: the right to reach a range of a file with one-sided transfers.
+//! A pin: the right to reach a range of a file.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pinfold_proto::v1;
-use pinfold_verbs::{Buffer, CompletionStatus, Piece, RemoteKey, RemoteSlice};
+use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus, Piece, RemoteKey, RemoteSlice};
 
 use crate::fabric::{Fabric, Failure, Operation};
 use crate::file::FileName;
 use crate::lane::Direction;
-use crate::pin_table::PinCell;
-use crate::plan::{self, Request};
+use crate::pieces::{self, StreamPath};
+use crate::pin_state::Gone;
+use crate::pin_table::{PinCell, Ticket};
+use crate::plan::{Plan, Reach, Refusal, Request, StreamPiece, Ways};
 use crate::session::Core;
-use crate::{Access, Error, FileIdentity, Grant, TransferError};
+use crate::{Access, Buffer, Error, FileIdentity, Grant, Reason, TransferError, Transport};
+
+/// How long a refusal waits for the notice that explains it: the two come on different streams, a
+/// moment apart.
+const NOTICE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What to pin.
 #[derive(Clone, Debug)]
@@ -23,6 +30,9 @@ pub struct PinRequest {
     range: Option<Range<u64>>,
     access: Access,
     expected_identity: Option<FileIdentity>,
+    pub(crate) transport: Transport,
+    exclusive: bool,
+    pub(crate) reserve_end: u64,
 }
 
 /// A pin on a file.
@@ -33,11 +43,27 @@ pub struct PinRequest {
 #[derive(Debug)]
 pub struct Pin {
     core: Arc<Core>,
-    fabric: Arc<Fabric>,
+    /// Absent: by the stream path only.
+    fabric: Option<Arc<Fabric>>,
+    /// RDMA was asked for, so the stream path is not to be used.
+    rdma_only: bool,
     file: FileName,
     grant: Grant,
+    /// The file's end, as far as this client knows.
+    valid_end: AtomicU64,
+    /// How many RDMA writes have returned …
+    written: AtomicU64,
+    /// … and how many of them are known to be in the server's memory.
+    proven: AtomicU64,
     cell: Arc<PinCell>,
     given_back: bool,
+}
+
+/// Bytes that went each way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Carried {
+    rdma: u64,
+    stream: u64,
 }
 
 /// Which way the bytes of a write went.
@@ -45,7 +71,7 @@ pub struct Pin {
 pub struct WriteReport {
     /// By RDMA: the server's CPU saw none of them.
     pub rdma_bytes: u64,
-    /// By gRPC.
+    /// By the stream path: gRPC, through the server's CPU.
     pub stream_bytes: u64,
 }
 
@@ -54,7 +80,7 @@ pub struct WriteReport {
 pub struct ReadReport {
     /// By RDMA: the server's CPU saw none of them.
     pub rdma_bytes: u64,
-    /// By gRPC.
+    /// By the stream path: gRPC, through the server's CPU.
     pub stream_bytes: u64,
 }
 
@@ -92,10 +118,42 @@ impl PinRequest {
     }
 
     fn new(export: String, path: String, access: Access) -> Self {
-        Self { export, path, range: None, access, expected_identity: None }
+        Self {
+            export,
+            path,
+            range: None,
+            access,
+            expected_identity: None,
+            transport: Transport::Auto,
+            exclusive: false,
+            reserve_end: 0,
+        }
     }
 
-    pub(crate) fn to_wire(&self, session_id: Vec<u8>) -> v1::PinRequest {
+    /// How the bytes are to travel. Default: [`Transport::Auto`].
+    #[must_use]
+    pub fn transport(mut self, transport: Transport) -> Self {
+        self.transport = transport;
+        self
+    }
+
+    /// Keeps others off: refuses with [`Reason::RangeHeld`](crate::Reason::RangeHeld) if another pin
+    /// overlaps the range, and as long as this one lasts the server refuses those that would.
+    #[must_use]
+    pub fn exclusive(mut self) -> Self {
+        self.exclusive = true;
+        self
+    }
+
+    /// Reserves room past the range, up to this byte of the file, for when the file grows: then
+    /// [`Pin::extend_to`] lets the pin use it at once.
+    #[must_use]
+    pub fn reserve_end(mut self, end: u64) -> Self {
+        self.reserve_end = end;
+        self
+    }
+
+    pub(crate) fn to_wire(&self, session_id: Vec<u8>, transport: Transport) -> v1::PinRequest {
         v1::PinRequest {
             session_id,
             export: self.export.clone(),
@@ -103,6 +161,9 @@ impl PinRequest {
             range: self.range.as_ref().map(to_wire_range),
             access: v1::Access::from(self.access).into(),
             expected_identity: self.expected_identity.map(Into::into),
+            transport: v1::Transport::from(transport).into(),
+            exclusive: self.exclusive,
+            reserve_end: self.reserve_end,
         }
     }
 }
@@ -123,17 +184,34 @@ impl Pin {
         self.cell.check().map_err(|gone| self.gone(gone))
     }
 
-    /// Writes the buffer's first `len` bytes at `offset` in the file. When it returns, the server's
-    /// NIC has taken them; they survive power loss after a [`commit`](Self::commit).
+    /// The bytes of the file that can be used now: the pin, as far as the file goes.
+    pub fn usable(&self) -> Range<u64> {
+        let reach = self.reach();
+        let pinned = reach.range();
+        pinned.start..pinned.end.min(reach.valid_end).max(pinned.start)
+    }
+
+    /// Tells the pin that the file ends here now, as [`Session::grow`](crate::Session::grow) or
+    /// [`Session::stat`](crate::Session::stat) says: what the pin
+    /// [reserved](PinRequest::reserve_end) can be used up to there from now on. An end below the
+    /// known one changes nothing. Where the file does not go so far, the server refuses transfers.
+    pub fn extend_to(&self, valid_end: u64) {
+        self.valid_end.fetch_max(valid_end, Ordering::Relaxed);
+    }
+
+    /// Writes the buffer's first `len` bytes at `offset` in the file, by RDMA where it can be. When
+    /// it returns, the server has them; they survive power loss after a [`commit`](Self::commit).
     ///
-    /// Waits for room in the send queue. Giving up on the future is safe: the buffer stays with the
-    /// device until it is done, and is freed then.
+    /// Waits for room in the send queue. Giving up on the future is safe: what has begun goes on,
+    /// and the buffer is freed when the device is done with it.
     ///
     /// # Errors
     ///
-    /// Before anything is sent: [`Error::OutsidePin`], [`Error::PastEnd`], [`Error::Misaligned`],
-    /// [`Error::ReadOnlyPin`], [`Error::BufferTooSmall`], [`Error::Draining`], [`Error::Revoked`],
-    /// [`Error::SessionLost`]. Afterwards: [`Error::RemoteRefused`], [`Error::LaneLost`]; what
+    /// Before anything is sent: [`Error::OutsidePin`], [`Error::PastEnd`], [`Error::ReadOnlyPin`],
+    /// [`Error::BufferTooSmall`], [`Error::Draining`], [`Error::Revoked`], [`Error::SessionLost`];
+    /// on a pin that was asked for with [`Transport::Rdma`], [`Error::Misaligned`] and
+    /// [`Error::ForeignBuffer`]. In the middle: [`Error::Draining`], [`Error::Revoked`],
+    /// [`Error::RemoteRefused`], [`Error::LaneLost`], [`Error::Refused`], [`Error::Transport`]; what
     /// was written is not known then. The error brings the buffer back.
     pub async fn write(
         &self,
@@ -144,9 +222,9 @@ impl Pin {
         if let Err(error) = self.check_writable() {
             return Err(TransferError::new(error, buffer));
         }
-        let requests = plan::write(&self.grant, offset, len);
-        let (buffer, bytes) = self.transfer(Direction::Write, offset, requests, buffer).await?;
-        Ok((buffer, WriteReport { rdma_bytes: bytes, stream_bytes: 0 }))
+        let plan = |ways| self.reach().write(ways, offset, len);
+        let (buffer, carried) = self.transfer(Direction::Write, offset, plan, buffer).await?;
+        Ok((buffer, WriteReport { rdma_bytes: carried.rdma, stream_bytes: carried.stream }))
     }
 
     /// Reads `len` bytes at `offset` in the file into the buffer, fewer where the file ends.
@@ -160,9 +238,9 @@ impl Pin {
         len: usize,
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
-        let requests = plan::read(&self.grant, offset, len);
-        let (buffer, bytes) = self.transfer(Direction::Read, offset, requests, buffer).await?;
-        Ok((buffer, ReadReport { rdma_bytes: bytes, stream_bytes: 0 }))
+        let plan = |ways| self.reach().read(ways, offset, len);
+        let (buffer, carried) = self.transfer(Direction::Read, offset, plan, buffer).await?;
+        Ok((buffer, ReadReport { rdma_bytes: carried.rdma, stream_bytes: carried.stream }))
     }
 
     /// Makes every write to the pin that has returned survive power loss.
@@ -198,12 +276,27 @@ impl Pin {
 
     pub(crate) fn new(
         core: Arc<Core>,
-        fabric: Arc<Fabric>,
+        transport: Transport,
         file: FileName,
         grant: Grant,
         cell: Arc<PinCell>,
     ) -> Self {
-        Self { core, fabric, file, grant, cell, given_back: false }
+        Self {
+            fabric: core.rdma.fabric().filter(|_| !grant.segments.is_empty()).cloned(),
+            core,
+            rdma_only: transport == Transport::Rdma,
+            file,
+            valid_end: AtomicU64::new(grant.valid_end),
+            written: AtomicU64::new(0),
+            proven: AtomicU64::new(0),
+            grant,
+            cell,
+            given_back: false,
+        }
+    }
+
+    fn reach(&self) -> Reach<'_> {
+        Reach { grant: &self.grant, valid_end: self.valid_end.load(Ordering::Relaxed) }
     }
 
     fn check_writable(&self) -> Result<(), Error> {
@@ -217,52 +310,218 @@ impl Pin {
         &self,
         direction: Direction,
         offset: u64,
-        requests: Result<Vec<Request>, plan::Refusal>,
-        mut buffer: Buffer,
-    ) -> Result<(Buffer, u64), TransferError> {
+        plan: impl FnOnce(Ways) -> Result<Plan, Refusal>,
+        buffer: Buffer,
+    ) -> Result<(Buffer, Carried), TransferError> {
+        let plan = match self.prepare(plan, &buffer) {
+            Ok(plan) => plan,
+            Err(error) => return Err(TransferError::new(error, buffer)),
+        };
+        let total = plan.len() as u64;
+        let stream = plan.pieces.iter().map(|piece| piece.local.len() as u64).sum();
+        let fabric = self.fabric.as_ref().filter(|_| !plan.requests.is_empty());
+        let buffer = match fabric {
+            Some(fabric) => self.run_both(fabric, direction, offset, &plan, buffer).await?,
+            None => self.run_pieces(direction, &plan.pieces, buffer).await?,
+        };
+        Ok((buffer, Carried { rdma: total - stream, stream }))
+    }
+
+    /// Finds out, before anything is sent, what can be found out.
+    fn prepare(
+        &self,
+        plan: impl FnOnce(Ways) -> Result<Plan, Refusal>,
+        buffer: &Buffer,
+    ) -> Result<Plan, Error> {
         // A revocation explains more than a range that no longer matters.
-        if let Err(error) = self.check() {
-            return Err(TransferError::new(error, buffer));
+        self.check()?;
+        let rdma = self.fabric.as_ref().is_some_and(|fabric| buffer.is_registered(fabric.id()));
+        if self.rdma_only && !rdma {
+            return Err(self.foreign_buffer());
         }
-        let requests = match requests {
-            Ok(requests) => requests,
-            Err(refusal) => {
-                let error = Error::from_refusal(refusal, &self.file, &self.grant);
-                return Err(TransferError::new(error, buffer));
+        let stream = (!self.rdma_only).then_some(self.core.stream_piece_bytes_max);
+        let plan = plan(Ways { rdma, stream })
+            .map_err(|refusal| Error::from_refusal(refusal, &self.file, self.reach()))?;
+        if plan.len() > buffer.len() {
+            return Err(Error::BufferTooSmall { wanted: plan.len(), capacity: buffer.len() });
+        }
+        Ok(plan)
+    }
+
+    fn foreign_buffer(&self) -> Error {
+        Error::ForeignBuffer { doing: format!("reach {}", self.file) }
+    }
+
+    /// By the stream path only: the buffer stays here, and each piece copies when its turn comes.
+    async fn run_pieces(
+        &self,
+        direction: Direction,
+        pieces: &[StreamPiece],
+        mut buffer: Buffer,
+    ) -> Result<Buffer, TransferError> {
+        let done = match direction {
+            Direction::Write => {
+                let bytes = buffer.as_slice();
+                self.write_pieces(pieces, |_, piece| bytes[piece.local.clone()].to_vec()).await
+            }
+            Direction::Read => {
+                let bytes = buffer.as_mut_slice();
+                self.read_pieces(pieces, |piece, data| {
+                    bytes[piece.local.clone()].copy_from_slice(&data);
+                })
+                .await
             }
         };
-        let len = requests.last().map_or(0, |request| request.local.end);
-        if len > buffer.len() {
-            let error = Error::BufferTooSmall { wanted: len, capacity: buffer.len() };
-            return Err(TransferError::new(error, buffer));
+        match done {
+            Ok(()) => Ok(buffer),
+            Err(error) => Err(TransferError::new(error, buffer)),
         }
+    }
+
+    /// Both ways at a time. The device has the buffer meanwhile, so the stream path works on
+    /// copies: it carries what a quirk forbids, which is little.
+    async fn run_both(
+        &self,
+        fabric: &Arc<Fabric>,
+        direction: Direction,
+        offset: u64,
+        plan: &Plan,
+        buffer: Buffer,
+    ) -> Result<Buffer, TransferError> {
+        let mut copies: Vec<Vec<u8>> = match direction {
+            Direction::Write => {
+                let bytes = buffer.as_slice();
+                plan.pieces.iter().map(|piece| bytes[piece.local.clone()].to_vec()).collect()
+            }
+            Direction::Read => Vec::new(),
+        };
+        let mut arrived: Vec<(Range<usize>, Vec<u8>)> = Vec::new();
+        let stream = async {
+            match direction {
+                Direction::Write => {
+                    let copy = |index, _: &_| std::mem::take(&mut copies[index]);
+                    self.write_pieces(&plan.pieces, copy).await
+                }
+                Direction::Read => {
+                    let keep =
+                        |piece: &StreamPiece, data| arrived.push((piece.local.clone(), data));
+                    self.read_pieces(&plan.pieces, keep).await
+                }
+            }
+        };
+        let (sent, streamed) =
+            tokio::join!(self.run_requests(fabric, direction, offset, plan, buffer), stream);
+        let mut buffer = sent?;
+        for (local, data) in arrived {
+            buffer.as_mut_slice()[local].copy_from_slice(&data);
+        }
+        match streamed {
+            Ok(()) => Ok(buffer),
+            Err(error) => Err(TransferError::new(error, buffer)),
+        }
+    }
+
+    async fn run_requests(
+        &self,
+        fabric: &Arc<Fabric>,
+        direction: Direction,
+        offset: u64,
+        plan: &Plan,
+        buffer: Buffer,
+    ) -> Result<Buffer, TransferError> {
+        let mut registered = match buffer.into_registered(fabric.id()) {
+            Ok(registered) => registered,
+            Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
+        };
+        let len = plan.len();
         let doing = || match direction {
             Direction::Write => format!("write {len} bytes at byte {offset} of {}", self.file),
             Direction::Read => format!("read {len} bytes at byte {offset} of {}", self.file),
         };
-        for batch in requests.chunks(self.fabric.depth()) {
-            buffer = self.run(direction, batch, buffer, doing).await?;
+        for batch in plan.requests.chunks(fabric.depth()) {
+            let ran = self.run(fabric, direction, batch, registered, doing).await;
+            if direction == Direction::Write {
+                // Also if it failed: some of it may have landed.
+                self.written.fetch_add(1, Ordering::Release);
+            }
+            registered = ran.map_err(|(error, buffer)| TransferError {
+                error,
+                buffer: buffer.map(|buffer| Buffer::registered(buffer, fabric.id())),
+            })?;
         }
-        Ok((buffer, len as u64))
+        Ok(Buffer::registered(registered, fabric.id()))
     }
 
     async fn run(
         &self,
+        fabric: &Fabric,
         direction: Direction,
         requests: &[Request],
-        buffer: Buffer,
+        buffer: RegisteredBuffer,
         doing: impl Fn() -> String,
-    ) -> Result<Buffer, TransferError> {
+    ) -> Result<RegisteredBuffer, (Error, Option<RegisteredBuffer>)> {
         let pieces = requests.iter().map(to_piece).collect();
         let operation = Operation { direction, pieces, buffer, pin: Some(&self.cell) };
-        match self.fabric.run(&self.core.control, operation).await {
+        match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) if status.is_success() => Ok(buffer),
-            Ok((buffer, status)) => Err(TransferError::new(failed(status, doing()), buffer)),
-            Err((Failure::Gone(gone), buffer)) => {
-                Err(TransferError { error: self.gone(gone), buffer })
-            }
-            Err((Failure::Error(error), buffer)) => Err(TransferError { error, buffer }),
+            Ok((buffer, status)) => Err((failed(status, doing()), Some(buffer))),
+            Err((Failure::Gone(gone), buffer)) => Err((self.gone(gone), buffer)),
+            Err((Failure::Error(error), buffer)) => Err((error, buffer)),
         }
+    }
+
+    async fn write_pieces(
+        &self,
+        pieces: &[StreamPiece],
+        mut data: impl FnMut(usize, &StreamPiece) -> Vec<u8>,
+    ) -> Result<(), Error> {
+        let path = self.stream_path();
+        let start = |index: usize, piece: &StreamPiece| {
+            Ok(path.write(piece, data(index, piece), self.begin()?))
+        };
+        let done = pieces::run(pieces, start, |_, ()| ()).await;
+        self.explained(done).await
+    }
+
+    async fn read_pieces(
+        &self,
+        pieces: &[StreamPiece],
+        take: impl FnMut(&StreamPiece, Vec<u8>),
+    ) -> Result<(), Error> {
+        let path = self.stream_path();
+        let start = |_: usize, piece: &StreamPiece| Ok(path.read(piece, self.begin()?));
+        let done = pieces::run(pieces, start, take).await;
+        self.explained(done).await
+    }
+
+    fn stream_path(&self) -> StreamPath<'_> {
+        StreamPath {
+            control: &self.core.control,
+            pin_id: self.grant.pin_id,
+            generation: self.grant.generation,
+            file: self.file.to_string(),
+        }
+    }
+
+    /// Counts an operation in.
+    fn begin(&self) -> Result<Ticket, Error> {
+        self.cell.begin().map_err(|gone| self.gone(gone))
+    }
+
+    /// The server refuses stream pieces from the break on, and its notice of that comes on another
+    /// stream, perhaps later.
+    async fn explained(&self, done: Result<(), Error>) -> Result<(), Error> {
+        let Err(error) = done else { return Ok(()) };
+        let told = match error.reason() {
+            Some(
+                Reason::FileDraining
+                | Reason::StaleGeneration
+                | Reason::UnknownPin
+                | Reason::UnknownSession,
+            ) => tokio::time::timeout(NOTICE_PATIENCE, self.cell.gone()).await,
+            _ => return Err(error),
+        };
+        Err(told.map_or(error, |gone| self.gone(gone)))
     }
 
     async fn commit_bytes(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
@@ -280,24 +539,33 @@ impl Pin {
         Ok(CommitReport { flush: Duration::from_micros(answer.flush_us) })
     }
 
-    /// Makes sure that the writes that have returned are in the server's memory: a read behind
+    /// Makes sure that the RDMA writes that have returned are in the server's memory: a read behind
     /// them on the same queue pair pushes them there. The commit alone could overtake them, as it
     /// goes by TCP; and a write's own completion only says that the NIC has it.
     ///
     /// Writes of an earlier queue pair need no read: connecting a new one made the server destroy
-    /// it, and that waits until all it took is in memory.
+    /// it, and that waits until all it took is in memory. Nor do those of the stream path, which
+    /// the server has answered.
     async fn prove_writes(&self) -> Result<(), Error> {
-        let Some(request) = plan::probe(&self.grant) else {
+        let written = self.written.load(Ordering::Acquire);
+        let Some(fabric) = &self.fabric else {
             return Ok(());
         };
-        let doing = || format!("read back from {} before the commit", self.file);
-        let buffer = self.fabric.probe_buffer().await?;
-        let buffer = self.run(Direction::Read, &[request], buffer, doing).await?;
-        self.fabric.return_probe_buffer(buffer);
+        if self.proven.load(Ordering::Acquire) >= written {
+            return Ok(());
+        }
+        if let Some(request) = self.reach().probe() {
+            let doing = || format!("read back from {} before the commit", self.file);
+            let buffer = fabric.probe_buffer().await?;
+            let ran = self.run(fabric, Direction::Read, &[request], buffer, doing).await;
+            fabric.return_probe_buffer(ran.map_err(|(error, _)| error)?);
+        }
+        // Of two commits at a time, each counts only what its own read stood behind.
+        self.proven.fetch_max(written, Ordering::Release);
         Ok(())
     }
 
-    fn gone(&self, gone: crate::pin_state::Gone) -> Error {
+    fn gone(&self, gone: Gone) -> Error {
         Error::from_gone(gone, &self.file, &self.core.control.endpoint)
     }
 }

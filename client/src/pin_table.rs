@@ -32,8 +32,8 @@ struct Inner {
 pub(crate) struct PinCell {
     id: u64,
     state: Mutex<PinState>,
-    /// Told when the last operation has ended.
-    idle: Notify,
+    /// Told when the last operation has ended, and when the pin is no longer live.
+    changed: Notify,
     drained: mpsc::UnboundedSender<u64>,
 }
 
@@ -86,6 +86,7 @@ impl PinTable {
         inner.loss = Some(loss.clone());
         for cell in inner.pins.values() {
             lock(&cell.state).lose(loss.clone());
+            cell.changed.notify_waiters();
         }
     }
 }
@@ -101,7 +102,7 @@ impl Expected<'_> {
         let cell = Arc::new(PinCell {
             id,
             state: Mutex::new(state),
-            idle: Notify::new(),
+            changed: Notify::new(),
             drained: self.0.drained.clone(),
         });
         inner.pins.insert(id, cell.clone());
@@ -124,7 +125,9 @@ impl Inner {
     /// was just given back is no longer there, and needs no notice.
     fn apply<R>(&mut self, id: u64, notice: impl FnOnce(&mut PinState) -> R) -> Option<R> {
         if let Some(cell) = self.pins.get(&id) {
-            return Some(notice(&mut lock(&cell.state)));
+            let outcome = notice(&mut lock(&cell.state));
+            cell.changed.notify_waiters();
+            return Some(outcome);
         }
         if self.expected == 0 {
             return None;
@@ -145,10 +148,21 @@ impl PinCell {
         lock(&self.state).check()
     }
 
+    /// Waits until the pin is no longer live, and says why.
+    pub(crate) async fn gone(&self) -> Gone {
+        loop {
+            let told = self.changed.notified();
+            if let Err(gone) = self.check() {
+                return gone;
+            }
+            told.await;
+        }
+    }
+
     /// Waits until nothing is in flight.
     pub(crate) async fn idle(&self) {
         loop {
-            let told = self.idle.notified();
+            let told = self.changed.notified();
             if lock(&self.state).is_idle() {
                 return;
             }
@@ -165,7 +179,7 @@ impl Drop for Ticket {
             let _ = self.0.drained.send(self.0.id);
         }
         if finished != Finished::Busy {
-            self.0.idle.notify_waiters();
+            self.0.changed.notify_waiters();
         }
     }
 }
@@ -230,6 +244,22 @@ mod tests {
         let expected = table.expect();
         table.lose(&Loss::StreamEnded);
         assert_eq!(expected.admit(1).check(), Err(Gone::Lost(Loss::StreamEnded)));
+    }
+
+    #[tokio::test]
+    async fn gone_waits_for_the_notice() {
+        let (table, _drained) = table();
+        let pin = table.expect().admit(1);
+        let waiter = tokio::spawn({
+            let pin = pin.clone();
+            async move { pin.gone().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        table.drain(&[1], NOTICE);
+        assert_eq!(waiter.await.unwrap(), Gone::Draining(NOTICE));
+        table.lose(&Loss::StreamEnded);
+        assert_eq!(pin.gone().await, Gone::Lost(Loss::StreamEnded));
     }
 
     #[tokio::test]

@@ -1,11 +1,13 @@
-//! Turns a file range into one-sided requests, or says exactly why not: pure arithmetic.
+//! Turns a file range into the parts of a transfer, or says exactly why not: pure arithmetic.
 //!
 //! The NIC would refuse a range outside the pin too, but at the price of the queue pair; and it
 //! would report success for a request that breaks a [quirk](crate::Quirks) and misplace the data.
+//! What a quirk forbids goes by the stream path, if the pin may use it.
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 
-use crate::{Grant, Quirks};
+use crate::{Grant, Segment};
 
 /// Largest request. Below what any device takes (2 GiB), and a multiple of any alignment.
 const REQUEST_BYTES_MAX: u64 = 1 << 30;
@@ -13,12 +15,44 @@ const REQUEST_BYTES_MAX: u64 = 1 << 30;
 /// A probe that makes sure that earlier writes are in memory has no use for more.
 pub(crate) const PROBE_BYTES: usize = 8;
 
-/// One request: a stretch of the buffer and where it goes.
+/// What a pin reaches now: a file may have grown since the grant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reach<'a> {
+    pub(crate) grant: &'a Grant,
+    /// The file's end, as far as is known.
+    pub(crate) valid_end: u64,
+}
+
+/// The ways that the bytes of one transfer may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ways {
+    /// Whether the buffer and the session can do RDMA.
+    pub(crate) rdma: bool,
+    /// Longest piece of the stream path; absent: it is not to be used.
+    pub(crate) stream: Option<NonZeroU64>,
+}
+
+/// A transfer's parts: together they cover its bytes once each. Both lists are ordered by file
+/// offset, so the order within the whole is that of `local`.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Plan {
+    pub(crate) requests: Vec<Request>,
+    pub(crate) pieces: Vec<StreamPiece>,
+}
+
+/// By RDMA: a stretch of the buffer and where it goes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct Request {
     pub(crate) local: Range<usize>,
     pub(crate) remote_address: u64,
     pub(crate) remote_key: u32,
+}
+
+/// By the stream path: a stretch of the buffer and where it goes.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct StreamPiece {
+    pub(crate) local: Range<usize>,
+    pub(crate) file_offset: u64,
 }
 
 /// Why a range can't be transferred.
@@ -28,94 +62,133 @@ pub(crate) enum Refusal {
     OutsidePin { wanted: Range<u64> },
     /// Some of it is past the end of the file.
     PastEnd { wanted: Range<u64> },
-    /// It, or its part in a later segment, starts at a place that the device mishandles.
+    /// It, or its part in a later segment, starts at a place that the device mishandles, and the
+    /// stream path is not to be used.
     Misaligned { file_offset: u64 },
 }
 
-/// The requests for writing `len` bytes at a file offset.
-pub(crate) fn write(grant: &Grant, offset: u64, len: usize) -> Result<Vec<Request>, Refusal> {
-    let wanted = pinned_range(grant, offset, len)?;
-    if wanted.end > grant.valid_end {
-        return Err(Refusal::PastEnd { wanted });
+impl<'a> Reach<'a> {
+    /// The bytes of the file that are pinned: what was reserved counts as far as the file goes.
+    pub(crate) fn range(self) -> Range<u64> {
+        let Range { start, end } = self.grant.range;
+        start..end.max(self.grant.reserved_end.min(self.valid_end))
     }
-    split(grant, wanted)
-}
 
-/// The requests for reading up to `len` bytes at a file offset: as with pread(2), a read ends at
-/// the end of the file.
-pub(crate) fn read(grant: &Grant, offset: u64, len: usize) -> Result<Vec<Request>, Refusal> {
-    let wanted = pinned_range(grant, offset, len)?;
-    let end = wanted.end.min(grant.valid_end);
-    if end <= wanted.start {
-        return Ok(Vec::new());
-    }
-    split(grant, wanted.start..end)
-}
-
-/// A small read that the device takes, if it takes any in this pin. Where it takes none it can't
-/// have taken a write either.
-pub(crate) fn probe(grant: &Grant) -> Option<Request> {
-    let usable = grant.usable();
-    grant.segments.iter().find_map(|segment| {
-        let alignment = u64::from(grant.quirks.start_alignment_bytes);
-        let address = segment.remote_address.checked_next_multiple_of(alignment)?;
-        let file_offset = segment.file_offset.checked_add(address - segment.remote_address)?;
-        let end =
-            segment.file_end().min(usable.end).min(file_offset.saturating_add(PROBE_BYTES as u64));
-        let len = usize::try_from(end.checked_sub(file_offset)?).ok()?;
-        (len > 0).then_some(Request {
-            local: 0..len,
-            remote_address: address,
-            remote_key: segment.remote_key,
-        })
-    })
-}
-
-fn pinned_range(grant: &Grant, offset: u64, len: usize) -> Result<Range<u64>, Refusal> {
-    let end = offset.saturating_add(len as u64);
-    let wanted = offset..end;
-    if offset < grant.range.start || end > grant.range.end {
-        return Err(Refusal::OutsidePin { wanted });
-    }
-    Ok(wanted)
-}
-
-fn split(grant: &Grant, wanted: Range<u64>) -> Result<Vec<Request>, Refusal> {
-    let first = grant.segments.partition_point(|segment| segment.file_end() <= wanted.start);
-    let mut requests = Vec::new();
-    for segment in &grant.segments[first..] {
-        let mut start = segment.file_offset.max(wanted.start);
-        let end = segment.file_end().min(wanted.end);
-        while start < end {
-            let next = end.min(start + REQUEST_BYTES_MAX);
-            let remote_address = segment.remote_address + (start - segment.file_offset);
-            if !is_aligned(remote_address, grant.quirks) {
-                return Err(Refusal::Misaligned { file_offset: start });
-            }
-            requests.push(Request {
-                local: buffer_index(start, &wanted)..buffer_index(next, &wanted),
-                remote_address,
-                remote_key: segment.remote_key,
-            });
-            start = next;
+    /// The parts of writing `len` bytes at a file offset.
+    pub(crate) fn write(self, ways: Ways, offset: u64, len: usize) -> Result<Plan, Refusal> {
+        let wanted = self.pinned(offset, len)?;
+        if wanted.end > self.valid_end {
+            return Err(Refusal::PastEnd { wanted });
         }
+        self.split(ways, wanted)
     }
-    Ok(requests)
+
+    /// The parts of reading up to `len` bytes at a file offset: as with pread(2), a read ends at
+    /// the end of the file.
+    pub(crate) fn read(self, ways: Ways, offset: u64, len: usize) -> Result<Plan, Refusal> {
+        let wanted = self.pinned(offset, len)?;
+        let end = wanted.end.min(self.valid_end);
+        if end <= wanted.start {
+            return Ok(Plan::default());
+        }
+        self.split(ways, wanted.start..end)
+    }
+
+    /// A small read that the device takes, if it takes any in this pin. Where it takes none it
+    /// can't have taken a write either.
+    pub(crate) fn probe(self) -> Option<Request> {
+        let (found, segment) = self.rdma_from(self.grant.range.start)?;
+        let end = found.end.min(self.valid_end).min(found.start.saturating_add(PROBE_BYTES as u64));
+        let len = usize::try_from(end.checked_sub(found.start)?).ok()?;
+        (len > 0).then(|| request(segment, found.start, 0..len))
+    }
+
+    fn pinned(self, offset: u64, len: usize) -> Result<Range<u64>, Refusal> {
+        let end = offset.saturating_add(len as u64);
+        let (wanted, pinned) = (offset..end, self.range());
+        if offset < pinned.start || end > pinned.end {
+            return Err(Refusal::OutsidePin { wanted });
+        }
+        Ok(wanted)
+    }
+
+    fn split(self, ways: Ways, wanted: Range<u64>) -> Result<Plan, Refusal> {
+        let mut plan = Plan::default();
+        let mut at = wanted.start;
+        while at < wanted.end {
+            let found = if ways.rdma { self.rdma_from(at) } else { None };
+            let by_stream = found.as_ref().map_or(wanted.end, |(range, _)| range.start);
+            if at < by_stream {
+                let longest = ways.stream.ok_or(Refusal::Misaligned { file_offset: at })?;
+                let gap = at..by_stream.min(wanted.end);
+                plan.pieces.extend(pieces(gap.clone(), longest, wanted.start));
+                at = gap.end;
+            } else if let Some((range, segment)) = found {
+                // It may end anywhere: only where it starts matters.
+                let end = range.end.min(wanted.end).min(at.saturating_add(REQUEST_BYTES_MAX));
+                plan.requests.push(request(segment, at, buffer_range(at..end, wanted.start)));
+                at = end;
+            }
+        }
+        Ok(plan)
+    }
+
+    /// The first stretch at or after a file offset that one segment covers and whose start the
+    /// device takes.
+    fn rdma_from(self, at: u64) -> Option<(Range<u64>, &'a Segment)> {
+        let segments = &self.grant.segments;
+        let alignment = u64::from(self.grant.quirks.start_alignment_bytes);
+        let first = segments.partition_point(|segment| segment.file_end() <= at);
+        segments[first..].iter().find_map(|segment| {
+            let skipped = at.saturating_sub(segment.file_offset);
+            let address = (segment.remote_address + skipped).checked_next_multiple_of(alignment)?;
+            let start = segment.file_offset.checked_add(address - segment.remote_address)?;
+            (start < segment.file_end()).then(|| (start..segment.file_end(), segment))
+        })
+    }
 }
 
-fn is_aligned(remote_address: u64, quirks: Quirks) -> bool {
-    remote_address.is_multiple_of(quirks.start_alignment_bytes.into())
+impl Plan {
+    /// How many bytes of the buffer it uses.
+    pub(crate) fn len(&self) -> usize {
+        let requests = self.requests.last().map_or(0, |request| request.local.end);
+        let pieces = self.pieces.last().map_or(0, |piece| piece.local.end);
+        requests.max(pieces)
+    }
+}
+
+fn request(segment: &Segment, file_offset: u64, local: Range<usize>) -> Request {
+    Request {
+        local,
+        remote_address: segment.remote_address + (file_offset - segment.file_offset),
+        remote_key: segment.remote_key,
+    }
+}
+
+/// Cut at multiples of the longest piece, so that no page of the file is in two of them.
+fn pieces(gap: Range<u64>, longest: NonZeroU64, wanted_start: u64) -> Vec<StreamPiece> {
+    let mut pieces = Vec::new();
+    let mut at = gap.start;
+    while at < gap.end {
+        let border = (at / longest + 1).saturating_mul(longest.get());
+        let end = border.min(gap.end);
+        pieces.push(StreamPiece { local: buffer_range(at..end, wanted_start), file_offset: at });
+        at = end;
+    }
+    pieces
 }
 
 /// Fits, as the range was made from a `usize` length.
-fn buffer_index(file_offset: u64, wanted: &Range<u64>) -> usize {
-    (file_offset - wanted.start) as usize
+fn buffer_range(bytes: Range<u64>, wanted_start: u64) -> Range<usize> {
+    (bytes.start - wanted_start) as usize..(bytes.end - wanted_start) as usize
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Access, FileIdentity, Generation, GuardTier, Segment};
+    use crate::{Access, FileIdentity, Generation, GuardTier, Quirks};
+
+    const BOTH: Ways = Ways { rdma: true, stream: NonZeroU64::new(1 << 20) };
+    const RDMA: Ways = Ways { rdma: true, stream: None };
 
     fn grant(segments: &[(u64, u64, u64)], valid_end: u64, alignment: u32) -> Grant {
         let segments: Vec<_> = segments
@@ -132,6 +205,7 @@ mod tests {
             pin_id: 1,
             generation: Generation { incarnation: 1, counter: 1 },
             identity: FileIdentity { device: 1, inode: 1, birth_time_ns: 1 },
+            reserved_end: range.end,
             range,
             segments,
             access: Access::ReadWrite,
@@ -142,77 +216,143 @@ mod tests {
             map_sync: true,
             durability: Vec::new(),
             quirks: Quirks { start_alignment_bytes: alignment, path_mtu_bytes: 0 },
+            no_rdma_because: None,
         }
+    }
+
+    impl Grant {
+        fn reach(&self) -> Reach<'_> {
+            Reach { grant: self, valid_end: self.valid_end }
+        }
+    }
+
+    fn by_rdma(requests: impl Into<Vec<Request>>) -> Plan {
+        Plan { requests: requests.into(), pieces: Vec::new() }
     }
 
     fn request(local: Range<usize>, remote_address: u64, remote_key: u32) -> Request {
         Request { local, remote_address, remote_key }
     }
 
+    fn piece(local: Range<usize>, file_offset: u64) -> StreamPiece {
+        StreamPiece { local, file_offset }
+    }
+
     #[test]
     fn a_write_is_split_at_a_segment_border() {
         let grant = grant(&[(0, 8192, 0x10000), (8192, 8192, 0x90000)], 16384, 4096);
         assert_eq!(
-            write(&grant, 4096, 8192).unwrap(),
-            [request(0..4096, 0x11000, 1), request(4096..8192, 0x90000, 8193)],
+            grant.reach().write(BOTH, 4096, 8192).unwrap(),
+            by_rdma([request(0..4096, 0x11000, 1), request(4096..8192, 0x90000, 8193)]),
         );
     }
 
     #[test]
     fn a_write_is_split_at_the_largest_request() {
         let grant = grant(&[(0, 3 << 30, 0x1000)], 3 << 30, 4096);
-        let lengths: Vec<_> = write(&grant, 0, (2 << 30) + 5)
-            .unwrap()
-            .into_iter()
-            .map(|request| request.local.len())
-            .collect();
+        let plan = grant.reach().write(BOTH, 0, (2 << 30) + 5).unwrap();
+        let lengths: Vec<_> = plan.requests.iter().map(|request| request.local.len()).collect();
         assert_eq!(lengths, [1 << 30, 1 << 30, 5]);
+        assert_eq!(plan.pieces, []);
+    }
+
+    #[test]
+    fn an_unaligned_head_goes_by_stream_and_the_rest_in_one_message() {
+        let grant = grant(&[(0, 1 << 20, 0x10000)], 1 << 20, 4096);
+        let plan = grant.reach().write(BOTH, 100, 20_001).unwrap();
+        assert_eq!(plan.pieces, [piece(0..3996, 100)]);
+        assert_eq!(plan.requests, [request(3996..20_001, 0x11000, 1)]);
+        assert_eq!(plan.len(), 20_001);
+        let inside_a_page = grant.reach().write(BOTH, 100, 200).unwrap();
+        assert_eq!(inside_a_page.pieces, [piece(0..200, 100)]);
+        assert_eq!((inside_a_page.requests, inside_a_page.pieces[0].local.len()), (vec![], 200));
+    }
+
+    #[test]
+    fn a_segment_that_starts_late_leaves_the_head_to_the_stream_path() {
+        let mut grant = grant(&[(4096, 4096, 0x10000)], 8192, 4096);
+        grant.range = 100..8192;
+        let plan = grant.reach().read(BOTH, 100, 8092).unwrap();
+        assert_eq!(plan.pieces, [piece(0..3996, 100)]);
+        assert_eq!(plan.requests, [request(3996..8092, 0x10000, 4097)]);
+        let refused = grant.reach().write(RDMA, 100, 8092);
+        assert_eq!(refused, Err(Refusal::Misaligned { file_offset: 100 }));
+    }
+
+    #[test]
+    fn a_later_segment_that_starts_unaligned_has_a_head_of_its_own() {
+        let grant = grant(&[(0, 8192, 0x10000), (8192, 8192, 0x90010)], 16384, 4096);
+        let plan = grant.reach().write(BOTH, 0, 16384).unwrap();
+        assert_eq!(
+            plan.requests,
+            [request(0..8192, 0x10000, 1), request(12272..16384, 0x91000, 8193)]
+        );
+        assert_eq!(plan.pieces, [piece(8192..12272, 8192)]);
+        let refused = grant.reach().write(RDMA, 0, 16384);
+        assert_eq!(refused, Err(Refusal::Misaligned { file_offset: 8192 }));
+    }
+
+    #[test]
+    fn without_rdma_all_goes_by_stream_in_pieces_cut_at_their_multiples() {
+        let mut grant = grant(&[(0, 8192, 0x10000)], 8192, 1);
+        grant.segments.clear();
+        let ways = Ways { rdma: false, stream: NonZeroU64::new(1000) };
+        let plan = grant.reach().write(ways, 900, 1200).unwrap();
+        let expected = [piece(0..100, 900), piece(100..1100, 1000), piece(1100..1200, 2000)];
+        assert_eq!(plan.pieces, expected);
+        assert_eq!(plan.requests, []);
     }
 
     #[test]
     fn a_write_past_the_end_of_the_file_is_refused_and_a_read_ends_there() {
         let grant = grant(&[(0, 4096, 0x1000)], 1000, 1);
-        assert_eq!(write(&grant, 900, 101), Err(Refusal::PastEnd { wanted: 900..1001 }));
-        assert_eq!(write(&grant, 900, 100).unwrap(), [request(0..100, 0x1384, 1)]);
-        assert_eq!(read(&grant, 900, 4096 - 900).unwrap(), [request(0..100, 0x1384, 1)]);
-        assert_eq!(read(&grant, 1000, 1).unwrap(), []);
-        assert_eq!(read(&grant, 2000, 1).unwrap(), []);
+        let reach = grant.reach();
+        assert_eq!(reach.write(BOTH, 900, 101), Err(Refusal::PastEnd { wanted: 900..1001 }));
+        let to_the_end = by_rdma([request(0..100, 0x1384, 1)]);
+        assert_eq!(reach.write(BOTH, 900, 100).unwrap(), to_the_end);
+        assert_eq!(reach.read(BOTH, 900, 4096 - 900).unwrap(), to_the_end);
+        assert_eq!(reach.read(BOTH, 1000, 1).unwrap(), Plan::default());
+        assert_eq!(reach.read(BOTH, 2000, 1).unwrap(), Plan::default());
     }
 
     #[test]
     fn nothing_outside_the_pin_is_touched() {
         let grant = grant(&[(4096, 4096, 0x1000)], 1 << 20, 1);
-        assert_eq!(write(&grant, 4095, 1), Err(Refusal::OutsidePin { wanted: 4095..4096 }));
-        assert_eq!(write(&grant, 8191, 2), Err(Refusal::OutsidePin { wanted: 8191..8193 }));
-        assert_eq!(read(&grant, 8192, 1), Err(Refusal::OutsidePin { wanted: 8192..8193 }));
-        assert!(write(&grant, u64::MAX, usize::MAX).is_err());
+        let outside = |offset: u64, len: usize| {
+            let wanted = offset..offset.saturating_add(len as u64);
+            let refused = Err(Refusal::OutsidePin { wanted });
+            assert_eq!(grant.reach().write(BOTH, offset, len), refused);
+            assert_eq!(grant.reach().read(BOTH, offset, len), refused);
+        };
+        outside(4095, 1);
+        outside(8191, 2);
+        outside(u64::MAX, 2);
+        assert_eq!(grant.reach().write(BOTH, 4096, 0), Ok(Plan::default()));
     }
 
     #[test]
-    fn a_start_that_the_device_mishandles_is_refused() {
-        let grant = grant(&[(0, 16384, 0x10000)], 16384, 4096);
-        assert_eq!(write(&grant, 100, 64), Err(Refusal::Misaligned { file_offset: 100 }));
-        assert_eq!(read(&grant, 1, 1), Err(Refusal::Misaligned { file_offset: 1 }));
-        assert!(write(&grant, 4096, 1).is_ok());
-    }
-
-    #[test]
-    fn the_alignment_is_that_of_the_address_not_of_the_offset() {
-        let odd = grant(&[(100, 8000, 0x10064)], 8100, 4096);
-        assert!(write(&odd, 4096, 10).is_ok());
-        assert!(write(&odd, 100, 10).is_err());
+    fn what_was_reserved_can_be_used_as_far_as_the_file_goes() {
+        let mut grant = grant(&[(0, 16384, 0x10000)], 4096, 1);
+        grant.range = 0..4096;
+        let refused = grant.reach().write(BOTH, 4096, 1);
+        assert_eq!(refused, Err(Refusal::OutsidePin { wanted: 4096..4097 }));
+        let grown = Reach { grant: &grant, valid_end: 10_000 };
+        assert_eq!(grown.range(), 0..10_000);
+        assert_eq!(grown.write(BOTH, 4096, 10).unwrap().len(), 10);
+        let grown_further = Reach { grant: &grant, valid_end: 1 << 30 };
+        assert_eq!(grown_further.range(), 0..16384);
     }
 
     #[test]
     fn the_probe_stays_in_the_pin_and_in_the_quirk() {
         let odd = grant(&[(100, 8000, 0x10064)], 8100, 4096);
-        assert_eq!(probe(&odd), Some(request(0..8, 0x11000, 101)));
+        assert_eq!(odd.reach().probe(), Some(request(0..8, 0x11000, 101)));
         let short = grant(&[(4096, 4096, 0x10000)], 4099, 4096);
-        assert_eq!(probe(&short), Some(request(0..3, 0x10000, 4097)));
+        assert_eq!(short.reach().probe(), Some(request(0..3, 0x10000, 4097)));
         let unreachable = grant(&[(100, 200, 0x10064)], 300, 4096);
-        assert_eq!(probe(&unreachable), None);
+        assert_eq!(unreachable.reach().probe(), None);
         let past_end = grant(&[(4096, 4096, 0x10000)], 4096, 1);
-        assert_eq!(probe(&past_end), None);
+        assert_eq!(past_end.reach().probe(), None);
     }
 
     /// A small deterministic generator (SplitMix64), so that a failure names its case.
@@ -229,73 +369,132 @@ mod tests {
 
         fn grant(&mut self) -> Grant {
             let alignment = 1 << self.below(14);
-            let mut file_offset = self.below(3) * self.below(10_000);
+            let start = self.below(3) * self.below(10_000);
+            // An unaligned head has no segment.
+            let mut file_offset = start + self.below(2) * self.below(5000);
+            let shift = self.below(2) * self.below(4096);
             let segments: Vec<_> = (0..=self.below(4))
                 .map(|index| {
                     let length = 1 + self.below(20_000);
-                    // As mmap does it: address and file offset agree within the page.
-                    let address = ((index + 1) << 32) + file_offset % 4096;
+                    // As mmap does it, address and file offset mostly agree within the page.
+                    let address = ((index + 1) << 32) + file_offset % 4096 + shift;
                     let segment = (file_offset, length, address);
                     file_offset += length;
                     segment
                 })
                 .collect();
             let valid_end = self.below(file_offset + 5000);
-            grant(&segments, valid_end, alignment)
+            let mut grant = grant(&segments, valid_end, alignment);
+            let end = start + 1 + self.below(file_offset - start);
+            grant.range = start..end;
+            if self.below(8) == 0 {
+                grant.segments.clear();
+            }
+            grant
+        }
+
+        fn ways(&mut self) -> Ways {
+            let longest = 1 + self.below(8000);
+            let stream = (self.below(4) > 0).then_some(longest).and_then(NonZeroU64::new);
+            Ways { rdma: stream.is_none() || self.below(4) > 0, stream }
         }
     }
 
-    /// What every accepted plan must be, checked byte by byte against the grant.
-    fn check_plan(grant: &Grant, offset: u64, end: u64, requests: &[Request]) {
-        let mut reached = 0;
-        for request in requests {
-            assert_eq!(request.local.start, reached, "a gap or an overlap in the buffer");
-            assert!(!request.local.is_empty());
-            reached = request.local.end;
+    /// What every accepted plan must be: carried out on a model of the file, it touches each of
+    /// the wanted bytes once, at its place, and nothing else.
+    fn check_plan(grant: &Grant, ways: Ways, wanted: Range<u64>, plan: &Plan) {
+        let mut file = vec![0_u8; wanted.end as usize + 1];
+        let mut buffer = vec![0_u8; (wanted.end - wanted.start) as usize];
+        let mut touch = |file_offset: u64, local: &Range<usize>| {
+            assert_eq!(file_offset, wanted.start + local.start as u64, "a shift");
+            assert!(!local.is_empty());
+            buffer[local.clone()].iter_mut().for_each(|byte| *byte += 1);
+            let bytes = file_offset as usize..file_offset as usize + local.len();
+            file[bytes].iter_mut().for_each(|byte| *byte += 1);
+        };
+        for request in &plan.requests {
+            assert!(ways.rdma);
             let segment = grant
                 .segments
                 .iter()
                 .find(|segment| segment.remote_key == request.remote_key)
                 .expect("a key of the grant");
             let within = request.remote_address - segment.remote_address;
-            assert_eq!(segment.file_offset + within, offset + request.local.start as u64);
             assert!(within + request.local.len() as u64 <= segment.length);
-            assert!(is_aligned(request.remote_address, grant.quirks));
+            let alignment = u64::from(grant.quirks.start_alignment_bytes);
+            assert!(request.remote_address.is_multiple_of(alignment), "misplaced data");
+            touch(segment.file_offset + within, &request.local);
         }
-        assert_eq!(offset + reached as u64, end, "all of it, and no more");
+        for piece in &plan.pieces {
+            let longest = ways.stream.expect("the stream path may be used");
+            assert!(piece.local.len() as u64 <= longest.get());
+            touch(piece.file_offset, &piece.local);
+        }
+        assert!(buffer.iter().all(|times| *times == 1), "every byte of the buffer once");
+        for (offset, times) in file.iter().enumerate() {
+            assert_eq!(*times, u8::from(wanted.contains(&(offset as u64))), "byte {offset}");
+        }
+        assert_eq!(plan.len(), buffer.len());
+    }
+
+    /// What the device takes goes by RDMA: no byte that follows an aligned one in its segment is
+    /// left to the stream path.
+    fn check_thrift(grant: &Grant, ways: Ways, plan: &Plan) {
+        if !ways.rdma {
+            return;
+        }
+        let alignment = u64::from(grant.quirks.start_alignment_bytes);
+        for piece in &plan.pieces {
+            let end = piece.file_offset + piece.local.len() as u64;
+            for segment in &grant.segments {
+                let start = segment.file_offset.max(piece.file_offset);
+                if start < end.min(segment.file_end()) {
+                    let address = segment.remote_address + (start - segment.file_offset);
+                    let aligned = address.next_multiple_of(alignment) - address + start;
+                    assert!(aligned >= end.min(segment.file_end()), "{piece:?} could go by RDMA");
+                }
+            }
+        }
     }
 
     #[test]
     fn every_plan_covers_its_range_exactly_or_is_refused_with_cause() {
         let mut random = Random(42);
-        let (mut accepted, mut refused) = (0, 0);
-        for _ in 0..100_000 {
-            let grant = random.grant();
-            let offset = random.below(grant.range.end + 1000) & !(random.below(2) * 4095);
+        let (mut accepted, mut mixed, mut outside, mut misaligned) = (0, 0, 0, 0);
+        for _ in 0..30_000 {
+            let (grant, ways) = (random.grant(), random.ways());
+            let offset = random.below(grant.reserved_end + 1000) & !(random.below(2) * 4095);
             let len = 1 + random.below(30_000);
-            let end = offset + len;
-            let inside = offset >= grant.range.start && end <= grant.range.end;
-            match write(&grant, offset, len as usize) {
-                Ok(requests) => {
-                    assert!(inside && end <= grant.valid_end);
-                    check_plan(&grant, offset, end, &requests);
+            let wanted = offset..offset + len;
+            let reach = grant.reach();
+            let pinned = reach.range();
+            let inside = wanted.start >= pinned.start && wanted.end <= pinned.end;
+            match reach.write(ways, offset, len as usize) {
+                Ok(plan) => {
+                    assert!(inside && wanted.end <= grant.valid_end);
+                    check_plan(&grant, ways, wanted.clone(), &plan);
+                    check_thrift(&grant, ways, &plan);
                     accepted += 1;
+                    mixed += u32::from(!plan.requests.is_empty() && !plan.pieces.is_empty());
                 }
                 Err(Refusal::OutsidePin { .. }) => {
                     assert!(!inside);
-                    refused += 1;
+                    outside += 1;
                 }
-                Err(Refusal::PastEnd { .. }) => assert!(inside && end > grant.valid_end),
+                Err(Refusal::PastEnd { .. }) => assert!(inside && wanted.end > grant.valid_end),
                 Err(Refusal::Misaligned { file_offset }) => {
-                    assert!(grant.quirks.start_alignment_bytes > 1);
-                    assert!((offset..end).contains(&file_offset));
+                    assert!(ways.stream.is_none());
+                    assert!(wanted.contains(&file_offset));
+                    misaligned += 1;
                 }
             }
-            if let Ok(requests) = read(&grant, offset, len as usize) {
-                check_plan(&grant, offset, end.min(grant.valid_end).max(offset), &requests);
+            if let Ok(plan) = reach.read(ways, offset, len as usize) {
+                let end = wanted.end.min(grant.valid_end).max(offset);
+                check_plan(&grant, ways, offset..end, &plan);
             }
         }
-        assert!(accepted > 1000 && refused > 1000, "{accepted} accepted, {refused} refused");
+        let counts = [accepted, mixed, outside, misaligned];
+        assert!(counts.iter().all(|count| *count > 500), "too few of a kind: {counts:?}");
     }
 
     #[test]
@@ -303,7 +502,7 @@ mod tests {
         let mut random = Random(7);
         for _ in 0..20_000 {
             let grant = random.grant();
-            let Some(request) = probe(&grant) else {
+            let Some(request) = grant.reach().probe() else {
                 continue;
             };
             let segment = grant
@@ -312,7 +511,11 @@ mod tests {
                 .find(|segment| segment.remote_key == request.remote_key)
                 .expect("a key of the grant");
             let offset = segment.file_offset + (request.remote_address - segment.remote_address);
-            assert_eq!(read(&grant, offset, request.local.len()), Ok(vec![request]));
+            let grown = Reach { grant: &grant, valid_end: grant.valid_end };
+            if offset + request.local.len() as u64 <= grown.range().end {
+                let planned = grown.read(RDMA, offset, request.local.len());
+                assert_eq!(planned, Ok(by_rdma([request])));
+            }
         }
     }
 }

@@ -17,6 +17,10 @@ pub enum RevocationReason {
     LocalWriter,
     /// The server is shutting down.
     Shutdown,
+    /// A client asked for the file to be shrunk.
+    Shrink,
+    /// A client asked for the file to be removed.
+    Remove,
     /// Something that this version does not know by name.
     Unknown,
 }
@@ -82,6 +86,8 @@ impl From<v1::RevocationReason> for RevocationReason {
             v1::RevocationReason::LocalReader => Self::LocalReader,
             v1::RevocationReason::LocalWriter => Self::LocalWriter,
             v1::RevocationReason::Shutdown => Self::Shutdown,
+            v1::RevocationReason::Shrink => Self::Shrink,
+            v1::RevocationReason::Remove => Self::Remove,
         }
     }
 }
@@ -124,6 +130,8 @@ impl fmt::Display for RevocationReason {
             Self::LocalReader => "a local process wants to read the file",
             Self::LocalWriter => "a local process wants to change the file",
             Self::Shutdown => "the server is shutting down",
+            Self::Shrink => "a client shrinks the file",
+            Self::Remove => "a client removes the file",
             Self::Unknown => "the server gave a reason that this version does not know",
         })
     }

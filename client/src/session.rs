@@ -1,5 +1,7 @@
 //! A session: everything a client has at a server hangs off one.
 
+use std::error::Error as _;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,7 +9,7 @@ use pinfold_proto::v1;
 use pinfold_proto::v1::pinfold_client::PinfoldClient;
 use pinfold_proto::v1::session_event::Event as Heard;
 use pinfold_proto::v1::session_request::Message as Said;
-use pinfold_verbs::{Buffer, CompletionStatus, Piece, RemoteSlice};
+use pinfold_verbs::{CompletionStatus, Piece, RemoteSlice};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -24,9 +26,12 @@ use crate::lane::Direction;
 use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
-    ConnectOptions, Created, Error, FileStat, Grant, IfExists, Pin, PinRequest, Reason,
-    TransferError,
+    Buffer, ConnectOptions, Created, Entry, Error, FileStat, Grant, GuardTier, IfExists,
+    Inspection, Pin, PinRequest, RdmaDevice, Reason, Records, TransferError, Transport,
 };
+
+/// The server may take longer pieces of the stream path than it is good to hold in memory.
+const STREAM_PIECE_BYTES_MAX: u64 = 1 << 20;
 
 /// A session with a server, kept alive in the background.
 ///
@@ -45,23 +50,53 @@ pub struct Session {
 pub(crate) struct Core {
     pub(crate) control: Control,
     pub(crate) pins: Arc<PinTable>,
-    pub(crate) fabric: Option<Arc<Fabric>>,
+    pub(crate) rdma: Rdma,
+    /// Longest piece of the stream path.
+    pub(crate) stream_piece_bytes_max: NonZeroU64,
     /// Gives back pins whose handle was dropped.
     pub(crate) runtime: Handle,
     events: EventHub,
 }
 
+/// Whether a session can do RDMA.
+#[derive(Debug)]
+pub(crate) enum Rdma {
+    On(Arc<Fabric>),
+    /// By the stream path only, for this reason.
+    Off(String),
+}
+
+/// What is there as soon as the server has said `Welcome`. Dropping it ends the session.
+struct Kept {
+    control: Control,
+    pins: Arc<PinTable>,
+    events: EventHub,
+    closing: watch::Sender<bool>,
+    keeper: JoinHandle<()>,
+}
+
+impl Rdma {
+    pub(crate) fn fabric(&self) -> Option<&Arc<Fabric>> {
+        match self {
+            Self::On(fabric) => Some(fabric),
+            Self::Off(_) => None,
+        }
+    }
+}
+
 impl Session {
-    /// Opens a session: device, stream, queue pair.
+    /// Opens a session: device, stream, queue pair. Without RDMA it goes by the stream path, unless
+    /// a device was asked for by its name.
     ///
     /// # Errors
     ///
-    /// [`Error::NoRdmaDevice`] before anything is sent; [`Error::Unreachable`] and
-    /// [`Error::NoWelcome`] if the server does not answer; [`Error::ServerHasNoRdmaDevice`];
-    /// [`Error::Refused`] with the server's reason.
+    /// [`Error::Unreachable`] and [`Error::NoWelcome`] if the server does not answer;
+    /// [`Error::Refused`] with the server's reason. If a device was asked for by its name:
+    /// [`Error::NoRdmaDevice`] before anything is sent, [`Error::ServerHasNoRdmaDevice`],
+    /// [`Error::Verbs`].
     pub async fn connect(options: ConnectOptions) -> Result<Self, Error> {
         let endpoint = parse_endpoint(&options)?;
-        let fabric = Fabric::open(options.rdma_device.clone(), options.send_window).await?;
+        let fabric = open_fabric(&options).await?;
         let channel = endpoint
             .connect()
             .await
@@ -72,14 +107,39 @@ impl Session {
             endpoint: options.endpoint.clone(),
             waited: options.timeout,
         })??;
-        if fabric.is_some() && opened.welcome.rdma_device.is_none() {
-            return Err(Error::ServerHasNoRdmaDevice { endpoint: options.endpoint });
+        let welcome = &opened.welcome;
+        let stream_piece_bytes_max = NonZeroU64::new(welcome.stream_piece_bytes_max.into())
+            .ok_or_else(|| Error::from_malformed(NO_STREAM_PATH, OPENING.to_owned()))?
+            .min(NonZeroU64::MIN.saturating_add(STREAM_PIECE_BYTES_MAX - 1));
+        let fabric = match fabric {
+            Ok(_) if welcome.rdma_device.is_none() && may_do_without(&options) => {
+                Err("the server has no RDMA device".to_owned())
+            }
+            Ok(_) if welcome.rdma_device.is_none() => {
+                return Err(Error::ServerHasNoRdmaDevice { endpoint: options.endpoint });
+            }
+            fabric => fabric,
+        };
+        let server_version = welcome.server_version.clone();
+        let kept = Kept::start(client, opened, &options);
+        let rdma = connect_fabric(fabric, &kept.control, &options).await?;
+        let Kept { control, pins, events, closing, keeper } = kept;
+        let runtime = Handle::current();
+        let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
+        Ok(Self { core: Arc::new(core), server_version, closing, keeper })
+    }
+
+    /// Whether pins of this session can go by RDMA.
+    pub fn has_rdma(&self) -> bool {
+        self.core.rdma.fabric().is_some()
+    }
+
+    /// Why the session goes by the stream path only, for people; absent if it has RDMA.
+    pub fn no_rdma_because(&self) -> Option<&str> {
+        match &self.core.rdma {
+            Rdma::On(_) => None,
+            Rdma::Off(because) => Some(because),
         }
-        let session = Self::keep(client, opened, fabric, options);
-        if let Some(fabric) = &session.core.fabric {
-            fabric.lane(&session.core.control).await?;
-        }
-        Ok(session)
     }
 
     /// Makes a file of exactly `size` bytes, allocated and zeroed on the medium, its name durable.
@@ -136,7 +196,117 @@ impl Session {
             dax: answer.dax,
             generation: answer.generation.map(Into::into),
             pins: answer.pins,
+            guard: (answer.guard != 0).then(|| GuardTier::from_wire(answer.guard)),
+            page_size_bytes: answer.page_size_bytes,
         })
+    }
+
+    /// Lists a folder of an export, ordered by name; an empty path is the export's top folder, an
+    /// empty export lists the exports. Opens no file, so it disturbs nobody.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with the server's reason.
+    pub async fn list(&self, export: &str, path: &str) -> Result<Vec<Entry>, Error> {
+        let doing = || match (export, path) {
+            ("", _) => "list the exports".to_owned(),
+            (export, "") => format!("list {export}"),
+            (export, path) => format!("list {}", FileName::new(export, path)),
+        };
+        let request = v1::ListRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+        };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.list(request).await).await?;
+        Ok(answer.entries.into_iter().map(Entry::from).collect())
+    }
+
+    /// Makes a file longer, and returns its end. Its pins stay; one that
+    /// [reserved](PinRequest::reserve_end) room can use it after [`Pin::extend_to`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], among others with [`Reason::BadRange`](crate::Reason::BadRange) for a
+    /// size below the present one and [`Reason::NoSpace`](crate::Reason::NoSpace).
+    pub async fn grow(&self, export: &str, path: &str, size: u64) -> Result<u64, Error> {
+        let doing = || format!("grow {}", FileName::new(export, path));
+        let request = v1::GrowRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+            size,
+        };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.grow(request).await).await?;
+        Ok(answer.valid_end)
+    }
+
+    /// Makes a file shorter. All its pins, of all sessions, are revoked first, with notice; returns
+    /// how many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], among others with [`Reason::BadRange`](crate::Reason::BadRange) for a
+    /// size above the present one.
+    pub async fn shrink(&self, export: &str, path: &str, size: u64) -> Result<u32, Error> {
+        let doing = || format!("shrink {}", FileName::new(export, path));
+        let request = v1::ShrinkRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+            size,
+        };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.shrink(request).await).await?;
+        Ok(answer.revoked_pins)
+    }
+
+    /// Removes a file. Its pins, of all sessions, are revoked first, with notice, if `revoke_pins`
+    /// says so; returns how many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], with [`Reason::FilePinned`](crate::Reason::FilePinned) if it has pins
+    /// that are not to be revoked.
+    pub async fn remove(&self, export: &str, path: &str, revoke_pins: bool) -> Result<u32, Error> {
+        let doing = || format!("remove {}", FileName::new(export, path));
+        let request = v1::RemoveRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+            revoke_pins,
+        };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.remove(request).await).await?;
+        Ok(answer.revoked_pins)
+    }
+
+    /// Tells who holds what on the server now, over all sessions.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with the server's reason.
+    pub async fn inspect(&self) -> Result<Inspection, Error> {
+        let doing = || "inspect the server".to_owned();
+        let request = v1::InspectRequest { session_id: self.core.control.session_id.clone() };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.inspect(request).await).await?;
+        Inspection::parse(answer).map_err(|malformed| Error::from_malformed(malformed, doing()))
+    }
+
+    /// Tells of every revocation on the server from now on, of all sessions, when it is complete.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with the server's reason.
+    pub async fn watch(&self) -> Result<Records, Error> {
+        let doing = || "watch revocations".to_owned();
+        let request = v1::WatchRequest { session_id: self.core.control.session_id.clone() };
+        let records =
+            self.core.control.call(doing, async |mut client| client.watch(request).await).await?;
+        Ok(Records::new(records, self.core.control.clone()))
     }
 
     /// Pins a range of a file.
@@ -145,41 +315,71 @@ impl Session {
     ///
     /// [`Error::Refused`] with the server's reason, such as
     /// [`Reason::FileBusy`](crate::Reason::FileBusy); [`Error::Draining`] or [`Error::Revoked`] if
-    /// the pin was taken back on its way here; [`Error::ControlOnly`] in a session without a
-    /// device.
+    /// the pin was taken back on its way here; [`Error::StreamOnly`] for a pin by RDMA only in a
+    /// session that has none.
     pub async fn pin(&self, request: PinRequest) -> Result<Pin, Error> {
         let file = FileName::new(&request.export, &request.path);
-        let fabric = self.core.fabric(|| format!("pin {file}"))?;
-        // The server grants no key to a session without a queue pair.
-        fabric.lane(&self.core.control).await?;
-        let expected = self.core.pins.expect();
-        let wire = request.to_wire(self.core.control.session_id.clone());
         let doing = || format!("pin {file}");
+        let (transport, no_rdma) = self.transport(request.transport, doing).await?;
+        let expected = self.core.pins.expect();
+        let wire = request.to_wire(self.core.control.session_id.clone(), transport);
         let answer =
             self.core.control.call(doing, async |mut client| client.pin(wire).await).await?;
         let pin_id = answer.pin_id;
         let cell = expected.admit(pin_id);
         // From here on the handle's drop gives the pin back, whatever comes.
-        let grant = match Grant::parse(answer) {
+        let mut grant = match Grant::parse(answer, request.reserve_end) {
             Ok(grant) => grant,
             Err(malformed) => {
                 self.core.give_back(pin_id, cell);
                 return Err(Error::from_malformed(malformed, doing()));
             }
         };
-        let pin = Pin::new(self.core.clone(), fabric.clone(), file, grant, cell);
+        if no_rdma.is_some() && grant.segments.is_empty() {
+            grant.no_rdma_because = no_rdma;
+        }
+        let pin = Pin::new(self.core.clone(), request.transport, file, grant, cell);
         pin.check()?;
         Ok(pin)
     }
 
-    /// Allocates a buffer that transfers of this session can use, and registers it with the device.
+    /// What to ask the server for, and if that is less than what was wished, why.
+    async fn transport(
+        &self,
+        wish: Transport,
+        doing: impl FnOnce() -> String,
+    ) -> Result<(Transport, Option<String>), Error> {
+        let fabric = match (&self.core.rdma, wish) {
+            (_, Transport::Stream) => return Ok((Transport::Stream, None)),
+            (Rdma::Off(because), Transport::Rdma) => {
+                return Err(Error::StreamOnly { doing: doing(), because: because.clone() });
+            }
+            (Rdma::Off(because), Transport::Auto) => {
+                return Ok((Transport::Stream, Some(because.clone())));
+            }
+            (Rdma::On(fabric), Transport::Auto | Transport::Rdma) => fabric,
+        };
+        // The server grants no key to a session without a queue pair.
+        match fabric.lane(&self.core.control).await {
+            Ok(_) => Ok((wish, None)),
+            Err(error) if wish == Transport::Auto && stream_survives(&error) => {
+                Ok((Transport::Stream, Some(with_causes(&error))))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Allocates a buffer that transfers of this session can use, and registers it with the device
+    /// if there is one.
     ///
     /// # Errors
     ///
-    /// [`Error::Verbs`], as a rule for want of lockable memory; [`Error::ControlOnly`] in a session
-    /// without a device.
+    /// [`Error::Verbs`], as a rule for want of lockable memory; [`Error::NoMemory`].
     pub async fn buffer(&self, capacity: usize) -> Result<Buffer, Error> {
-        self.core.fabric(|| "register a buffer".to_owned())?.buffer(capacity).await
+        match &self.core.rdma {
+            Rdma::On(fabric) => fabric.buffer(capacity).await,
+            Rdma::Off(_) => Buffer::plain(capacity),
+        }
     }
 
     /// Subscribes to what the server says unasked, from now on.
@@ -208,7 +408,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// Only if nothing could be posted. What the NIC says is the result.
+    /// Only if nothing could be posted: [`Error::StreamOnly`] in a session without RDMA,
+    /// [`Error::ForeignBuffer`] for a buffer of another one. What the NIC says is the result.
     pub async fn raw_write(
         &self,
         remote: RemoteSlice,
@@ -221,7 +422,7 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// Only if nothing could be posted. What the NIC says is the result.
+    /// As [`raw_write`](Self::raw_write).
     pub async fn raw_read(
         &self,
         remote: RemoteSlice,
@@ -236,27 +437,36 @@ impl Session {
         remote: RemoteSlice,
         buffer: Buffer,
     ) -> Result<(Buffer, CompletionStatus), TransferError> {
-        let fabric = match self.core.fabric(|| "post a raw request".to_owned()) {
-            Ok(fabric) => fabric,
-            Err(error) => return Err(TransferError::new(error, buffer)),
+        let fabric = match &self.core.rdma {
+            Rdma::On(fabric) => fabric,
+            Rdma::Off(because) => {
+                let doing = "post a raw request".to_owned();
+                let error = Error::StreamOnly { doing, because: because.clone() };
+                return Err(TransferError::new(error, buffer));
+            }
+        };
+        let own = |buffer| Buffer::registered(buffer, fabric.id());
+        let buffer = match buffer.into_registered(fabric.id()) {
+            Ok(buffer) => buffer,
+            Err(buffer) => {
+                let error = Error::ForeignBuffer { doing: "post a raw request".to_owned() };
+                return Err(TransferError::new(error, buffer));
+            }
         };
         let pieces = vec![Piece { local: 0..remote.len, remote }];
         let operation = Operation { direction, pieces, buffer, pin: None };
-        fabric.run(&self.core.control, operation).await.map_err(|(failure, buffer)| {
-            let error = match failure {
-                Failure::Error(error) => error,
-                Failure::Gone(_) => unreachable!("a raw request goes to no pin"),
-            };
-            TransferError { error, buffer }
-        })
+        match fabric.run(&self.core.control, operation).await {
+            Ok((buffer, status)) => Ok((own(buffer), status)),
+            Err((Failure::Error(error), buffer)) => {
+                Err(TransferError { error, buffer: buffer.map(own) })
+            }
+            Err((Failure::Gone(_), _)) => unreachable!("a raw request goes to no pin"),
+        }
     }
+}
 
-    fn keep(
-        client: PinfoldClient<Channel>,
-        opened: Opened,
-        fabric: Option<Fabric>,
-        options: ConnectOptions,
-    ) -> Self {
+impl Kept {
+    fn start(client: PinfoldClient<Channel>, opened: Opened, options: &ConnectOptions) -> Self {
         let (drained_sender, drained) = mpsc::unbounded_channel();
         let (loss_sender, loss) = watch::channel(None);
         let (closing, closing_receiver) = watch::channel(false);
@@ -273,20 +483,9 @@ impl Session {
             closing: closing_receiver,
             loss: loss_sender,
         };
-        let control = Control {
-            client,
-            endpoint: options.endpoint,
-            session_id: opened.welcome.session_id,
-            loss,
-        };
-        let fabric = fabric.map(Arc::new);
-        let core = Core { control, pins, fabric, runtime: Handle::current(), events };
-        Self {
-            core: Arc::new(core),
-            server_version: opened.welcome.server_version,
-            closing,
-            keeper: tokio::spawn(stream.run()),
-        }
+        let session_id = opened.welcome.session_id;
+        let control = Control { client, endpoint: options.endpoint.clone(), session_id, loss };
+        Self { control, pins, events, closing, keeper: tokio::spawn(stream.run()) }
     }
 }
 
@@ -315,13 +514,67 @@ impl Core {
             }
         });
     }
+}
 
-    /// The device, or why there is none. `doing` completes "cannot … in a session without a
-    /// device".
-    pub(crate) fn fabric(&self, doing: impl FnOnce() -> String) -> Result<&Arc<Fabric>, Error> {
-        self.fabric.as_ref().ok_or_else(|| Error::ControlOnly { doing: doing() })
+/// Whether a session without RDMA is as good: nobody asked for a device by its name.
+fn may_do_without(options: &ConnectOptions) -> bool {
+    options.rdma_device == RdmaDevice::Auto && options.server_device.is_empty()
+}
+
+/// Opens this host's device, or says why the session is to go without.
+async fn open_fabric(options: &ConnectOptions) -> Result<Result<Fabric, String>, Error> {
+    match Fabric::open(options).await {
+        Ok(Some(fabric)) => Ok(Ok(fabric)),
+        Ok(None) => Ok(Err("the session was opened without an RDMA device".to_owned())),
+        Err(error) if may_do_without(options) => Ok(Err(with_causes(&error))),
+        Err(error) => Err(error),
     }
 }
+
+/// Connects the first queue pair, or says why the session is to go without.
+async fn connect_fabric(
+    fabric: Result<Fabric, String>,
+    control: &Control,
+    options: &ConnectOptions,
+) -> Result<Rdma, Error> {
+    let fabric = match fabric {
+        Ok(fabric) => fabric,
+        Err(because) => return Ok(Rdma::Off(because)),
+    };
+    match fabric.lane(control).await {
+        Ok(_) => Ok(Rdma::On(Arc::new(fabric))),
+        Err(error) if may_do_without(options) && stream_survives(&error) => {
+            let because = with_causes(&error);
+            tracing::info!(because, "going on without RDMA");
+            Ok(Rdma::Off(because))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a queue pair that can't be had for this reason leaves the stream path in order.
+fn stream_survives(error: &Error) -> bool {
+    match error {
+        Error::Verbs { .. } => true,
+        error => matches!(error.reason(), Some(Reason::NoRdmaDevice | Reason::QueuePairFailed)),
+    }
+}
+
+/// The message of an error and of everything below it.
+fn with_causes(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Completes "the server refused to …".
+const OPENING: &str = "open a session";
+const NO_STREAM_PATH: Malformed = Malformed("no word of the stream path");
 
 /// A stream on which the server has said `Welcome`.
 struct Opened {
@@ -334,7 +587,7 @@ async fn open_stream(
     client: &mut PinfoldClient<Channel>,
     options: &ConnectOptions,
 ) -> Result<Opened, Error> {
-    let doing = || "open a session".to_owned();
+    let doing = || OPENING.to_owned();
     let refused = |status: Status| Error::from_status(status, &options.endpoint, doing());
     let malformed = |what| Error::from_malformed(Malformed(what), doing());
 

@@ -1,13 +1,14 @@
 //! How a session begins, lives and ends, against a server that each test plays by hand. No device
 //! is needed: what needs one is tested in the lab.
 
+mod pieces;
 mod scripted;
 
 use std::time::Duration;
 
 use pinfold_client::{
     Code, ConnectOptions, Created, Error, Event, FileIdentity, IfExists, Loss, PinRequest,
-    RdmaDevice, Reason, RevocationReason, Session,
+    RdmaDevice, Reason, RemoteKey, RemoteSlice, RevocationReason, Session, Transport,
 };
 use pinfold_proto::v1;
 use pinfold_proto::v1::session_event::Event as Say;
@@ -139,6 +140,7 @@ async fn an_unknown_session_is_told_apart() {
         session_id: b"some other id".to_vec(),
         heartbeat_interval_ms: 60_000,
         time_to_live_ms: 600_000,
+        stream_piece_bytes_max: 1 << 20,
         ..Default::default()
     }));
     let session = soon(connecting).await.unwrap().unwrap();
@@ -199,12 +201,46 @@ async fn notices_become_events_and_an_idle_pin_on_its_way_is_drained() {
 }
 
 #[tokio::test]
-async fn a_session_without_a_device_does_not_pin() {
+async fn a_session_without_a_device_does_no_rdma() {
     let (session, _conversation) = open().await;
-    let error = soon(session.pin(PinRequest::read("data", "file"))).await.unwrap_err();
-    assert!(matches!(error, Error::ControlOnly { .. }), "{error}");
-    let error = soon(session.buffer(4096)).await.unwrap_err();
-    assert!(matches!(error, Error::ControlOnly { .. }), "{error}");
+    assert!(!session.has_rdma());
+    let because = "the session was opened without an RDMA device";
+    assert_eq!(session.no_rdma_because(), Some(because));
+    let request = PinRequest::read("data", "file").transport(Transport::Rdma);
+    let error = soon(session.pin(request)).await.unwrap_err();
+    assert!(matches!(error, Error::StreamOnly { .. }), "{error}");
+    assert_eq!(error.to_string(), format!("cannot pin data/file without RDMA: {because}"));
+    let remote = RemoteSlice { address: 0, key: RemoteKey::new(1), len: 1 };
+    let buffer = session.buffer(1).await.unwrap();
+    let failed = session.raw_write(remote, buffer).await.unwrap_err();
+    assert!(matches!(failed.error, Error::StreamOnly { .. }), "{failed}");
+    let buffer = failed.buffer.expect("the buffer");
+    let failed = session.raw_read(remote, buffer).await.unwrap_err();
+    assert!(matches!(failed.error, Error::StreamOnly { .. }), "{failed}");
+}
+
+/// Whether this host has a device or not: the server has none.
+#[tokio::test]
+async fn a_server_without_a_device_gets_a_session_without_rdma() {
+    let mut server = Scripted::start().await;
+    let options = server.options().rdma_device(RdmaDevice::Auto);
+    let connecting = tokio::spawn(Session::connect(options));
+    let mut conversation = server.conversation().await;
+    conversation.welcome_for_long().await;
+    let session = soon(connecting).await.unwrap().expect("a session");
+    assert!(!session.has_rdma());
+    assert!(session.no_rdma_because().is_some());
+}
+
+#[tokio::test]
+async fn a_welcome_without_a_stream_path_is_none() {
+    let mut server = Scripted::start().await;
+    let connecting = tokio::spawn(Session::connect(server.options()));
+    let mut conversation = server.conversation().await;
+    assert!(matches!(conversation.hear().await, Some(Message::Hello(_))));
+    conversation.say(Say::Welcome(v1::Welcome::default()));
+    let error = soon(connecting).await.unwrap().unwrap_err();
+    assert!(matches!(error, Error::Protocol { .. }), "{error}");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use pinfold_proto::v1::session_event::Event;
 use pinfold_proto::v1::session_request::Message;
 use pinfold_proto::v1::{self, SessionEvent, SessionRequest};
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -22,10 +22,42 @@ pub(crate) const SESSION_ID: &[u8] = b"sixteen bytes id";
 /// A file name for which `Stat` never answers.
 pub(crate) const HANGS: &str = "hangs";
 
+/// In every `Welcome`: so small that a test sees several pieces.
+pub(crate) const PIECE: usize = 16;
+
 /// A running server.
 pub(crate) struct Scripted {
     address: SocketAddr,
     conversations: mpsc::UnboundedReceiver<Conversation>,
+    calls: mpsc::UnboundedReceiver<Call>,
+}
+
+/// A call that the test answers.
+pub(crate) enum Call {
+    Pin(Asked<v1::PinRequest, v1::PinResponse>),
+    Unpin(Asked<v1::UnpinRequest, v1::UnpinResponse>),
+    Commit(Asked<v1::CommitRequest, v1::CommitResponse>),
+    Write(Asked<v1::WriteRequest, v1::WriteResponse>),
+    Read(Asked<v1::ReadRequest, v1::ReadResponse>),
+    Watch(Asked<v1::WatchRequest, mpsc::UnboundedReceiver<Result<v1::RevocationRecord, Status>>>),
+}
+
+/// A request, and where its answer goes.
+pub(crate) struct Asked<Q, A> {
+    pub(crate) request: Q,
+    answer: oneshot::Sender<Result<A, Status>>,
+}
+
+impl<Q, A> Asked<Q, A> {
+    pub(crate) fn answer(self, answer: A) {
+        // The client may have gone away.
+        let _ = self.answer.send(Ok(answer));
+    }
+
+    pub(crate) fn refuse(self, status: Status) {
+        // The client may have gone away.
+        let _ = self.answer.send(Err(status));
+    }
 }
 
 /// The server's side of one session stream.
@@ -39,10 +71,11 @@ impl Scripted {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (sender, conversations) = mpsc::unbounded_channel();
-        let service = PinfoldServer::new(Service { conversations: sender });
+        let (calls_sender, calls) = mpsc::unbounded_channel();
+        let service = PinfoldServer::new(Service { conversations: sender, calls: calls_sender });
         let incoming = TcpListenerStream::new(listener);
         tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
-        Self { address, conversations }
+        Self { address, conversations, calls }
     }
 
     /// How to connect to it, without an RDMA device.
@@ -53,6 +86,32 @@ impl Scripted {
     /// The next session stream that a client opens.
     pub(crate) async fn conversation(&mut self) -> Conversation {
         soon(self.conversations.recv()).await.expect("the server runs")
+    }
+
+    /// The next call that a client makes.
+    pub(crate) async fn call(&mut self) -> Call {
+        soon(self.calls.recv()).await.expect("the server runs")
+    }
+
+    /// The next call, which must be a `Write`.
+    pub(crate) async fn write(&mut self) -> Asked<v1::WriteRequest, v1::WriteResponse> {
+        match self.call().await {
+            Call::Write(asked) => asked,
+            _ => panic!("another call than Write"),
+        }
+    }
+
+    /// The next call, which must be a `Read`.
+    pub(crate) async fn read(&mut self) -> Asked<v1::ReadRequest, v1::ReadResponse> {
+        match self.call().await {
+            Call::Read(asked) => asked,
+            _ => panic!("another call than Read"),
+        }
+    }
+
+    /// Whether no call waits for its answer.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        self.calls.try_recv().is_err()
     }
 }
 
@@ -95,6 +154,7 @@ impl Conversation {
             heartbeat_interval_ms: heartbeat_interval.as_millis() as u32,
             time_to_live_ms: time_to_live.as_millis() as u32,
             server_version: "1.2.3".to_owned(),
+            stream_piece_bytes_max: PIECE as u32,
             ..Default::default()
         }));
         hello
@@ -116,13 +176,31 @@ pub(crate) fn refusal(code: Code, reason: Reason, message: &str) -> Status {
     Status::with_error_details(code, message, details)
 }
 
+type Answer<T> = Result<Response<T>, Status>;
+
 struct Service {
     conversations: mpsc::UnboundedSender<Conversation>,
+    calls: mpsc::UnboundedSender<Call>,
+}
+
+impl Service {
+    /// Lets the test answer.
+    async fn ask<Q, A>(
+        &self,
+        request: Request<Q>,
+        call: impl FnOnce(Asked<Q, A>) -> Call,
+    ) -> Result<Response<A>, Status> {
+        let (answer, answered) = oneshot::channel();
+        let asked = Asked { request: request.into_inner(), answer };
+        self.calls.send(call(asked)).map_err(|_| Status::internal("the test is over"))?;
+        answered.await.map_err(|_| Status::internal("the test does not answer"))?.map(Response::new)
+    }
 }
 
 #[tonic::async_trait]
 impl Pinfold for Service {
     type SessionStream = UnboundedReceiverStream<Result<SessionEvent, Status>>;
+    type WatchStream = UnboundedReceiverStream<Result<v1::RevocationRecord, Status>>;
 
     async fn session(
         &self,
@@ -164,28 +242,51 @@ impl Pinfold for Service {
         &self,
         _: Request<v1::ConnectQueuePairRequest>,
     ) -> Result<Response<v1::ConnectQueuePairResponse>, Status> {
-        Err(no_device())
+        Err(refusal(Code::FailedPrecondition, Reason::NoRdmaDevice, "no device"))
     }
 
-    async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
-        Err(no_device())
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
+        self.ask(request, Call::Pin).await
     }
 
-    async fn unpin(
-        &self,
-        _: Request<v1::UnpinRequest>,
-    ) -> Result<Response<v1::UnpinResponse>, Status> {
-        Err(no_device())
+    async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Answer<v1::UnpinResponse> {
+        self.ask(request, Call::Unpin).await
     }
 
-    async fn commit(
-        &self,
-        _: Request<v1::CommitRequest>,
-    ) -> Result<Response<v1::CommitResponse>, Status> {
-        Err(no_device())
+    async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
+        self.ask(request, Call::Commit).await
     }
-}
 
-fn no_device() -> Status {
-    refusal(Code::FailedPrecondition, Reason::NoRdmaDevice, "no device")
+    async fn write(&self, request: Request<v1::WriteRequest>) -> Answer<v1::WriteResponse> {
+        self.ask(request, Call::Write).await
+    }
+
+    async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<v1::ReadResponse> {
+        self.ask(request, Call::Read).await
+    }
+
+    async fn list(&self, _: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+        Err(Status::unimplemented("list"))
+    }
+
+    async fn grow(&self, _: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {
+        Err(Status::unimplemented("grow"))
+    }
+
+    async fn shrink(&self, _: Request<v1::ShrinkRequest>) -> Answer<v1::ShrinkResponse> {
+        Err(Status::unimplemented("shrink"))
+    }
+
+    async fn remove(&self, _: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
+        Err(Status::unimplemented("remove"))
+    }
+
+    async fn inspect(&self, _: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {
+        Err(Status::unimplemented("inspect"))
+    }
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
+        let records = self.ask(request, Call::Watch).await?.into_inner();
+        Ok(Response::new(UnboundedReceiverStream::new(records)))
+    }
 }

@@ -1,0 +1,154 @@
+//! The buffer that transfers copy from and to.
+
+use std::fmt;
+
+use memmap2::MmapMut;
+
+use crate::Error;
+use crate::fabric::FabricId;
+
+/// What page sizes are multiples of, on every machine that has RDMA.
+const GRAIN: usize = 4096;
+
+/// Page-aligned memory, zeroed at first, that one transfer at a time owns.
+///
+/// In a session with RDMA it is registered with the session's device. Elsewhere it is plain memory.
+/// A buffer that another session made, or that was made without a device, works too: what it
+/// carries goes by the stream path, and the reports of its transfers say so. Only a pin that was
+/// asked for with [`Transport::Rdma`](crate::Transport::Rdma) refuses it, with
+/// [`Error::ForeignBuffer`].
+pub struct Buffer(Memory);
+
+enum Memory {
+    Registered { buffer: pinfold_verbs::Buffer, fabric: FabricId },
+    Plain { memory: MmapMut, len: usize },
+}
+
+impl Buffer {
+    /// Memory that no device knows.
+    pub(crate) fn plain(capacity: usize) -> Result<Self, Error> {
+        let failed = |source| Error::NoMemory { capacity, source };
+        let whole =
+            whole_grains(capacity).ok_or_else(|| failed(std::io::ErrorKind::OutOfMemory.into()))?;
+        let memory = MmapMut::map_anon(whole).map_err(failed)?;
+        Ok(Self(Memory::Plain { memory, len: capacity }))
+    }
+
+    /// Memory that the device of this fabric knows.
+    pub(crate) fn registered(buffer: pinfold_verbs::Buffer, fabric: FabricId) -> Self {
+        Self(Memory::Registered { buffer, fabric })
+    }
+
+    /// The registered memory, if it is this fabric's; or the buffer back.
+    pub(crate) fn into_registered(self, with: FabricId) -> Result<pinfold_verbs::Buffer, Self> {
+        match self.0 {
+            Memory::Registered { buffer, fabric } if fabric == with => Ok(buffer),
+            other => Err(Self(other)),
+        }
+    }
+
+    /// Whether this fabric's device knows it.
+    pub(crate) fn is_registered(&self, with: FabricId) -> bool {
+        matches!(&self.0, Memory::Registered { fabric, .. } if *fabric == with)
+    }
+
+    /// The bytes that transfers may use.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Memory::Registered { buffer, .. } => buffer.len(),
+            Memory::Plain { len, .. } => *len,
+        }
+    }
+
+    /// Without any byte.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What [`len`](Self::len) may be set to: at least what was asked for.
+    pub fn capacity(&self) -> usize {
+        match &self.0 {
+            Memory::Registered { buffer, .. } => buffer.capacity(),
+            Memory::Plain { memory, .. } => memory.len(),
+        }
+    }
+
+    /// Sets the length. Bytes keep what they had in them before, at first zero.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BufferTooSmall`] beyond the capacity.
+    pub fn set_len(&mut self, wanted: usize) -> Result<(), Error> {
+        let capacity = self.capacity();
+        let too_small = || Error::BufferTooSmall { wanted, capacity };
+        match &mut self.0 {
+            Memory::Registered { buffer, .. } => buffer.set_len(wanted).map_err(|_| too_small()),
+            Memory::Plain { .. } if wanted > capacity => Err(too_small()),
+            Memory::Plain { len, .. } => {
+                *len = wanted;
+                Ok(())
+            }
+        }
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Registered { buffer, .. } => buffer.as_slice(),
+            Memory::Plain { memory, len } => &memory[..*len],
+        }
+    }
+
+    /// The bytes, to be changed.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Memory::Registered { buffer, .. } => buffer.as_mut_slice(),
+            Memory::Plain { memory, len } => &mut memory[..*len],
+        }
+    }
+}
+
+/// Memory comes in whole grains, and at least one.
+pub(crate) fn whole_grains(capacity: usize) -> Option<usize> {
+    capacity.max(1).checked_next_multiple_of(GRAIN)
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let registered = matches!(self.0, Memory::Registered { .. });
+        f.debug_struct("Buffer")
+            .field("len", &self.len())
+            .field("capacity", &self.capacity())
+            .field("registered", &registered)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_memory_is_zeroed_and_keeps_its_bytes_when_cut() {
+        let mut buffer = Buffer::plain(5000).unwrap();
+        assert_eq!((buffer.len(), buffer.capacity()), (5000, 8192));
+        assert!(buffer.as_slice().iter().all(|byte| *byte == 0));
+        buffer.as_mut_slice().fill(7);
+        buffer.set_len(10).unwrap();
+        assert_eq!(buffer.as_slice(), [7; 10]);
+        buffer.set_len(8192).unwrap();
+        assert_eq!(buffer.as_slice()[4999..5001], [7, 0]);
+        let refused = buffer.set_len(8193);
+        assert!(matches!(refused, Err(Error::BufferTooSmall { wanted: 8193, capacity: 8192 })));
+    }
+
+    #[test]
+    fn an_empty_buffer_can_be_had() {
+        assert!(Buffer::plain(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn more_memory_than_there_can_be_is_refused() {
+        assert!(matches!(Buffer::plain(usize::MAX), Err(Error::NoMemory { .. })));
+    }
+}

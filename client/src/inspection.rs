@@ -1,0 +1,225 @@
+//! Who holds what on a server, and what it took back.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use pinfold_proto::v1;
+use tonic::Streaming;
+
+use crate::control::Control;
+use crate::grant::{Malformed, parse_access};
+use crate::{
+    Access, Error, Generation, GuardTier, Loss, RevocationReason, RevocationTimings, Transport,
+};
+
+/// What [`inspect`](crate::Session::inspect) sees: who holds what at this moment.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Inspection {
+    /// All sessions.
+    pub sessions: Vec<SessionInfo>,
+    /// All guarded files.
+    pub files: Vec<FileInfo>,
+}
+
+/// A session, as others may see it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct SessionInfo {
+    /// Its number in this run of the server.
+    pub number: u64,
+    /// Who the client says it is.
+    pub client_name: String,
+    /// Whether it is the one that asks.
+    pub yours: bool,
+    /// How many pins it has.
+    pub pins: u32,
+    /// The server's RDMA device that it is connected to.
+    pub rdma_device: Option<String>,
+}
+
+/// A guarded file.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FileInfo {
+    /// Its path on the server.
+    pub path: String,
+    /// Its generation.
+    pub generation: Generation,
+    /// What holds it still.
+    pub guard: GuardTier,
+    /// How far it is in its life.
+    pub state: FileState,
+    /// The pins on it.
+    pub pins: Vec<PinInfo>,
+}
+
+/// How far a guarded file is in its life.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum FileState {
+    /// Pinned, or about to be.
+    Held,
+    /// Being taken back: the clients finish what is in flight.
+    Draining,
+    /// Being taken back: the keys are dying.
+    Fencing,
+    /// Taken back, and not yet unmapped.
+    Released,
+    /// Something that this version does not know by name.
+    Unknown,
+}
+
+/// A pin, as others may see it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PinInfo {
+    /// Its number.
+    pub pin_id: u64,
+    /// Whose it is: [`SessionInfo::number`].
+    pub session: u64,
+    /// The bytes of the file that it reaches.
+    pub range: Range<u64>,
+    /// What it lets its holder do.
+    pub access: Access,
+    /// Whether it keeps others off.
+    pub exclusive: bool,
+    /// How its bytes travel.
+    pub transport: Transport,
+}
+
+/// One revocation, complete.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct RevocationRecord {
+    /// The file's path on the server.
+    pub path: String,
+    /// The generation that ended.
+    pub generation: Generation,
+    /// Why.
+    pub reason: RevocationReason,
+    /// How many pins it took.
+    pub pins: u32,
+    /// How many sessions had them.
+    pub sessions: u32,
+    /// From the break to the release, step by step.
+    pub timings: RevocationTimings,
+    /// From the break until the last region was deregistered.
+    pub deregistered: Duration,
+    /// From the break until the file was unmapped.
+    pub unmapped: Duration,
+    /// Stream writes that were still inside the kernel when the guard was let go.
+    pub late_stream_writes: u32,
+}
+
+/// The revocations of a server, from the call of [`Session::watch`](crate::Session::watch) on.
+#[derive(Debug)]
+pub struct Records {
+    records: Streaming<v1::RevocationRecord>,
+    control: Control,
+    over: bool,
+}
+
+impl Records {
+    pub(crate) fn new(records: Streaming<v1::RevocationRecord>, control: Control) -> Self {
+        Self { records, control, over: false }
+    }
+
+    /// Waits for the next one. After an error, and after this client has closed the session, none
+    /// comes.
+    ///
+    /// Cancellation-safe: a record is returned or still there.
+    pub async fn next(&mut self) -> Option<Result<RevocationRecord, Error>> {
+        if self.over {
+            return None;
+        }
+        let doing = || "watch revocations".to_owned();
+        let next = tokio::select! {
+            biased;
+            record = self.records.message() => match record {
+                Ok(record) => record.map(|wire| {
+                    RevocationRecord::parse(wire)
+                        .map_err(|malformed| Error::from_malformed(malformed, doing()))
+                }),
+                Err(status) => {
+                    Some(Err(Error::from_status(status, &self.control.endpoint, doing())))
+                }
+            },
+            loss = self.control.ended() => match loss {
+                Loss::Closed => None,
+                loss => Some(Err(self.control.lost(loss))),
+            },
+        };
+        self.over = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+impl Inspection {
+    pub(crate) fn parse(wire: v1::InspectResponse) -> Result<Self, Malformed> {
+        let files = wire.files.into_iter().map(FileInfo::parse).collect::<Result<_, _>>()?;
+        Ok(Self { sessions: wire.sessions.into_iter().map(SessionInfo::from).collect(), files })
+    }
+}
+
+impl FileInfo {
+    fn parse(wire: v1::FileInfo) -> Result<Self, Malformed> {
+        Ok(Self {
+            generation: wire.generation.ok_or(Malformed("a file without a generation"))?.into(),
+            guard: GuardTier::from_wire(wire.guard),
+            state: wire.state().into(),
+            path: wire.path,
+            pins: wire.pins.into_iter().map(PinInfo::parse).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl PinInfo {
+    fn parse(wire: v1::PinInfo) -> Result<Self, Malformed> {
+        let range = wire.range.ok_or(Malformed("a pin without a range"))?;
+        Ok(Self {
+            pin_id: wire.pin_id,
+            session: wire.session,
+            range: range.start..range.end,
+            access: parse_access(wire.access)?,
+            exclusive: wire.exclusive,
+            transport: wire.transport().into(),
+        })
+    }
+}
+
+impl RevocationRecord {
+    fn parse(wire: v1::RevocationRecord) -> Result<Self, Malformed> {
+        let reason = wire.reason().into();
+        Ok(Self {
+            path: wire.path,
+            generation: wire.generation.ok_or(Malformed("a record without a generation"))?.into(),
+            reason,
+            pins: wire.pins,
+            sessions: wire.sessions,
+            timings: wire.timings.ok_or(Malformed("a record without timings"))?.into(),
+            deregistered: Duration::from_micros(wire.deregistered_us),
+            unmapped: Duration::from_micros(wire.unmapped_us),
+            late_stream_writes: wire.late_stream_writes,
+        })
+    }
+}
+
+impl From<v1::SessionInfo> for SessionInfo {
+    fn from(wire: v1::SessionInfo) -> Self {
+        Self {
+            number: wire.number,
+            client_name: wire.client_name,
+            yours: wire.yours,
+            pins: wire.pins,
+            rdma_device: Some(wire.rdma_device).filter(|name| !name.is_empty()),
+        }
+    }
+}
+
+impl From<v1::FileState> for FileState {
+    fn from(wire: v1::FileState) -> Self {
+        match wire {
+            v1::FileState::Unspecified => Self::Unknown,
+            v1::FileState::Held => Self::Held,
+            v1::FileState::Draining => Self::Draining,
+            v1::FileState::Fencing => Self::Fencing,
+            v1::FileState::Released => Self::Released,
+        }
+    }
+}
