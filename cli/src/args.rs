@@ -4,12 +4,17 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
-use pinfold_client::RdmaDevice;
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use pinfold_client::{RdmaDevice, Transport};
 
 use crate::exit;
+use crate::size::{NewSize, parse_size};
 
-/// Pins files of a storage host and writes them by one-sided RDMA.
+/// The options that all commands have.
+const CONNECTION: &str = "Connection";
+
+/// Pins files of a storage host, and writes and reads them by one-sided RDMA, or by gRPC where there
+/// is none.
 #[derive(Debug, Parser)]
 #[command(name = "pinfold", version, after_help = exit::HELP, disable_help_subcommand = true)]
 pub(crate) struct Cli {
@@ -29,7 +34,8 @@ pub(crate) struct Connection {
         global = true,
         value_name = "URL",
         env = "PINFOLD_SERVER",
-        default_value = "http://127.0.0.1:7350"
+        default_value = "http://127.0.0.1:7350",
+        help_heading = CONNECTION
     )]
     pub(crate) server: String,
 
@@ -39,19 +45,68 @@ pub(crate) struct Connection {
         global = true,
         value_name = "NAME|auto",
         default_value = "auto",
-        value_parser = parse_device
+        value_parser = parse_device,
+        help_heading = CONNECTION
     )]
     pub(crate) rdma_device: RdmaDevice,
+
+    /// How the bytes of put, get and pin travel: by RDMA or not at all, by gRPC without a device, or
+    /// by RDMA where it can be and else by gRPC
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOW",
+        default_value = "auto",
+        help_heading = CONNECTION
+    )]
+    pub(crate) transport: TransportArg,
+}
+
+/// How bytes are to travel. The help of the option says what each is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(crate) enum TransportArg {
+    Auto,
+    Rdma,
+    Stream,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(choice: TransportArg) -> Self {
+        match choice {
+            TransportArg::Auto => Self::Auto,
+            TransportArg::Rdma => Self::Rdma,
+            TransportArg::Stream => Self::Stream,
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Copy a local file to the storage host, durably
-    #[command(after_help = "Example:\n  pinfold put app.log data/logs/app.log\n\nThe file on the \
-        host is made, or resized, to have exactly the bytes of LOCAL. It is pinned, written by \
-        one-sided RDMA, committed and unpinned: when the command succeeds, the bytes survive \
-        power loss.")]
+    #[command(after_help = "Examples:\n  pinfold put app.log data/logs/app.log\n  pinfold put \
+        app.log data/logs/app.log --transport stream --json\n\nThe file on the host is made, or \
+        resized, to have exactly the bytes of LOCAL. It is pinned, written (by one-sided RDMA \
+        where both hosts have a device, else by gRPC), committed and unpinned: when the command \
+        succeeds, the bytes survive power loss.")]
     Put(Put),
+
+    /// Copy a file of the storage host to a local one
+    #[command(after_help = "Examples:\n  pinfold get data/logs/app.log app.log\n  pinfold get \
+        data/logs/app.log - | grep panic\n\nThe file is pinned for reading, so that nobody cuts it \
+        meanwhile unnoticed. LOCAL is replaced at once when all bytes are there and durable: \
+        if the command fails, it is what it was before. With - the report goes to standard error.")]
+    Get(Get),
+
+    /// List exports, or a folder of one; opens nothing, so it disturbs nobody
+    #[command(
+        after_help = "Examples:\n  pinfold ls\n  pinfold ls data/logs -l\n  pinfold ls data \
+        --json | jq -r '.entries[] | select(.pins > 0).name'"
+    )]
+    Ls(Ls),
+
+    /// Show what the server knows about a file; opens nothing, so it disturbs nobody
+    #[command(after_help = "Example:\n  pinfold stat data/log --json")]
+    Stat(Stat),
 
     /// Pin a file and show the grant
     #[command(after_help = "Examples:\n  pinfold pin data/log\n  pinfold pin data/log --range \
@@ -61,9 +116,44 @@ pub(crate) enum Command {
         is 7.")]
     Pin(Pin),
 
-    /// Show what the server knows about a file; opens nothing, so it disturbs nobody
-    #[command(after_help = "Example:\n  pinfold stat data/log --json")]
-    Stat(Stat),
+    /// Show who holds which files now
+    #[command(after_help = "Examples:\n  pinfold ps\n  pinfold ps --json | jq '.files[].path'")]
+    Ps(Ps),
+
+    /// Tell of each revocation as it happens
+    #[command(after_help = "Examples:\n  pinfold watch\n  pinfold watch data/log --count 1 \
+        --json\n\nOne line per revocation, told when it is complete; on a terminal its steps are \
+        drawn to scale. With EXPORT/PATH only those of that file: the server tells paths of its \
+        own, of which the end has to be PATH.")]
+    Watch(Watch),
+
+    /// Remove a file from the storage host
+    #[command(after_help = "Examples:\n  pinfold rm data/log\n  pinfold rm data/log --revoke\n\n\
+        A file that is pinned is refused with exit code 6, unless its pins are to be revoked.")]
+    Rm(Rm),
+
+    /// Make a file longer; what is added is allocated and reads as zeroes, and pins stay
+    #[command(
+        after_help = "Examples:\n  pinfold grow data/log 64M     # to 64 MiB\n  pinfold grow \
+        data/log +1M     # by 1 MiB"
+    )]
+    Grow(Grow),
+
+    /// Make a file shorter; its pins are revoked first, with notice
+    #[command(after_help = "Example:\n  pinfold shrink data/log 1M     # to 1 MiB")]
+    Shrink(Shrink),
+
+    /// Print a completion script for a shell
+    #[command(after_help = "Examples:\n  pinfold completions bash > \
+        /etc/bash_completion.d/pinfold\n  pinfold completions zsh > \
+        ~/.zfunc/_pinfold\n  pinfold completions fish > \
+        ~/.config/fish/completions/pinfold.fish")]
+    Completions(Completions),
+
+    /// Print the manual page, or write one page for each command
+    #[command(after_help = "Examples:\n  pinfold man | man -l -\n  pinfold man --dir \
+        /usr/local/share/man/man1")]
+    Man(Man),
 }
 
 #[derive(Args, Debug)]
@@ -95,6 +185,129 @@ pub(crate) struct Put {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct Get {
+    /// The file to copy
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: FileArg,
+
+    /// Where to; -: standard output
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) local: PathBuf,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Bytes per request, rounded up to whole pages
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_chunk)]
+    pub(crate) chunk: usize,
+
+    /// Requests in flight at a time
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..=256)
+    )]
+    pub(crate) window: u32,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Ls {
+    /// The folder to list; nothing: the exports
+    #[arg(value_name = "EXPORT[/PATH]")]
+    pub(crate) folder: Option<FolderArg>,
+
+    /// Show sizes, storage and pins too
+    #[arg(short, long)]
+    pub(crate) long: bool,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Ps {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Watch {
+    /// Tell of this file only
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: Option<FileArg>,
+
+    /// Print one JSON object per line
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// End after this many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Rm {
+    /// The file to remove
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: FileArg,
+
+    /// Take its pins back first, with notice, instead of refusing
+    #[arg(long)]
+    pub(crate) revoke: bool,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Grow {
+    /// The file to make longer
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: FileArg,
+
+    /// The size to have, or +SIZE to add; suffixes K, M and G are powers of 1024
+    #[arg(value_name = "[+]SIZE")]
+    pub(crate) size: NewSize,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Shrink {
+    /// The file to make shorter
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: FileArg,
+
+    /// The size to have; suffixes K, M and G are powers of 1024
+    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: u64,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Completions {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Man {
+    /// Write pinfold.1 and one page per command to this folder
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct Pin {
     /// The file to pin
     #[arg(value_name = "EXPORT/PATH")]
@@ -107,6 +320,14 @@ pub(crate) struct Pin {
     /// Pin for reading only
     #[arg(long)]
     pub(crate) read_only: bool,
+
+    /// Let nobody else pin these bytes; refused if somebody has
+    #[arg(long)]
+    pub(crate) exclusive: bool,
+
+    /// Reach up to this byte when the file grows; +SIZE: that far past its end
+    #[arg(long, value_name = "[+]SIZE")]
+    pub(crate) reserve: Option<NewSize>,
 
     /// Keep the pin until Ctrl-C or until it is taken back
     #[arg(long)]
@@ -132,6 +353,14 @@ pub(crate) struct Stat {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct FileArg {
     pub(crate) export: String,
+    pub(crate) path: String,
+}
+
+/// An export, or a folder in it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct FolderArg {
+    pub(crate) export: String,
+    /// Empty: the export itself.
     pub(crate) path: String,
 }
 
@@ -177,6 +406,28 @@ impl FromStr for FileArg {
     }
 }
 
+impl std::fmt::Display for FolderArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.path.as_str() {
+            "" => f.write_str(&self.export),
+            path => write!(f, "{}/{path}", self.export),
+        }
+    }
+}
+
+impl FromStr for FolderArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (export, path) = text.split_once('/').unwrap_or((text, ""));
+        if export.is_empty() {
+            return Err("write EXPORT or EXPORT/PATH, such as data/logs".to_owned());
+        }
+        // A folder may be written with its slash; the server takes none.
+        Ok(Self { export: export.to_owned(), path: path.trim_end_matches('/').to_owned() })
+    }
+}
+
 impl FromStr for RangeArg {
     type Err = String;
 
@@ -188,20 +439,6 @@ impl FromStr for RangeArg {
         };
         Ok(Self { start: side(start)?, end: side(end)? })
     }
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let unsuffixed = text.strip_suffix(['K', 'k', 'M', 'm', 'G', 'g']).unwrap_or(text);
-    let unit: u64 = match text[unsuffixed.len()..].to_ascii_uppercase().as_str() {
-        "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        _ => 1,
-    };
-    let number: u64 = unsuffixed
-        .parse()
-        .map_err(|_| format!("{text:?} is no size; write a number, with K, M or G if you like"))?;
-    number.checked_mul(unit).ok_or_else(|| format!("{text:?} is too large"))
 }
 
 fn parse_chunk(text: &str) -> Result<usize, String> {
@@ -233,18 +470,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes_have_suffixes() {
-        assert_eq!(parse_size("0"), Ok(0));
-        assert_eq!(parse_size("17"), Ok(17));
-        assert_eq!(parse_size("4K"), Ok(4096));
-        assert_eq!(parse_size("2m"), Ok(2 << 20));
-        assert_eq!(parse_size("3G"), Ok(3 << 30));
-        for wrong in ["", "K", "-1", "1.5M", "1T", "1KK", "ü", "99999999999G"] {
-            assert!(parse_size(wrong).is_err(), "{wrong:?}");
-        }
-    }
-
-    #[test]
     fn ranges_may_be_open_empty_or_reversed() {
         let resolve = |text: &str| text.parse::<RangeArg>().unwrap().resolve(1000);
         assert_eq!(resolve(".."), None);
@@ -266,6 +491,47 @@ mod tests {
         assert_eq!("data//etc/passwd".parse::<FileArg>().unwrap().path, "/etc/passwd");
         for wrong in ["", "data", "data/", "/log"] {
             assert!(wrong.parse::<FileArg>().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_may_be_an_export_and_end_in_a_slash() {
+        for (text, export, path, shown) in [
+            ("data", "data", "", "data"),
+            ("data/", "data", "", "data"),
+            ("data/logs", "data", "logs", "data/logs"),
+            ("data/logs/old//", "data", "logs/old", "data/logs/old"),
+        ] {
+            let folder: FolderArg = text.parse().unwrap();
+            assert_eq!((folder.export.as_str(), folder.path.as_str()), (export, path));
+            assert_eq!(folder.to_string(), shown);
+        }
+        for wrong in ["", "/", "/logs"] {
+            assert!(wrong.parse::<FolderArg>().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn options_of_all_commands_go_before_and_after_the_command() {
+        for line in [
+            ["pinfold", "--transport", "stream", "stat", "data/x"],
+            ["pinfold", "stat", "data/x", "--transport", "stream"],
+        ] {
+            let cli = Cli::try_parse_from(line).unwrap();
+            assert_eq!(cli.connection.transport, TransportArg::Stream);
+        }
+    }
+
+    #[test]
+    fn every_command_and_every_argument_is_explained_and_every_command_has_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name}");
+            let after = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(after.contains(&format!("  pinfold {name}")), "{name}: {after}");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{name}: {argument}");
+            }
         }
     }
 }

@@ -31,10 +31,10 @@ Exit codes:
   3    the server can't be reached, or the session was lost
   4    no such export or file
   5    the server refused the request as it is
-  6    the file is in use, pinned or being taken back: try again later
+  6    the file is in use, pinned, held or being taken back: try again later
   7    the pin was taken back, or the file is another one by now
   8    no usable RDMA device, or it failed
-  9    permission denied
+  9    permission denied, or the pin is for reading only
   10   a local file can't be read, or the output not written
   11   no space, or a limit of the server
   130  interrupted";
@@ -67,8 +67,8 @@ impl Exit {
             Error::Refused { reason: Some(reason), .. } => Self::of_reason(*reason),
             Error::Refused { reason: None, code, .. } => Self::of_code(*code),
             Error::NoRdmaDevice { .. }
+            | Error::StreamOnly { .. }
             | Error::ServerHasNoRdmaDevice { .. }
-            | Error::ControlOnly { .. }
             | Error::Verbs { .. }
             | Error::LaneLost { .. } => Self::Device,
             Error::Draining { .. } | Error::Revoked { .. } | Error::RemoteRefused { .. } => {
@@ -77,8 +77,9 @@ impl Exit {
             Error::OutsidePin { .. }
             | Error::PastEnd { .. }
             | Error::Misaligned { .. }
-            | Error::ReadOnlyPin { .. }
-            | Error::BufferTooSmall { .. } => Self::BadRequest,
+            | Error::BufferTooSmall { .. }
+            | Error::ForeignBuffer { .. } => Self::BadRequest,
+            Error::ReadOnlyPin { .. } => Self::Permission,
             _ => Self::Failure,
         }
     }
@@ -94,8 +95,10 @@ impl Exit {
             | Reason::UnsupportedFile
             | Reason::BadRange
             | Reason::RangePastEnd => Self::BadRequest,
-            Reason::PermissionDenied => Self::Permission,
-            Reason::FileBusy | Reason::FileDraining | Reason::FilePinned => Self::Busy,
+            Reason::PermissionDenied | Reason::ReadOnlyPin => Self::Permission,
+            Reason::FileBusy | Reason::FileDraining | Reason::FilePinned | Reason::RangeHeld => {
+                Self::Busy
+            }
             Reason::FileChanged | Reason::UnknownPin | Reason::StaleGeneration => Self::Revoked,
             Reason::NoSpace | Reason::QuotaExceeded => Self::NoRoom,
             Reason::NoRdmaDevice
@@ -137,6 +140,35 @@ mod tests {
         for reason in Reason::ALL {
             let general = Exit::of_reason(*reason) == Exit::Failure;
             assert_eq!(general, *reason == Reason::Internal, "{reason}");
+        }
+    }
+
+    #[test]
+    fn each_reason_has_the_code_that_the_help_tells() {
+        // Written a second time, so that no reason changes its code unnoticed.
+        for reason in Reason::ALL {
+            let expected = match reason.as_str() {
+                "INTERNAL" => 1,
+                "UNKNOWN_SESSION" | "SHUTTING_DOWN" => 3,
+                "EXPORT_NOT_FOUND" | "FILE_NOT_FOUND" => 4,
+                "MALFORMED_REQUEST"
+                | "PATH_OUTSIDE_EXPORT"
+                | "FILE_EXISTS"
+                | "NOT_A_REGULAR_FILE"
+                | "UNSUPPORTED_FILE"
+                | "BAD_RANGE"
+                | "RANGE_PAST_END" => 5,
+                "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD" => 6,
+                "FILE_CHANGED" | "UNKNOWN_PIN" | "STALE_GENERATION" => 7,
+                "NO_RDMA_DEVICE"
+                | "NO_QUEUE_PAIR"
+                | "DEVICE_CANNOT_REGISTER"
+                | "QUEUE_PAIR_FAILED" => 8,
+                "PERMISSION_DENIED" | "READ_ONLY_PIN" => 9,
+                "NO_SPACE" | "QUOTA_EXCEEDED" => 11,
+                new => panic!("{new} has no code here yet"),
+            };
+            assert_eq!(Exit::of_reason(*reason) as u8, expected, "{reason}");
         }
     }
 

@@ -55,6 +55,17 @@ impl Failure {
         self
     }
 
+    /// The same failure with this hint, whatever it had.
+    pub(crate) fn with_hint(mut self, hint: &'static str) -> Self {
+        self.hint = Some(hint);
+        self
+    }
+
+    /// Why the server refused, if it is that.
+    pub(crate) fn reason(&self) -> Option<Reason> {
+        self.library_error()?.reason()
+    }
+
     /// The lines for the terminal. Each source is told once: some libraries repeat theirs.
     pub(crate) fn report(&self) -> String {
         let mut last = self.to_string();
@@ -115,7 +126,7 @@ fn hint(error: &Error) -> Option<&'static str> {
         }
         Error::NoRdmaDevice { .. } => Some(
             "a soft device will do: `modprobe rdma_rxe && rdma link add rxe0 type rxe netdev \
-             INTERFACE`, and ports with `--rdma-device NAME`",
+             INTERFACE`; or go without: `--transport stream`",
         ),
         Error::LaneLost { .. } => {
             Some("check that both hosts reach each other by RDMA, then retry")
@@ -127,10 +138,15 @@ fn hint(error: &Error) -> Option<&'static str> {
 
 fn refusal_hint(reason: Reason) -> Option<&'static str> {
     match reason {
-        Reason::ExportNotFound => Some("write EXPORT/PATH, with an export of the server's config"),
-        Reason::FileNotFound => Some("`pinfold put` makes the file"),
+        Reason::ExportNotFound => Some("write EXPORT/PATH; `pinfold ls` shows the exports"),
+        Reason::FileNotFound => {
+            Some("`pinfold ls` shows what there is; `pinfold put` makes a file")
+        }
         Reason::FileBusy => Some("close the file in those processes, then retry"),
-        Reason::FileDraining | Reason::FilePinned => Some("retry when the pins on it are gone"),
+        Reason::FileDraining => Some("retry when the pins on it are gone"),
+        Reason::FilePinned | Reason::RangeHeld => {
+            Some("retry when the pins on it are gone; `pinfold ps` shows who has them")
+        }
         Reason::FileChanged | Reason::StaleGeneration => Some("pin it again and start over"),
         Reason::NoSpace => Some("free some space on the server's file system"),
         Reason::DeviceCannotRegister => Some("`pinfoldd doctor` on the server says what it can"),

@@ -4,11 +4,23 @@
 mod args;
 mod exit;
 mod failure;
+mod generate;
+mod get;
 mod interrupt;
+mod list;
 mod pin;
+mod ps;
 mod put;
+mod remove;
+mod resize;
+mod size;
 mod stat;
+mod table;
+mod taken_back;
 mod terminal;
+mod transfer;
+mod watch;
+mod work;
 
 use std::process::ExitCode;
 
@@ -31,11 +43,24 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new()
         .map_err(|error| Failure::local("cannot start the runtime", error))?;
-    runtime.block_on(async {
-        match cli.command {
-            Command::Put(args) => put::run(cli.connection, args).await,
-            Command::Pin(args) => pin::run(cli.connection, args).await,
-            Command::Stat(args) => stat::run(cli.connection, args).await,
+    let Cli { connection, command } = cli;
+    let outcome = runtime.block_on(async {
+        match command {
+            Command::Put(args) => put::run(connection, args).await,
+            Command::Get(args) => get::run(connection, args).await,
+            Command::Ls(args) => list::run(connection, args).await,
+            Command::Stat(args) => stat::run(connection, args).await,
+            Command::Pin(args) => pin::run(connection, args).await,
+            Command::Ps(args) => ps::run(connection, args).await,
+            Command::Watch(args) => watch::run(connection, args).await,
+            Command::Rm(args) => remove::run(connection, args).await,
+            Command::Grow(args) => resize::grow(connection, args).await,
+            Command::Shrink(args) => resize::shrink(connection, args).await,
+            Command::Completions(args) => generate::completions(&args),
+            Command::Man(args) => generate::man(&args),
         }
-    })
+    });
+    // An interrupted command does not wait for a read or a write of a local file or pipe.
+    runtime.shutdown_background();
+    outcome
 }

@@ -1,17 +1,16 @@
 //! `pinfold pin`.
 
 use pinfold_cli::timeline;
-use pinfold_client::{
-    ConnectOptions, DrainNotice, Event, Events, Grant, Pin, PinRequest, Revocation,
-    RevocationReason, RevocationTimings, Session,
-};
+use pinfold_client::{DrainNotice, Event, Events, Grant, Pin, PinRequest, Revocation, Session};
 use serde::Serialize;
 
-use crate::args::{Connection, FileArg, Pin as Args};
+use crate::args::{Connection, FileArg, Pin as Args, RangeArg, TransportArg};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::interrupt::{Interrupts, interrupted};
-use crate::terminal;
+use crate::resize::target_size;
+use crate::size::NewSize;
+use crate::taken_back::{TimingsReport, token, verdict};
+use crate::{terminal, work};
 
 /// How long a pin lives here.
 #[derive(Serialize)]
@@ -25,6 +24,9 @@ enum Report {
         end: u64,
         valid_end: u64,
         access: String,
+        exclusive: bool,
+        transport: &'static str,
+        no_rdma_because: Option<String>,
         guard: String,
         page_size: u32,
         dax: bool,
@@ -57,35 +59,20 @@ struct SegmentReport {
     remote_key: u32,
 }
 
-#[derive(Serialize)]
-struct TimingsReport {
-    noticed_us: u128,
-    /// Null: the drain budget ran out first.
-    drained_us: Option<u128>,
-    fenced_us: u128,
-    released_us: u128,
-    break_pending_at_release: bool,
-}
-
 /// Pins, shows the grant, and holds it if asked.
 pub(crate) async fn run(connection: Connection, args: Args) -> Result<(), Failure> {
-    let mut interrupts = Interrupts::listen()?;
-    let options = ConnectOptions::new(connection.server).rdma_device(connection.rdma_device);
-    let session = Session::connect(options).await?;
-    // Before the pin, so that nothing about it is missed.
-    let events = session.events();
-    let outcome = tokio::select! {
-        outcome = pinned(&session, &args, events) => outcome,
-        () = interrupts.next() => Err(interrupted("the pin is given back")),
-    };
-    // Its pins go with the session.
-    interrupts.or_abandon(session.close()).await;
-    outcome
+    let transport = connection.transport;
+    work::by_transport(connection, None, "the pin is given back", async |session| {
+        pinned(session, transport, &args).await
+    })
+    .await
 }
 
-async fn pinned(session: &Session, args: &Args, events: Events) -> Result<(), Failure> {
-    let pin = session.pin(request(session, args).await?).await?;
-    show_grant(args, pin.grant())?;
+async fn pinned(session: &Session, transport: TransportArg, args: &Args) -> Result<(), Failure> {
+    // Before the pin, so that nothing about it is missed.
+    let events = session.events();
+    let pin = session.pin(request(session, transport, args).await?).await?;
+    show_grant(session, args, pin.grant())?;
     if args.hold {
         return hold(args, &pin, events).await;
     }
@@ -93,22 +80,31 @@ async fn pinned(session: &Session, args: &Args, events: Events) -> Result<(), Fa
     Ok(())
 }
 
-async fn request(session: &Session, args: &Args) -> Result<PinRequest, Failure> {
+async fn request(
+    session: &Session,
+    transport: TransportArg,
+    args: &Args,
+) -> Result<PinRequest, Failure> {
     let FileArg { export, path } = &args.file;
-    let request = match args.read_only {
+    let mut request = match args.read_only {
         true => PinRequest::read(export, path),
         false => PinRequest::read_write(export, path),
     };
-    let Some(range) = args.range else {
-        return Ok(request);
-    };
-    let size = match range.needs_size() {
+    request = request.transport(transport.into());
+    if args.exclusive {
+        request = request.exclusive();
+    }
+    let relative = matches!(args.reserve, Some(NewSize::More(_)));
+    let size = match relative || args.range.is_some_and(RangeArg::needs_size) {
         true => session.stat(export, path).await?.size,
         false => 0,
     };
+    if let Some(reserve) = args.reserve {
+        request = request.reserve_end(target_size(&args.file, reserve, size)?);
+    }
     // Which bytes there are can't change between the two calls without the server noticing: the
     // range is checked again when it is pinned.
-    Ok(match range.resolve(size) {
+    Ok(match args.range.and_then(|range| range.resolve(size)) {
         Some(range) => request.range(range),
         None => request,
     })
@@ -142,13 +138,15 @@ fn revoked(args: &Args, revocation: &Revocation) -> Failure {
     Failure::new(Exit::Revoked, what)
 }
 
-fn show_grant(args: &Args, grant: &Grant) -> Result<(), Failure> {
+fn show_grant(session: &Session, args: &Args, grant: &Grant) -> Result<(), Failure> {
+    let because = no_rdma_because(session, grant);
     if args.json {
-        return terminal::print_json(&granted(args, grant));
+        return terminal::print_json(&granted(args, grant, because));
     }
     let mut lines = format!(
         "file        {}\n\
-         pin         {}, {}\n\
+         pin         {}, {}{}\n\
+         transport   {}\n\
          bytes       {}..{}, of which usable up to {}\n\
          generation  {}\n\
          guard       {}\n\
@@ -158,6 +156,11 @@ fn show_grant(args: &Args, grant: &Grant) -> Result<(), Failure> {
         args.file,
         grant.pin_id,
         grant.access,
+        if args.exclusive { ", exclusive" } else { "" },
+        match because {
+            Some(because) => format!("stream: {because}"),
+            None => by(grant).to_owned(),
+        },
         grant.range.start,
         grant.range.end,
         grant.usable().end,
@@ -179,6 +182,19 @@ fn show_grant(args: &Args, grant: &Grant) -> Result<(), Failure> {
         );
     }
     terminal::print(&lines)
+}
+
+fn by(grant: &Grant) -> &'static str {
+    if grant.segments.is_empty() { "stream" } else { "rdma" }
+}
+
+/// Why the bytes go by stream, if they do; the side that knows better has the word.
+fn no_rdma_because(session: &Session, grant: &Grant) -> Option<String> {
+    if !grant.segments.is_empty() {
+        return None;
+    }
+    let because = grant.no_rdma_because.clone();
+    because.or_else(|| session.no_rdma_because().map(str::to_owned))
 }
 
 fn listed(grant: &Grant) -> String {
@@ -230,15 +246,7 @@ fn show_revocation(args: &Args, revocation: &Revocation, pins: Vec<u64>) -> Resu
     terminal::print(&format!("\n{picture}\n{}\n", verdict(revocation.reason, timings)))
 }
 
-fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> &'static str {
-    match (reason, timings.break_pending_at_release) {
-        (RevocationReason::Shutdown, _) => "nobody waited for the file",
-        (_, true) => "the local process was let through by the release",
-        (_, false) => "the local process had given up, or the kernel had let it through",
-    }
-}
-
-fn granted(args: &Args, grant: &Grant) -> Report {
+fn granted(args: &Args, grant: &Grant, because: Option<String>) -> Report {
     Report::Granted {
         file: args.file.to_string(),
         pin: grant.pin_id,
@@ -247,6 +255,9 @@ fn granted(args: &Args, grant: &Grant) -> Report {
         end: grant.range.end,
         valid_end: grant.valid_end,
         access: grant.access.to_string(),
+        exclusive: args.exclusive,
+        transport: by(grant),
+        no_rdma_because: because,
         guard: grant.guard.to_string(),
         page_size: grant.page_size_bytes,
         dax: grant.dax,
@@ -264,27 +275,5 @@ fn granted(args: &Args, grant: &Grant) -> Report {
                 remote_key: segment.remote_key,
             })
             .collect(),
-    }
-}
-
-/// The reason for programs.
-fn token(reason: RevocationReason) -> &'static str {
-    match reason {
-        RevocationReason::LocalReader => "local_reader",
-        RevocationReason::LocalWriter => "local_writer",
-        RevocationReason::Shutdown => "shutdown",
-        _ => "unknown",
-    }
-}
-
-impl TimingsReport {
-    fn new(timings: &RevocationTimings) -> Self {
-        Self {
-            noticed_us: timings.noticed.as_micros(),
-            drained_us: timings.drained.map(|when| when.as_micros()),
-            fenced_us: timings.fenced.as_micros(),
-            released_us: timings.released.as_micros(),
-            break_pending_at_release: timings.break_pending_at_release,
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! `pinfold put`: a pipeline from a local file into a pinned one.
 //!
-//! A fixed number of buffers go round: each is filled from the local file, written by one-sided
-//! RDMA, and filled again when the server's NIC has taken it.
+//! A fixed number of buffers go round: each is filled from the local file, written by RDMA or by
+//! stream, and filled again when the server has taken it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -11,37 +11,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use pinfold_client::{
-    Buffer, ConnectOptions, Durability, Error, Events, IfExists, Pin, PinRequest, Session,
-};
+use indicatif::ProgressBar;
+use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Session};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use crate::args::{Connection, Put};
+use crate::args::{Connection, Put, TransportArg};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::interrupt::{Interrupts, interrupted};
-use crate::terminal;
+use crate::transfer::{self, Carried};
+use crate::{terminal, work};
 
 const AGAIN: &str = "put it again";
-
-/// Longer than a drain takes by default.
-const EXPLANATION_PATIENCE: Duration = Duration::from_secs(6);
-
-/// What the pin's pages, and the chunks with them, are aligned to at least.
-const PAGE_BYTES: usize = 4096;
 
 #[derive(Debug, Serialize)]
 struct Report {
     file: String,
     /// False where the file was there and was resized.
     created: bool,
-    bytes: u64,
-    seconds: f64,
-    bytes_per_second: f64,
-    rdma_bytes: u64,
-    stream_bytes: u64,
+    #[serde(flatten)]
+    carried: Carried,
     flush_us: u128,
     durable: bool,
 }
@@ -59,50 +48,45 @@ struct Source {
 struct Progress {
     /// The first byte that no worker has taken.
     next: AtomicU64,
-    /// Bytes that the server's NIC has taken, by path.
+    /// Bytes that the server has taken, by path.
     rdma_bytes: AtomicU64,
     stream_bytes: AtomicU64,
 }
 
 /// Copies, commits, and says how it went.
 pub(crate) async fn run(connection: Connection, args: Put) -> Result<(), Failure> {
-    let mut interrupts = Interrupts::listen()?;
     let source = Arc::new(Source::open(&args.local)?);
-    let options = ConnectOptions::new(connection.server)
-        .rdma_device(connection.rdma_device)
-        .send_window(args.window);
-    let session = Session::connect(options).await?;
-    let outcome = tokio::select! {
-        outcome = put(&session, &args, source) => outcome,
-        () = interrupts.next() => {
-            Err(interrupted(&format!("{} is incomplete on the server", args.file)))
-        }
-    };
-    // The pin goes with the session.
-    interrupts.or_abandon(session.close()).await;
-    let report = outcome?;
+    let transport = connection.transport;
+    let left_behind = format!("{} is incomplete on the server", args.file);
+    let report = work::by_transport(connection, Some(args.window), &left_behind, async |session| {
+        put(session, transport, &args, source).await
+    })
+    .await?;
     if args.json { terminal::print_json(&report) } else { terminal::print(&report.to_string()) }
 }
 
-async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Report, Failure> {
+async fn put(
+    session: &Session,
+    transport: TransportArg,
+    args: &Put,
+    source: Arc<Source>,
+) -> Result<Report, Failure> {
     let begin = Instant::now();
     let (export, path) = (&args.file.export, &args.file.path);
     let made = session.create(export, path, source.len, IfExists::Resize).await?;
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
-        return Ok(Report::new(
-            args,
-            made.created,
-            begin,
-            &Progress::default(),
-            Some(Duration::ZERO),
-        ));
+        let carried = Carried::new(begin, 0, 0);
+        return Ok(Report::new(args, made.created, carried, Some(Duration::ZERO)));
     }
-    let request = PinRequest::read_write(export, path).expect_identity(made.identity);
+    let request = PinRequest::read_write(export, path)
+        .expect_identity(made.identity)
+        .transport(transport.into());
+    // Before the pin, so that nothing about it is missed.
+    let mut events = session.events();
     let pin = Arc::new(session.pin(request).await?);
     check_size(args, source.len, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
-    let mut events = session.events();
     let copied = copy(session, args, &source, &pin, &progress).await;
     let finished = match copied {
         Ok(()) => commit(&pin).await,
@@ -111,15 +95,17 @@ async fn put(session: &Session, args: &Put, source: Arc<Source>) -> Result<Repor
     let flush = match finished {
         Ok(flush) => flush,
         Err(failure) => {
-            let cause = explain(failure, &pin, &mut events).await;
+            let cause = transfer::explain(failure, &pin, &mut events).await;
             return Err(cause.within(incomplete(args, &source, &progress)).or_hint(AGAIN));
         }
     };
+    let (by_rdma, by_stream) = progress.by_path();
+    let carried = Carried::new(begin, by_rdma, by_stream).because(transport, session, pin.grant());
     if let Some(pin) = Arc::into_inner(pin) {
         // The bytes are where they should be; a pin that can't be given back ends with the session.
         let _ = pin.unpin().await;
     }
-    Ok(Report::new(args, made.created, begin, &progress, flush))
+    Ok(Report::new(args, made.created, carried, flush))
 }
 
 /// Between its making and its pin the file is anybody's: one that was cut takes only a part of the
@@ -151,29 +137,6 @@ fn incomplete(args: &Put, source: &Source, progress: &Progress) -> String {
     )
 }
 
-/// The device only says that a transfer failed. If that was because the pin or the session ended,
-/// the server's word, or its silence, comes soon and says more.
-async fn explain(failure: Failure, pin: &Pin, events: &mut Events) -> Failure {
-    let Some(Error::RemoteRefused { .. } | Error::LaneLost { .. } | Error::Draining { .. }) =
-        failure.library_error()
-    else {
-        return failure;
-    };
-    let gone = async {
-        while !matches!(pin.check(), Err(Error::Revoked { .. } | Error::SessionLost { .. })) {
-            if events.next().await.is_none() {
-                break;
-            }
-        }
-    };
-    // Without a word within this time the device knows best.
-    let _ = tokio::time::timeout(EXPLANATION_PATIENCE, gone).await;
-    match pin.check() {
-        Err(error) => error.into(),
-        Ok(()) => failure,
-    }
-}
-
 /// `None`: the server offers no durability here.
 async fn commit(pin: &Pin) -> Result<Option<Duration>, Failure> {
     if !pin.grant().durability.contains(&Durability::Commit) {
@@ -189,10 +152,8 @@ async fn copy(
     pin: &Arc<Pin>,
     progress: &Arc<Progress>,
 ) -> Result<(), Failure> {
-    let alignment = PAGE_BYTES.max(pin.grant().quirks.start_alignment_bytes as usize);
-    let whole = usize::try_from(source.len).unwrap_or(usize::MAX);
-    let chunk = args.chunk.min(whole).next_multiple_of(alignment);
-    let bar = progress_bar(args, source.len);
+    let chunk = transfer::chunk_bytes(args.chunk, source.len, pin.grant());
+    let bar = transfer::progress_bar(&args.file, source.len, args.json);
     let workers = source.len.div_ceil(chunk as u64).min(args.window.into());
     let mut running = JoinSet::new();
     for _ in 0..workers {
@@ -290,43 +251,22 @@ impl Source {
 }
 
 impl Progress {
-    fn written(&self) -> u64 {
-        self.rdma_bytes.load(Ordering::Relaxed) + self.stream_bytes.load(Ordering::Relaxed)
+    fn by_path(&self) -> (u64, u64) {
+        (self.rdma_bytes.load(Ordering::Relaxed), self.stream_bytes.load(Ordering::Relaxed))
     }
-}
 
-/// On standard error, and only if that is a terminal: indicatif sees to it.
-fn progress_bar(args: &Put, len: u64) -> ProgressBar {
-    if args.json {
-        return ProgressBar::hidden();
-    }
-    const TEMPLATE: &str =
-        "{msg}  {bar:30}  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {eta}";
-    let bar = ProgressBar::new(len).with_message(args.file.to_string());
-    match ProgressStyle::with_template(TEMPLATE) {
-        Ok(style) => bar.with_style(style.progress_chars("━╸─")),
-        Err(_) => bar,
+    fn written(&self) -> u64 {
+        let (by_rdma, by_stream) = self.by_path();
+        by_rdma + by_stream
     }
 }
 
 impl Report {
-    fn new(
-        args: &Put,
-        created: bool,
-        begin: Instant,
-        progress: &Progress,
-        flush: Option<Duration>,
-    ) -> Self {
-        let seconds = begin.elapsed().as_secs_f64();
-        let bytes = progress.written();
+    fn new(args: &Put, created: bool, carried: Carried, flush: Option<Duration>) -> Self {
         Self {
             file: args.file.to_string(),
             created,
-            bytes,
-            seconds,
-            bytes_per_second: bytes as f64 / seconds.max(1e-9),
-            rdma_bytes: progress.rdma_bytes.load(Ordering::Relaxed),
-            stream_bytes: progress.stream_bytes.load(Ordering::Relaxed),
+            carried,
             flush_us: flush.unwrap_or_default().as_micros(),
             durable: flush.is_some(),
         }
@@ -335,16 +275,11 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{}: {} bytes in {:.2} s ({}/s), {} by RDMA and {} by stream, {}",
-            self.file,
-            self.bytes,
-            self.seconds,
-            HumanBytes(self.bytes_per_second as u64),
-            self.rdma_bytes,
-            self.stream_bytes,
-            if self.durable { "durable" } else { "NOT durable: the server offers no way here" },
-        )
+        let durable = match self.durable {
+            true => "durable",
+            false => "NOT durable: the server offers no way here",
+        };
+        writeln!(f, "{}: {}, {durable}", self.file, self.carried)?;
+        f.write_str(&self.carried.explanation())
     }
 }

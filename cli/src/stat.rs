@@ -1,11 +1,11 @@
 //! `pinfold stat`.
 
-use pinfold_client::{ConnectOptions, FileStat, RdmaDevice, Session};
+use pinfold_client::FileStat;
 use serde::Serialize;
 
 use crate::args::{Connection, Stat};
 use crate::failure::Failure;
-use crate::terminal;
+use crate::{terminal, work};
 
 #[derive(Serialize)]
 struct Report {
@@ -18,15 +18,18 @@ struct Report {
     dax: bool,
     generation: Option<String>,
     pins: u32,
+    /// Null: not guarded now.
+    guard: Option<String>,
+    page_size: u32,
 }
 
 /// Looks, by gRPC alone.
 pub(crate) async fn run(connection: Connection, args: Stat) -> Result<(), Failure> {
-    let options = ConnectOptions::new(connection.server).rdma_device(RdmaDevice::None);
-    let session = Session::connect(options).await?;
-    let outcome = session.stat(&args.file.export, &args.file.path).await;
-    session.close().await;
-    let report = Report::new(args.file.to_string(), outcome?);
+    let stat = work::by_control(connection, "nothing was changed", async |session| {
+        Ok(session.stat(&args.file.export, &args.file.path).await?)
+    })
+    .await?;
+    let report = Report::new(args.file.to_string(), stat);
     if args.json { terminal::print_json(&report) } else { terminal::print(&report.lines()) }
 }
 
@@ -42,6 +45,8 @@ impl Report {
             dax: stat.dax,
             generation: stat.generation.map(|generation| generation.to_string()),
             pins: stat.pins,
+            guard: stat.guard.map(|guard| guard.to_string()),
+            page_size: stat.page_size_bytes,
         }
     }
 
@@ -51,6 +56,8 @@ impl Report {
              size        {} bytes, {} allocated\n\
              inode       {} on device {}\n\
              dax         {}\n\
+             pages       {}\n\
+             guard       {}\n\
              generation  {}\n\
              pins        {}\n",
             self.file,
@@ -59,7 +66,12 @@ impl Report {
             self.inode,
             self.device,
             if self.dax { "yes" } else { "no" },
-            self.generation.as_deref().unwrap_or("none: not guarded now"),
+            match self.page_size {
+                0 => "of unknown size".to_owned(),
+                bytes => format!("{bytes} bytes"),
+            },
+            self.guard.as_deref().unwrap_or("none: not guarded now"),
+            self.generation.as_deref().unwrap_or("none"),
             self.pins,
         )
     }

@@ -1,8 +1,7 @@
 //! The built command, as a shell runs it: exit codes and words on this side of the server. What
-//! needs a server and a device is tested in the lab.
+//! needs a server is in `with_server.rs`, what needs a device in the lab.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// Runs `pinfold` with nothing of the caller's environment that could change its mind.
@@ -37,18 +36,59 @@ fn nobody() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
+const COMMANDS: [&str; 12] = [
+    "put",
+    "get",
+    "ls",
+    "stat",
+    "pin",
+    "ps",
+    "watch",
+    "rm",
+    "grow",
+    "shrink",
+    "completions",
+    "man",
+];
+
 #[test]
 fn every_help_has_an_example_or_the_exit_codes() {
     let output = pinfold(&["--help"]);
     assert!(output.status.success());
-    assert!(stdout(&output).contains("Exit codes:"), "{}", stdout(&output));
-    for command in ["put", "pin", "stat"] {
+    let help = stdout(&output);
+    assert!(help.contains("Exit codes:"), "{help}");
+    for command in COMMANDS {
+        assert!(help.contains(&format!("\n  {command} ")), "{command} is not in {help}");
         let output = pinfold(&[command, "--help"]);
         assert!(output.status.success());
         let text = stdout(&output);
-        assert!(text.contains(&format!("pinfold {command} ")), "{text}");
+        assert!(text.contains("Example"), "{text}");
+        assert!(text.contains(&format!("\n  pinfold {command}")), "{text}");
         assert!(!text.contains('\u{1b}'), "colours into a pipe: {text}");
     }
+}
+
+#[test]
+fn completions_and_manual_pages_need_no_server() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let output = pinfold(&["completions", shell]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        for command in COMMANDS {
+            assert!(stdout(&output).contains(command), "{shell}: {command}");
+        }
+    }
+    assert_fails(&pinfold(&["completions", "tcsh"]), 2, "tcsh");
+    let output = pinfold(&["man"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stdout(&output).contains(".TH pinfold 1"), "{}", stdout(&output));
+    let folder = tempfile::tempdir().unwrap();
+    let output = pinfold(&["man", "--dir", folder.path().to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(stdout(&output), "");
+    for command in COMMANDS {
+        assert!(folder.path().join(format!("pinfold-{command}.1")).is_file(), "{command}");
+    }
+    assert_fails(&pinfold(&["man", "--dir", "/dev/null"]), 10, "/dev/null");
 }
 
 #[test]
@@ -65,6 +105,16 @@ fn a_wrong_command_line_is_refused() {
         (&["pin", "data/x", "--range", "1M"], "START..END"),
         (&["pin", "data/x", "--range", "1T..2T"], "no size"),
         (&["pin", "data/x", "--rdma-device", ""], "name a device"),
+        (&["pin", "data/x", "--reserve", "much"], "no size"),
+        (&["put", "file", "data/x", "--transport", "pigeon"], "pigeon"),
+        (&["get", "data/x"], "LOCAL"),
+        (&["get", "no-slash", "file"], "write EXPORT/PATH"),
+        (&["ls", "/data"], "write EXPORT or EXPORT/PATH"),
+        (&["watch", "--count", "0"], "0"),
+        (&["rm"], "EXPORT/PATH"),
+        (&["grow", "data/x"], "SIZE"),
+        (&["grow", "data/x", "++1"], "no size"),
+        (&["shrink", "data/x", "+1"], "no size"),
     ] {
         assert_fails(&pinfold(args), 2, word);
     }
@@ -103,17 +153,25 @@ fn an_absent_device_has_its_own_exit_code() {
 }
 
 #[test]
-fn without_any_device_there_is_no_pin() {
-    let devices = Path::new("/sys/class/infiniband");
-    if devices.read_dir().is_ok_and(|mut devices| devices.next().is_some()) {
-        return; // This host has one: there is nothing to see.
-    }
-    assert_fails(&pinfold(&["pin", "data/x"]), 8, "hint: ");
-}
-
-#[test]
 fn a_local_file_that_cannot_be_read_is_told_before_all_else() {
     assert_fails(&pinfold(&["put", "/nonexistent/file", "data/x"]), 10, "/nonexistent/file");
     assert_fails(&pinfold(&["put", "/", "data/x"]), 10, "no regular file");
     assert_fails(&pinfold(&["put", "/dev/null", "data/x"]), 10, "no regular file");
+}
+
+#[test]
+fn a_local_file_that_cannot_be_written_is_told_before_all_else() {
+    assert_fails(&pinfold(&["get", "data/x", "/nonexistent/file"]), 10, "/nonexistent/file");
+    assert_fails(&pinfold(&["get", "data/x", "/"]), 10, "no regular file");
+    assert_fails(&pinfold(&["get", "data/x", "/dev/null"]), 10, "no regular file");
+}
+
+#[test]
+fn a_get_from_nobody_leaves_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let local = folder.path().join("x");
+    let server = format!("http://{}", nobody());
+    let output = pinfold(&["get", "data/x", local.to_str().unwrap(), "--server", &server]);
+    assert_fails(&output, 3, &server);
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
 }

@@ -1,0 +1,264 @@
+//! `pinfold ps`.
+
+use std::collections::HashMap;
+
+use pinfold_client::{FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport};
+use serde::Serialize;
+
+use crate::args::{Connection, Ps};
+use crate::failure::Failure;
+use crate::table::{Align, Table, printable};
+use crate::{terminal, work};
+
+#[derive(Serialize)]
+struct Report {
+    sessions: Vec<SessionReport>,
+    files: Vec<FileReport>,
+}
+
+#[derive(Serialize)]
+struct SessionReport {
+    session: u64,
+    client: String,
+    /// Whether it is the one of this command.
+    yours: bool,
+    pins: u32,
+    /// Device of the server that it is connected to; null: none.
+    rdma_device: Option<String>,
+}
+
+#[derive(Serialize)]
+struct FileReport {
+    /// On the server.
+    path: String,
+    generation: String,
+    guard: String,
+    state: &'static str,
+    pins: Vec<PinReport>,
+}
+
+#[derive(Serialize)]
+struct PinReport {
+    pin: u64,
+    session: u64,
+    /// Null: the session is over.
+    client: Option<String>,
+    start: u64,
+    end: u64,
+    access: String,
+    exclusive: bool,
+    transport: &'static str,
+}
+
+/// Looks, by gRPC alone.
+pub(crate) async fn run(connection: Connection, args: Ps) -> Result<(), Failure> {
+    let seen = work::by_control(connection, "nothing was changed", async |session| {
+        Ok(session.inspect().await?)
+    })
+    .await?;
+    let report = Report::new(seen);
+    match args.json {
+        true => terminal::print_json(&report),
+        false => terminal::print(&report.tables(terminal::look().colour)),
+    }
+}
+
+impl Report {
+    fn new(seen: Inspection) -> Self {
+        let clients: HashMap<u64, String> = seen
+            .sessions
+            .iter()
+            .map(|session| (session.number, session.client_name.clone()))
+            .collect();
+        Self {
+            sessions: seen.sessions.into_iter().map(SessionReport::new).collect(),
+            files: seen.files.into_iter().map(|file| FileReport::new(file, &clients)).collect(),
+        }
+    }
+
+    fn tables(&self, colour: bool) -> String {
+        let mut drawn = match self.files.is_empty() {
+            true => "no file is pinned\n".to_owned(),
+            false => self.files(colour),
+        };
+        // The one of this command holds nothing and is gone when this is read.
+        if self.sessions.iter().any(|session| !session.yours) {
+            drawn.push('\n');
+            drawn += &self.sessions(colour);
+        }
+        drawn
+    }
+
+    /// A row for each pin, complete in itself, so that it can be searched for.
+    fn files(&self, colour: bool) -> String {
+        let mut table = Table::new([
+            ("STATE", Align::Left),
+            ("GUARD", Align::Left),
+            ("PIN", Align::Right),
+            ("BYTES", Align::Left),
+            ("ACCESS", Align::Left),
+            ("BY", Align::Left),
+            ("CLIENT", Align::Left),
+            ("FILE", Align::Left),
+        ]);
+        for file in &self.files {
+            let mut push = |[pin, bytes, access, by, client]: [String; 5]| {
+                let (state, guard) = (file.state.to_owned(), file.guard.clone());
+                table.push([state, guard, pin, bytes, access, by, client, printable(&file.path)]);
+            };
+            if file.pins.is_empty() {
+                push(std::array::from_fn(|_| "-".to_owned()));
+            }
+            for pin in &file.pins {
+                push([
+                    pin.pin.to_string(),
+                    format!("{}..{}", pin.start, pin.end),
+                    format!("{}{}", pin.access, if pin.exclusive { ", exclusive" } else { "" }),
+                    pin.transport.to_owned(),
+                    pin.client.as_deref().map_or_else(|| "gone".to_owned(), printable),
+                ]);
+            }
+        }
+        table.draw(colour)
+    }
+
+    fn sessions(&self, colour: bool) -> String {
+        let mut table = Table::new([
+            ("SESSION", Align::Right),
+            ("PINS", Align::Right),
+            ("DEVICE", Align::Left),
+            ("CLIENT", Align::Left),
+        ]);
+        for session in self.sessions.iter().filter(|session| !session.yours) {
+            table.push([
+                session.session.to_string(),
+                session.pins.to_string(),
+                session.rdma_device.as_deref().map_or_else(|| "-".to_owned(), printable),
+                printable(&session.client),
+            ]);
+        }
+        table.draw(colour)
+    }
+}
+
+impl SessionReport {
+    fn new(session: SessionInfo) -> Self {
+        Self {
+            session: session.number,
+            client: session.client_name,
+            yours: session.yours,
+            pins: session.pins,
+            rdma_device: session.rdma_device,
+        }
+    }
+}
+
+impl FileReport {
+    fn new(file: FileInfo, clients: &HashMap<u64, String>) -> Self {
+        Self {
+            path: file.path,
+            generation: file.generation.to_string(),
+            guard: guard(file.guard),
+            state: match file.state {
+                FileState::Held => "held",
+                FileState::Draining => "draining",
+                FileState::Fencing => "fencing",
+                FileState::Released => "released",
+                _ => "unknown",
+            },
+            pins: file.pins.into_iter().map(|pin| PinReport::new(pin, clients)).collect(),
+        }
+    }
+}
+
+fn guard(guard: GuardTier) -> String {
+    guard.to_string()
+}
+
+impl PinReport {
+    fn new(pin: PinInfo, clients: &HashMap<u64, String>) -> Self {
+        Self {
+            pin: pin.pin_id,
+            session: pin.session,
+            client: clients.get(&pin.session).cloned(),
+            start: pin.range.start,
+            end: pin.range.end,
+            access: pin.access.to_string(),
+            exclusive: pin.exclusive,
+            transport: match pin.transport {
+                Transport::Rdma => "rdma",
+                Transport::Stream => "stream",
+                _ => "auto",
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pinfold_client::{Access, Generation};
+
+    use super::*;
+
+    fn session(number: u64, client_name: &str, yours: bool) -> SessionInfo {
+        let client_name = client_name.to_owned();
+        SessionInfo { number, client_name, yours, pins: 1, rdma_device: None }
+    }
+
+    fn seen() -> Inspection {
+        let pin = |pin_id, session, exclusive| PinInfo {
+            pin_id,
+            session,
+            range: 0..4096,
+            access: Access::ReadWrite,
+            exclusive,
+            transport: Transport::Stream,
+        };
+        let file = |path: &str, state, pins| FileInfo {
+            path: path.to_owned(),
+            generation: Generation { incarnation: 1, counter: 2 },
+            guard: GuardTier::Lease,
+            state,
+            pins,
+        };
+        Inspection {
+            sessions: vec![session(1, "app", false), session(2, "pinfold", true)],
+            files: vec![
+                file("/data/a", FileState::Held, vec![pin(7, 1, true), pin(12, 9, false)]),
+                file("/data/b", FileState::Released, vec![]),
+            ],
+        }
+    }
+
+    #[test]
+    fn every_pin_has_a_row_with_its_client() {
+        assert_eq!(
+            Report::new(seen()).tables(false),
+            "\
+STATE     GUARD  PIN  BYTES    ACCESS                 BY      CLIENT  FILE
+held      lease    7  0..4096  read-write, exclusive  stream  app     /data/a
+held      lease   12  0..4096  read-write             stream  gone    /data/a
+released  lease    -  -        -                      -       -       /data/b
+
+SESSION  PINS  DEVICE  CLIENT
+      1     1  -       app
+",
+        );
+    }
+
+    #[test]
+    fn an_idle_server_is_told_in_words() {
+        let idle = Inspection { sessions: vec![session(2, "pinfold", true)], files: vec![] };
+        assert_eq!(Report::new(idle).tables(false), "no file is pinned\n");
+    }
+
+    #[test]
+    fn json_has_a_client_with_each_pin() {
+        let json = serde_json::to_value(Report::new(seen())).unwrap();
+        let pins = &json["files"][0]["pins"];
+        assert_eq!((&pins[0]["client"], &pins[0]["exclusive"]), (&"app".into(), &true.into()));
+        assert_eq!(pins[1]["client"], serde_json::Value::Null);
+        assert_eq!(json["files"][1]["state"], "released");
+        assert_eq!(json["sessions"][1]["yours"], true);
+    }
+}

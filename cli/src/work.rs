@@ -1,0 +1,65 @@
+//! What every command that talks to the server does: connect, work, be interrupted, close.
+
+use pinfold_client::{ConnectOptions, RdmaDevice, Session};
+
+use crate::args::{Connection, TransportArg};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::interrupt::{Interrupts, interrupted};
+
+/// Works in a session that needs no device: by gRPC alone.
+pub(crate) async fn by_control<T>(
+    connection: Connection,
+    left_behind: &str,
+    work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let options = ConnectOptions::new(connection.server).rdma_device(RdmaDevice::None);
+    in_session(options, left_behind, work).await
+}
+
+/// Works in a session whose bytes travel as asked, with this many requests in flight.
+pub(crate) async fn by_transport<T>(
+    connection: Connection,
+    send_window: Option<u32>,
+    left_behind: &str,
+    work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let device = match connection.transport {
+        TransportArg::Stream => RdmaDevice::None,
+        TransportArg::Auto | TransportArg::Rdma => connection.rdma_device,
+    };
+    let mut options = ConnectOptions::new(connection.server).rdma_device(device);
+    if let Some(requests) = send_window {
+        options = options.send_window(requests);
+    }
+    in_session(options, left_behind, async |session: &Session| {
+        if connection.transport == TransportArg::Rdma && !session.has_rdma() {
+            let why = session.no_rdma_because().unwrap_or("there is no connection by RDMA");
+            let what = format!("the bytes cannot go by RDMA, as --transport rdma wants: {why}");
+            return Err(Failure::new(Exit::Device, what)
+                .or_hint("leave --transport out, and they go by gRPC where there is no RDMA"));
+        }
+        work(session).await
+    })
+    .await
+}
+
+/// The first Ctrl-C or SIGTERM ends the work and closes the session, and every pin goes with it; the
+/// second one does not wait for that. `left_behind` says what an interrupted command leaves.
+async fn in_session<T>(
+    options: ConnectOptions,
+    left_behind: &str,
+    work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let mut interrupts = Interrupts::listen()?;
+    let session = tokio::select! {
+        session = Session::connect(options) => session?,
+        () = interrupts.next() => return Err(interrupted("there was no session yet")),
+    };
+    let outcome = tokio::select! {
+        outcome = work(&session) => outcome,
+        () = interrupts.next() => Err(interrupted(left_behind)),
+    };
+    interrupts.or_abandon(session.close()).await;
+    outcome
+}
