@@ -1,7 +1,7 @@
 # The usual names for the tasks of `cargo xtask`, which does the work.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint docs demo shell clean
+.PHONY: help setup build test lint docs demo demo-local shell clean
 
 help: ## say this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ docs: ## the reference of every crate
 
 demo: ## install, build, and show Pinfold at work in a guest
 	cargo xtask demo
+
+demo-local: ## the same without a guest and without RDMA, in seconds
+	cargo xtask demo-local
 
 shell: ## a prompt in the lab's guest
 	cargo xtask vm shell

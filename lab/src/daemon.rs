@@ -25,11 +25,16 @@ struct Log {
 }
 
 impl Daemon {
-    /// Starts one on a free port, and waits until it listens.
+    /// Starts one with the lab's soft NIC on a free port, and waits until it listens.
     pub fn start(exports: &[(&str, &Path)]) -> Self {
+        Self::start_with(exports, &["--rdma-device", &device_name()])
+    }
+
+    /// Starts one with these arguments on a free port, and waits until it listens.
+    pub fn start_with(exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
         let mut command = Command::new(tool("pinfoldd"));
         command.args(["--listen", "127.0.0.1:0", "--log-format", "json"]);
-        command.args(["--rdma-device", &device_name()]);
+        command.args(arguments);
         for (name, folder) in exports {
             command.arg("--export").arg(format!("{name}={}", folder.display()));
         }

@@ -117,19 +117,21 @@ impl ForeignClient {
         client: v1::Endpoint,
     ) -> Result<v1::ConnectQueuePairResponse, Status> {
         let session_id = self.session_id();
-        let request = v1::ConnectQueuePairRequest { session_id, client: Some(client) };
+        let server_device = String::new();
+        let request =
+            v1::ConnectQueuePairRequest { session_id, client: Some(client), server_device };
         Ok(self.stub.connect_queue_pair(request).await?.into_inner())
     }
 
-    /// What asks for a pin on a whole file of the lab's export.
+    /// What asks for a pin by RDMA on a whole file of the lab's export.
     pub fn pin_request(&self, path: &str) -> v1::PinRequest {
         v1::PinRequest {
             session_id: self.session_id(),
             export: EXPORT.to_owned(),
             path: path.to_owned(),
-            range: None,
             access: v1::Access::ReadWrite.into(),
-            expected_identity: None,
+            transport: v1::Transport::Rdma.into(),
+            ..v1::PinRequest::default()
         }
     }
 

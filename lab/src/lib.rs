@@ -13,6 +13,8 @@ mod pattern;
 mod pinned;
 mod place;
 mod process;
+mod random;
+mod screen;
 
 pub use command::{Finished, Running};
 pub use daemon::Daemon;
@@ -21,6 +23,8 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
 pub use process::{Opener, Truncation, read_by_another_process, rewrite_by_another_process, tool};
+pub use random::Random;
+pub use screen::{Screen, summary};
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -49,10 +53,19 @@ pub struct Lab {
 impl Lab {
     /// Runs a test against a new daemon, and fails it if it hangs.
     pub fn run<F: Future<Output = ()>>(file_system: FileSystem, test: impl FnOnce(Self) -> F) {
+        Self::run_long(file_system, DEADLINE, test);
+    }
+
+    /// As [`Lab::run`], for a test that has more to do than others.
+    pub fn run_long<F: Future<Output = ()>>(
+        file_system: FileSystem,
+        deadline: Duration,
+        test: impl FnOnce(Self) -> F,
+    ) {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let lab = Self::start(file_system);
-            tokio::time::timeout(DEADLINE, test(lab)).await.expect("the test hangs");
+            tokio::time::timeout(deadline, test(lab)).await.expect("the test hangs");
         });
     }
 

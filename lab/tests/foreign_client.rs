@@ -194,7 +194,7 @@ fn an_endpoint_that_can_not_be_right_is_refused() {
             check(&refused, code, reason, &[word]);
         }
         let session_id = client.session_id();
-        let request = v1::ConnectQueuePairRequest { session_id, client: None };
+        let request = v1::ConnectQueuePairRequest { session_id, ..Default::default() };
         let refused = client.stub.connect_queue_pair(request).await.unwrap_err();
         check(&refused, malformed.0, malformed.1, &["client endpoint is missing"]);
 

@@ -360,7 +360,11 @@ async fn every_call_under(
         lid: 0,
         max_path_mtu_bytes: 4096,
     };
-    let connect = v1::ConnectQueuePairRequest { session_id: session_id(), client: Some(end) };
+    let connect = v1::ConnectQueuePairRequest {
+        session_id: session_id(),
+        client: Some(end),
+        ..Default::default()
+    };
     let create = v1::CreateRequest {
         session_id: session_id(),
         export: export.clone(),

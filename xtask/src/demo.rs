@@ -2,9 +2,10 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::vm::{self, End, Job, Options};
 use crate::{cargo, setup, terminal};
@@ -22,6 +23,17 @@ pub(crate) fn run(options: &Options) -> Result<End> {
     let mut argv = vec!["env".into(), bin_dir, programs.join("demo").into_os_string()];
     argv.extend(screen().into_iter().map(OsString::from));
     vm::run(options, &Job::Run(argv, LIMIT), &None)
+}
+
+/// Builds, and runs the lab's program `demo-local` on this machine.
+pub(crate) fn run_local() -> Result<u8> {
+    setup::run_for_build(false)?;
+    eprintln!("demo-local: building");
+    let programs = cargo::programs()?;
+    let mut demo = Command::new(programs.join("demo-local"));
+    demo.args(screen()).env("PINFOLD_BIN_DIR", &programs);
+    let status = demo.status().context("demo-local did not start")?;
+    Ok(if status.success() { 0 } else { 1 })
 }
 
 /// What the program can't see from inside the guest: whether its output ends at a terminal.

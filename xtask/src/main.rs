@@ -71,6 +71,9 @@ enum Task {
         #[command(flatten)]
         options: vm::Options,
     },
+    /// The same on this machine's own file system: no RDMA, no guest, in seconds
+    #[command(after_help = "Example:\n  cargo xtask demo-local")]
+    DemoLocal,
     /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
     #[command(subcommand)]
     Vm(VmTask),
@@ -149,6 +152,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Lint => steps::lint().map(|()| 0),
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
+        Task::DemoLocal => demo::run_local(),
         Task::Vm(VmTask::Test { options, timeout, filter }) => {
             let limit = Duration::from_secs(timeout);
             Ok(verdict(test::run(&options, filter.as_deref(), limit)?))

@@ -83,7 +83,15 @@ impl Need {
 /// `cargo xtask setup`: installs what is missing, where we may.
 pub(crate) fn run(yes: bool) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the lab's kernels are for x86_64 machines only");
-    let missing = missing(BUILD.iter().chain(&LAB));
+    install(missing(BUILD.iter().chain(&LAB)), yes)
+}
+
+/// The same without the lab.
+pub(crate) fn run_for_build(yes: bool) -> Result<()> {
+    install(missing(BUILD.iter()), yes)
+}
+
+fn install(missing: Vec<&Need>, yes: bool) -> Result<()> {
     if missing.is_empty() {
         println!("setup: nothing is missing");
         return Ok(());

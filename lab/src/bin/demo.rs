@@ -2,16 +2,17 @@
 #![forbid(unsafe_code)]
 
 use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use memmap2::{MmapOptions, MmapRaw};
-use pinfold_cli::timeline::{self, Look};
+use pinfold_cli::timeline;
 use pinfold_client::{CompletionStatus, ConnectOptions, Event, PinRequest, RdmaDevice, Session};
-use pinfold_lab::{Daemon, EXPORT, FileSystem, device_name, read_by_another_process, remote_slice};
+use pinfold_lab::{
+    Daemon, EXPORT, FileSystem, Screen, device_name, read_by_another_process, remote_slice, summary,
+};
 use pinfold_verbs::{
     Access, Buffer, Connected, Device, Lane, MemoryRegion, Mtu, Piece, ProtectionDomain, QueuePair,
     QueuePairBuilder, RemoteSlice, UnconnectedLane,
@@ -210,67 +211,5 @@ fn outcome(status: CompletionStatus) -> String {
         CompletionStatus::Success => "success".to_owned(),
         CompletionStatus::RemoteAccess => "refused: remote access error".to_owned(),
         other => other.to_string(),
-    }
-}
-
-/// Runs of equal bytes: `4096 x 'R', 12288 x 'L'`.
-fn summary(content: &[u8]) -> String {
-    let runs: Vec<String> = content
-        .chunk_by(|a, b| a == b)
-        .map(|run| match run[0] {
-            0 => format!("{} x 0", run.len()),
-            byte => format!("{} x '{}'", run.len(), char::from(byte)),
-        })
-        .collect();
-    runs.join(", ")
-}
-
-// ---------------------------------------------------------------------------------- the screen
-
-struct Screen {
-    look: Look,
-}
-
-impl Screen {
-    /// `--colour` and `--width N`: whether the output ends at a terminal is known outside the VM.
-    fn from_args() -> Self {
-        let args: Vec<String> = std::env::args().skip(1).collect();
-        let width = args.iter().skip_while(|arg| *arg != "--width").nth(1);
-        let width = width.and_then(|width| width.parse().ok()).unwrap_or(80);
-        let colour = args.iter().any(|arg| arg == "--colour");
-        Self { look: Look { width: width.min(100), colour } }
-    }
-
-    fn title(&self, text: &str) {
-        println!("\n{}", self.in_style("1", text));
-    }
-
-    fn step(&self, who: &str, what: &str) {
-        println!("  {who:<7} {what}");
-        self.flush();
-    }
-
-    fn bad(&self, who: &str, what: &str) {
-        println!("  {who:<7} {}", self.in_style("31", what));
-        self.flush();
-    }
-
-    fn good(&self, who: &str, what: &str) {
-        println!("  {who:<7} {}", self.in_style("32", what));
-        self.flush();
-    }
-
-    fn note(&self, text: &str) {
-        println!("  => {}", self.in_style("1", text));
-        self.flush();
-    }
-
-    fn in_style(&self, style: &str, text: &str) -> String {
-        if self.look.colour { format!("\x1b[{style}m{text}\x1b[0m") } else { text.to_owned() }
-    }
-
-    fn flush(&self) {
-        // A reader that is gone ends the demo with the next print.
-        let _ = std::io::stdout().flush();
     }
 }
