@@ -1,7 +1,7 @@
 # The usual names for the tasks of `cargo xtask`, which does the work.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint docs demo demo-local shell clean
+.PHONY: help setup build test lint docs demo demo-local try shell clean
 
 help: ## say this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ demo: ## install, build, and show Pinfold at work in a guest
 
 demo-local: ## the same without a guest and without RDMA, in seconds
 	cargo xtask demo-local
+
+try: ## the lab stays open: pinfoldd on DAX, three commands to type
+	cargo xtask try
 
 shell: ## a prompt in the lab's guest
 	cargo xtask vm shell

@@ -25,6 +25,16 @@ pub(crate) fn run(options: &Options) -> Result<End> {
     vm::run(options, &Job::Run(argv, LIMIT), &None)
 }
 
+/// Installs what is missing, builds, and gives a prompt in a guest where `pinfoldd` runs.
+pub(crate) fn run_try(options: &Options) -> Result<End> {
+    setup::run(false)?;
+    eprintln!("try: building");
+    let programs = cargo::programs()?;
+    let start = ["/bin/sh", "-c", include_str!("try.sh"), "sh"].map(OsString::from);
+    let argv = start.into_iter().chain([programs.into_os_string()]).chain(vm::shell()).collect();
+    vm::run(options, &Job::Terminal(argv), &None)
+}
+
 /// Builds, and runs the lab's program `demo-local` on this machine.
 pub(crate) fn run_local() -> Result<u8> {
     setup::run_for_build(false)?;

@@ -74,6 +74,12 @@ enum Task {
     /// The same on this machine's own file system: no RDMA, no guest, in seconds
     #[command(after_help = "Example:\n  cargo xtask demo-local")]
     DemoLocal,
+    /// Leave the lab open: pinfoldd runs on DAX, and three commands to type are on the screen
+    #[command(after_help = "Example:\n  cargo xtask try")]
+    Try {
+        #[command(flatten)]
+        options: vm::Options,
+    },
     /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
     #[command(subcommand)]
     Vm(VmTask),
@@ -153,6 +159,10 @@ fn run(task: Task) -> Result<u8> {
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
         Task::DemoLocal => demo::run_local(),
+        Task::Try { options } => {
+            ensure!(terminal::is_there(), "try needs a terminal; vm run needs none");
+            Ok(status(&demo::run_try(&options)?))
+        }
         Task::Vm(VmTask::Test { options, timeout, filter }) => {
             let limit = Duration::from_secs(timeout);
             Ok(verdict(test::run(&options, filter.as_deref(), limit)?))
@@ -163,7 +173,7 @@ fn run(task: Task) -> Result<u8> {
         }
         Task::Vm(VmTask::Shell { options }) => {
             ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");
-            Ok(status(&vm::run(&options, &Job::Shell, &None)?))
+            Ok(status(&vm::run(&options, &Job::Terminal(vm::shell()), &None)?))
         }
         Task::Vm(VmTask::Fetch { update, kernels }) => {
             setup::require_lab()?;

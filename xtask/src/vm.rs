@@ -49,8 +49,8 @@ pub(crate) struct Options {
 pub(crate) enum Job {
     /// Run a command without a terminal; the seconds are its limit.
     Run(Vec<OsString>, Duration),
-    /// Give a prompt.
-    Shell,
+    /// Run an interactive command on the caller's terminal.
+    Terminal(Vec<OsString>),
 }
 
 /// How a session ended.
@@ -112,7 +112,7 @@ fn session(
             pump(err, std::io::stderr(), UntilMark::new(&mark), None, events.clone());
             streams = 2;
         }
-        Job::Shell => {
+        Job::Terminal(_) => {
             let (near, far) = UnixStream::pair()?;
             channels.push((Port::Terminal, far.into()));
             terminal = Some(near);
@@ -136,7 +136,7 @@ fn session(
         streams,
         limit: match job {
             Job::Run(_, limit) => Some(*limit),
-            Job::Shell => None,
+            Job::Terminal(_) => None,
         },
         booted: None,
         status: None,
@@ -385,14 +385,12 @@ fn end_mark() -> String {
 
 /// What the guest's scripts are told, as shell assignments.
 fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result<Vec<u8>> {
-    let program = match job {
-        Job::Run(argv, _) => argv.first().map(PathBuf::from).unwrap_or_default(),
-        Job::Shell => shell(),
-    };
+    let (Job::Run(argv, _) | Job::Terminal(argv)) = job;
+    let program = argv.first().map(PathBuf::from).unwrap_or_default();
     let shown = mounts::shown(kernel, &program)?;
     let base = mounts::base(&shown)?;
     let modprobe = paths::program("modprobe").context("modprobe is missing")?;
-    let mode = if matches!(job, Job::Shell) { "shell" } else { "run" };
+    let mode = if matches!(job, Job::Terminal(_)) { "shell" } else { "run" };
     let mut text = Vec::new();
     for (name, value) in [
         ("LAB_BASE", OsStr::new(base)),
@@ -424,20 +422,14 @@ fn command_script(job: &Job) -> Result<Vec<u8>> {
     text.extend_from_slice(b"cd ");
     quote(&mut text, env::current_dir().context("the current folder is gone")?.as_os_str());
     text.extend_from_slice(b" || exit 126\n");
-    let argv = match job {
-        Job::Run(argv, _) => argv.clone(),
-        Job::Shell => {
-            let (rows, columns) = terminal::size();
-            text.extend_from_slice(format!("stty rows {rows} cols {columns}\n").as_bytes());
-            // A read-only home is no place for the caller's own start-up files.
-            let shell = shell();
-            let plain = shell.ends_with("bash").then(|| "--norc".into());
-            [shell.into_os_string()].into_iter().chain(plain).collect()
-        }
-    };
+    let (Job::Run(argv, _) | Job::Terminal(argv)) = job;
+    if matches!(job, Job::Terminal(_)) {
+        let (rows, columns) = terminal::size();
+        text.extend_from_slice(format!("stty rows {rows} cols {columns}\n").as_bytes());
+    }
     ensure!(!argv.is_empty(), "no command given");
     text.extend_from_slice(b"exec");
-    for word in &argv {
+    for word in argv {
         text.push(b' ');
         quote(&mut text, word);
     }
@@ -453,9 +445,12 @@ fn is_passed(name: &OsStr) -> bool {
     names.contains(&name) || name.starts_with(b"RUST_") || name.starts_with(b"PINFOLD_")
 }
 
-fn shell() -> PathBuf {
-    let bash = PathBuf::from("/bin/bash");
-    if bash.is_file() { bash } else { PathBuf::from("/bin/sh") }
+/// An interactive shell, as a command.
+pub(crate) fn shell() -> Vec<OsString> {
+    // A read-only home is no place for the caller's own start-up files.
+    let argv: &[&str] =
+        if Path::new("/bin/bash").is_file() { &["/bin/bash", "--norc"] } else { &["/bin/sh"] };
+    argv.iter().map(OsString::from).collect()
 }
 
 fn assign(text: &mut Vec<u8>, prefix: &str, name: &OsStr, value: &OsStr) {
