@@ -204,11 +204,16 @@ impl Description {
 
     /// Makes the file longer while it is guarded: allocated, reading as zeroes, flushed. fallocate
     /// through the guarded description breaks no guard, as a change of size by other calls would.
+    ///
+    /// A file that is larger already stays as it is. If there is no room its size does not change;
+    /// what could be allocated stays with it, past its end.
     pub fn grow(&self, size: u64) -> Result<()> {
         let old = self.size()?;
-        if size > old {
-            rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old)
-                .map_err(|e| self.no_space(size - old, "fallocate", e.into()))?;
+        for flags in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
+            if size > old {
+                rustix::fs::fallocate(self.fd(), flags, old, size - old)
+                    .map_err(|e| self.no_space(size - old, "fallocate", e.into()))?;
+            }
         }
         self.sync()
     }

@@ -128,7 +128,8 @@ impl Export {
     }
 
     /// Lists a folder, or the export itself where `path` is `None`, ordered by name. Opens no file.
-    pub fn list(&self, path: Option<&RelativePath>) -> Result<Vec<Entry>> {
+    /// Refused where there are more than `limit` names.
+    pub fn list(&self, path: Option<&RelativePath>, limit: usize) -> Result<Vec<Entry>> {
         let here = RelativePath(PathBuf::from("."));
         let path = path.unwrap_or(&here);
         let full = self.path.join(path.as_path());
@@ -142,6 +143,9 @@ impl Export {
             let name = entry.map_err(failed("readdir"))?.file_name().to_owned();
             if name.as_c_str() == c"." || name.as_c_str() == c".." {
                 continue;
+            }
+            if entries.len() >= limit {
+                return Err(Error::TooManyEntries { path: full, limit });
             }
             // Gone since it was read: not there.
             if let Ok(attributes) = Attributes::at(&folder, &name) {

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
@@ -17,7 +17,7 @@ use pinfold_leases::{
     WeakDescription, waiting_breakers,
 };
 use pinfold_proto::v1;
-use pinfold_verbs::{Endpoint, Mtu, ProtectionDomain};
+use pinfold_verbs::{Endpoint, Error as VerbsError, Mtu, ProtectionDomain, RegistrationMode};
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
@@ -29,7 +29,7 @@ use crate::fence::{self, Order};
 use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
 use crate::registry::{
-    Action, PinAccess, Reason, Record, Refusal, Registry, Standing, Terms, Transport,
+    Action, Limits, PinAccess, Reason, Record, Refusal, Registry, Standing, Terms, Transport,
 };
 use crate::wire;
 
@@ -47,6 +47,12 @@ const RECORDS_KEPT: usize = 256;
 const TRY_AGAIN: Duration = Duration::from_millis(20);
 /// Calls of clients that may block at a time.
 const CLIENT_WORK_AT_A_TIME: usize = 64;
+/// Pieces of the stream path at a time.
+const STREAM_WORK_AT_A_TIME: usize = 32;
+/// Stands in a gate for work of the server's own; no pin has it.
+const NO_PIN: PinId = PinId(0);
+/// Names in one listing.
+const LONGEST_LISTING: usize = 10_000;
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
 
@@ -68,7 +74,10 @@ pub(crate) struct Engine {
     teardowns: Sender<Retired>,
     /// Of the threads that may block, so many at most work for clients: the rest is for ending
     /// sessions, which must not wait for other clients' slow calls.
-    client_work: Semaphore,
+    client_work: Arc<Semaphore>,
+    /// And so many at most move bytes for them, so that pins and commits need not wait behind those.
+    stream_work: Arc<Semaphore>,
+    limits: Limits,
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
@@ -91,6 +100,8 @@ struct Inode {
 struct SessionParts {
     outbox: Outbox,
     link: Mutex<Option<Link>>,
+    /// The name of the device, for who must not wait until the kernel has connected to it.
+    device: OnceLock<String>,
     /// Connecting may block in the kernel; one at a time.
     connecting: AsyncMutex<()>,
 }
@@ -143,6 +154,30 @@ pub(crate) struct StreamPiece {
     pub generation: Generation,
     /// In the file.
     pub offset: u64,
+}
+
+/// In which direction a file's size may change.
+#[derive(Clone, Copy, Debug)]
+enum Resize {
+    Exactly,
+    Longer,
+    Shorter,
+}
+
+impl Resize {
+    /// To be asked of the size that the file has in the end, when nobody else can change it.
+    fn demand(self, now: u64, wanted: u64) -> Result<()> {
+        let why = match self {
+            Self::Longer if wanted < now => {
+                "a file grows to a size that is not below its own; shrink it instead"
+            }
+            Self::Shorter if wanted > now => {
+                "a file shrinks to a size that is not above its own; grow it instead"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::BadRange { start: now, end: wanted, why })
+    }
 }
 
 /// What making a pin ready needs to know.
@@ -217,7 +252,9 @@ impl Engine {
             watcher,
             fences,
             teardowns,
-            client_work: Semaphore::new(CLIENT_WORK_AT_A_TIME),
+            client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),
+            stream_work: Arc::new(Semaphore::new(STREAM_WORK_AT_A_TIME)),
+            limits: config.limits,
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
@@ -262,8 +299,12 @@ impl Engine {
     pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
         let id = SessionId::new(random());
         self.registry().open_session(id, client_name)?;
-        let parts =
-            SessionParts { outbox, link: Mutex::default(), connecting: AsyncMutex::default() };
+        let parts = SessionParts {
+            outbox,
+            link: Mutex::default(),
+            device: OnceLock::new(),
+            connecting: AsyncMutex::default(),
+        };
         locked(&self.sessions).insert(id, Arc::new(parts));
         Ok(id)
     }
@@ -316,7 +357,14 @@ impl Engine {
         self.blocking(move |engine| {
             let mut link = locked(&for_link.link);
             let connected = match &mut *link {
-                None => link.insert(Link::new(fabric)?).connect(&client),
+                None => {
+                    let mut new = Link::new(fabric)?;
+                    let connected = new.connect(&client)?;
+                    // The first one that worked: keys are good on that device only.
+                    let _ = for_link.device.set(new.fabric().device().name().to_owned());
+                    *link = Some(new);
+                    Ok(connected)
+                }
                 Some(link) if Arc::ptr_eq(link.fabric(), &fabric) => link.connect(&client),
                 Some(link) => Err(Error::QueuePair {
                     why: format!(
@@ -401,7 +449,7 @@ impl Engine {
         self.blocking(move |engine| {
             // A caller that goes away gives its turn up only when this is done.
             let _turn = turn;
-            engine.resize_unguarded(&export, &path, &located, size)?;
+            engine.resize_unguarded(&export, &path, &located, size, Resize::Exactly)?;
             Ok(identity)
         })
         .await
@@ -421,11 +469,13 @@ impl Engine {
         path: &RelativePath,
         located: &Located,
         size: u64,
+        resize: Resize,
     ) -> Result<()> {
         let description = self.open(located)?;
         // Nobody else has it open: what they see of it must not change under them.
         drop(description.arm(&self.watcher)?);
         self.demand_named(export, path, located)?;
+        resize.demand(description.size()?, size)?;
         Ok(description.resize(size)?)
     }
 
@@ -436,18 +486,30 @@ impl Engine {
         let held = self.settled(&located).await?;
         self.blocking(move |engine| {
             let _turn = turn;
-            let old = located.size();
-            if size < old {
-                let why = "a file grows to a size that is not below its own; shrink it instead";
-                return Err(Error::BadRange { start: old, end: size, why });
-            }
             match held {
-                Some((file, _)) => file.description().grow(size)?,
-                None => engine.resize_unguarded(&export, &path, &located, size)?,
+                Some((file, _)) => engine.grow_guarded(&file, size)?,
+                None => {
+                    engine.resize_unguarded(&export, &path, &located, size, Resize::Longer)?;
+                }
             }
             Ok(size)
         })
         .await
+    }
+
+    /// Grows a file under its guard, inside its gate: not once it has been given away.
+    fn grow_guarded(&self, file: &HeldFile, size: u64) -> Result<()> {
+        let inside = file.gate().enter(NO_PIN, true).ok_or(Refusal::Draining)?;
+        let grown = (|| {
+            if !self.registry().is_held(file.id()) {
+                return Err(Refusal::Draining.into());
+            }
+            Resize::Longer.demand(file.description().size()?, size)?;
+            Ok(file.description().grow(size)?)
+        })();
+        drop(inside);
+        self.fence_if_awaited(file);
+        grown
     }
 
     /// Makes a file shorter, after its pins have been revoked with notice. Returns how many.
@@ -458,16 +520,12 @@ impl Engine {
         size: u64,
     ) -> Result<usize> {
         let located = self.locate(export.clone(), path.clone()).await?;
-        if size > located.size() {
-            let (start, end) = (located.size(), size);
-            let why = "a file shrinks to a size that is not above its own; grow it instead";
-            return Err(Error::BadRange { start, end, why });
-        }
+        Resize::Shorter.demand(located.size(), size)?;
         let turn = self.take_turn(&located).await?;
         let revoked = self.take_back(&located, Reason::Shrink).await?;
         self.blocking(move |engine| {
             let _turn = turn;
-            engine.resize_unguarded(&export, &path, &located, size)?;
+            engine.resize_unguarded(&export, &path, &located, size, Resize::Shorter)?;
             Ok(revoked)
         })
         .await
@@ -516,7 +574,7 @@ impl Engine {
         path: Option<RelativePath>,
     ) -> Result<Vec<(Entry, usize)>> {
         self.blocking(move |engine| {
-            let entries = engine.export(&export)?.list(path.as_ref())?;
+            let entries = engine.export(&export)?.list(path.as_ref(), LONGEST_LISTING)?;
             let with_pins = |entry: Entry| {
                 let pins = match engine.standing(entry.identity) {
                     Some(Standing::Held { pins, .. }) => pins,
@@ -541,8 +599,7 @@ impl Engine {
         let (sessions, files) = self.registry().view();
         let device = |id| {
             let parts = locked(&self.sessions).get(&id).cloned()?;
-            let link = locked(&parts.link);
-            link.as_ref().map(|link| link.fabric().device().name().to_owned())
+            parts.device.get().cloned()
         };
         let sessions = sessions
             .into_iter()
@@ -644,11 +701,17 @@ impl Engine {
     async fn try_to_pin(&self, id: SessionId, order: &PinOrder) -> Result<Granted> {
         let session = self.session(id)?;
         if order.transport == TransportWish::Rdma {
-            self.demand_link(&session)?;
+            let session = Arc::clone(&session);
+            self.blocking(move |engine| engine.demand_link(&session).map(drop)).await?;
         }
+        let reserve_limit = self.limits.reserved_bytes_per_pin;
         let located = self.locate(order.export.clone(), order.path.clone()).await?;
         if order.expected.is_some_and(|expected| expected != located.identity()) {
             return Err(Error::FileChanged { path: located.path().to_owned() });
+        }
+        if order.reserve_end.saturating_sub(located.size()) > reserve_limit {
+            let what = "what one pin may reserve past the end of a file";
+            return Err(Refusal::Quota { what, limit: reserve_limit }.into());
         }
         let turn = self.take_turn(&located).await?;
         let held = self.settled(&located).await?;
@@ -663,7 +726,7 @@ impl Engine {
                 .demand_named(&order.export, &order.path, &located)
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));
             if granted.is_err() {
-                let unused = engine.registry().release_if_unused(file.id(), Instant::now());
+                let unused = engine.registry().release_if_unused(file.id());
                 engine.perform(unused);
             }
             granted
@@ -752,7 +815,11 @@ impl Engine {
             TransportWish::Stream => Ways::stream("it was not asked for".to_owned()),
             TransportWish::Rdma => self.register(session, job)?,
             TransportWish::Either => match self.register(session, job) {
-                Err(error) if stream_can_serve(&error) => Ways::stream(with_causes(&error)),
+                Err(error) if stream_can_serve(&error) => {
+                    let because = with_causes(&error);
+                    tracing::warn!(path = %job.file.path().display(), because, "no RDMA for a pin");
+                    Ways::stream(because)
+                }
                 ways => ways?,
             },
         };
@@ -770,6 +837,16 @@ impl Engine {
             device: fabric.device().name().to_owned(),
             why: why.to_owned(),
         })?;
+        if mode == RegistrationMode::Pinned && reach.end > range.end {
+            return Err(Error::CannotRegister {
+                path: file.path().to_owned(),
+                kind: file.kind(),
+                device: fabric.device().name().to_owned(),
+                why: "pages past the end of a file can't be pinned, so nothing can be reserved there; \
+                      ask for a pin without a reserve"
+                    .to_owned(),
+            });
+        }
         // Below that, its key would reach bytes outside the pin: the device would move them there.
         let alignment = u64::from(quirks.start_alignment_bytes.max(1));
         let start = range.start.next_multiple_of(alignment);
@@ -822,7 +899,7 @@ impl Engine {
 
     /// Writes bytes of a pin through the kernel.
     pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
-        self.blocking(move |engine| {
+        self.streaming(piece, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file| {
                 Ok(file.description().write_at(&data, piece.offset)?)
@@ -833,7 +910,7 @@ impl Engine {
 
     /// Reads bytes of a pin through the kernel.
     pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
-        self.blocking(move |engine| {
+        self.streaming(piece, move |engine| {
             engine.inside(piece, len as u64, PinAccess::Read, |file| {
                 let mut data = vec![0; len];
                 file.description().read_at(&mut data, piece.offset)?;
@@ -855,18 +932,23 @@ impl Engine {
         let begin = || self.registry().begin_transfer(session, pin, generation, access);
         let view = begin()?;
         let file = self.file(view.guard).ok_or(Refusal::Draining)?;
-        let inside = file.gate().enter(pin).ok_or(Refusal::Draining)?;
+        let writes = access == PinAccess::ReadWrite;
+        let inside = file.gate().enter(pin, writes).ok_or(Refusal::Draining)?;
         // Once more, now that an unpin would wait for us.
         let done = begin().map_err(Error::from).and_then(|_| {
             piece_fits(offset, len, &view.range, file.description().size()?)?;
             work(&file)
         });
         drop(inside);
+        self.fence_if_awaited(&file);
+        done
+    }
+
+    /// After the last stream write is out: a fence may have waited for that.
+    fn fence_if_awaited(&self, file: &HeldFile) {
         if file.gate().is_empty_for_good() {
-            // A fence waited for this.
             self.order(Order::Now(file.id()));
         }
-        done
     }
 
     /// Makes what landed in a range durable: only if the flush returned before the release.
@@ -881,7 +963,7 @@ impl Engine {
             let view = engine.registry().begin_commit(id, pin, generation)?;
             let stale = || Refusal::Stale { pin, asked: generation };
             let file = engine.file(view.guard).ok_or_else(stale)?;
-            let range = committed_range(range, &view.range)?;
+            let range = committed_range(range, &view.range, file.description().size()?)?;
             if file.kind() == pinfold_leases::MappingKind::SharedMemory {
                 return Err(Error::NotDurable { path: file.path().to_owned() });
             }
@@ -927,9 +1009,16 @@ impl Engine {
         let Some(by) = self.registry().fence_due(guard) else { return };
         let Some(file) = self.file(guard) else { return };
         let late_stream_writes = file.gate().close();
-        if late_stream_writes > 0 && Instant::now() < by {
-            // The last one out orders the fence.
-            return self.order(Order::At(guard, by));
+        if late_stream_writes > 0 {
+            // The last one out orders the fence; who waits for the file waits until the deadline.
+            match by {
+                None => return,
+                Some(by) if Instant::now() < by => return self.order(Order::At(guard, by)),
+                Some(_) => {
+                    let path = file.path().display();
+                    tracing::error!(%path, late_stream_writes, "released with stream writes inside");
+                }
+            }
         }
         let fenced = match file.fence() {
             Some(Ok(fenced)) => fenced,
@@ -1078,7 +1167,9 @@ impl Engine {
 
     fn drop_regions(&self, guard: GuardId, pin: PinId, session: SessionId) {
         let Some(file) = self.file(guard) else { return };
-        if file.drop_segments(pin) > 0 {
+        let failed = file.drop_segments(pin);
+        self.registry().left(guard, pin);
+        if failed > 0 {
             // A key lives on. Only through the queue pair of its own session, which shares its
             // protection domain, could it be used; so that goes.
             self.sever(session);
@@ -1103,10 +1194,32 @@ impl Engine {
         &self,
         work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.blocking_within(&self.client_work, work).await
+    }
+
+    /// Does a piece of stream work for a session that there is.
+    async fn streaming<T: Send + 'static>(
+        &self,
+        piece: StreamPiece,
+        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.demand_session(piece.session)?;
+        self.blocking_within(&self.stream_work, work).await
+    }
+
+    async fn blocking_within<T: Send + 'static>(
+        &self,
+        limit: &Arc<Semaphore>,
+        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let engine = self.arc();
-        // Never closed.
-        let _turn = self.client_work.acquire().await.map_err(|_| Error::Task)?;
-        tokio::task::spawn_blocking(move || work(&engine)).await.map_err(|_| Error::Task)?
+        // Never closed. It goes with the work: a call that is given up does not make room.
+        let place = Arc::clone(limit).acquire_owned().await.map_err(|_| Error::Task)?;
+        let work = move || {
+            let _place = place;
+            work(&engine)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Task)?
     }
 
     fn arc(&self) -> Arc<Self> {
@@ -1167,7 +1280,12 @@ fn stream_can_serve(error: &Error) -> bool {
             | Error::NoQueuePair
             | Error::CannotRegister { .. }
             | Error::MisalignedPin { .. }
-            | Error::Verbs(_)
+            | Error::Verbs(
+                VerbsError::MemlockExceeded { .. }
+                    | VerbsError::PinRefused { .. }
+                    | VerbsError::PinFault { .. }
+                    | VerbsError::NoOnDemandPaging { .. }
+            )
     )
 }
 
@@ -1269,8 +1387,8 @@ fn reserved_end(end: u64, reserve_end: u64, mapped: u64) -> Result<u64> {
 }
 
 /// The bytes of a commit, checked against its pin.
-fn committed_range(asked: Option<Range<u64>>, pin: &Range<u64>) -> Result<Range<u64>> {
-    let range = asked.unwrap_or(pin.clone());
+fn committed_range(asked: Option<Range<u64>>, pin: &Range<u64>, size: u64) -> Result<Range<u64>> {
+    let range = asked.unwrap_or(pin.start..pin.end.min(size));
     let (start, end) = (range.start, range.end);
     if start >= end {
         return Err(Error::BadRange {
@@ -1282,6 +1400,11 @@ fn committed_range(asked: Option<Range<u64>>, pin: &Range<u64>) -> Result<Range<
     if start < pin.start || end > pin.end {
         let what = "the pin";
         return Err(Error::RangePastEnd { start, end, limit: pin.end, what, remedy: "" });
+    }
+    if end > size {
+        // The device takes them, in the last page; growth will put zeroes there.
+        let what = "the file";
+        return Err(Error::RangePastEnd { start, end, limit: size, what, remedy: "" });
     }
     Ok(range)
 }
@@ -1316,12 +1439,25 @@ mod tests {
 
     #[test]
     fn a_commit_stays_inside_its_pin() {
-        assert_eq!(committed_range(None, &(5..9)).unwrap(), 5..9);
-        assert_eq!(committed_range(Some(6..7), &(5..9)).unwrap(), 6..7);
-        assert!(matches!(committed_range(Some(7..7), &(5..9)), Err(Error::BadRange { .. })));
+        assert_eq!(committed_range(None, &(5..9), 100).unwrap(), 5..9);
+        assert_eq!(committed_range(Some(6..7), &(5..9), 100).unwrap(), 6..7);
+        assert!(matches!(committed_range(Some(7..7), &(5..9), 100), Err(Error::BadRange { .. })));
         for outside in [4..9, 5..10, 20..30] {
-            let refused = committed_range(Some(outside), &(5..9));
+            let refused = committed_range(Some(outside), &(5..9), 100);
             assert!(matches!(refused, Err(Error::RangePastEnd { .. })));
         }
+        assert_eq!(committed_range(None, &(5..9), 7).unwrap(), 5..7, "what there is of it");
+        let vanishing = committed_range(Some(5..9), &(5..9), 7);
+        assert!(matches!(vanishing, Err(Error::RangePastEnd { limit: 7, .. })));
+    }
+
+    #[test]
+    fn a_size_changes_only_in_the_direction_that_was_asked_for() {
+        assert!(Resize::Longer.demand(10, 9).is_err());
+        assert!(Resize::Shorter.demand(10, 11).is_err());
+        for resize in [Resize::Longer, Resize::Shorter, Resize::Exactly] {
+            assert!(resize.demand(10, 10).is_ok());
+        }
+        assert!(Resize::Longer.demand(10, 11).is_ok() && Resize::Shorter.demand(10, 9).is_ok());
     }
 }

@@ -19,7 +19,10 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct State {
     closed: bool,
+    /// Everybody, for who waits until a pin is out.
     inside: HashMap<PinId, usize>,
+    /// Those that a fence waits for: a read changes nothing.
+    writing: usize,
 }
 
 /// The right to be inside; ends when dropped.
@@ -28,30 +31,32 @@ struct State {
 pub(crate) struct Inside<'a> {
     gate: &'a Gate,
     pin: PinId,
+    writes: bool,
 }
 
 impl Gate {
     /// Lets one transfer in; `None` once the gate is closed.
-    pub(crate) fn enter(&self, pin: PinId) -> Option<Inside<'_>> {
+    pub(crate) fn enter(&self, pin: PinId, writes: bool) -> Option<Inside<'_>> {
         let mut state = self.state();
         if state.closed {
             return None;
         }
         *state.inside.entry(pin).or_default() += 1;
-        Some(Inside { gate: self, pin })
+        state.writing += usize::from(writes);
+        Some(Inside { gate: self, pin, writes })
     }
 
-    /// From here on nobody enters. Returns how many are still inside.
+    /// From here on nobody enters. Returns how many writes are still inside.
     pub(crate) fn close(&self) -> usize {
         let mut state = self.state();
         state.closed = true;
-        state.inside.values().sum()
+        state.writing
     }
 
-    /// Whether it is closed and nobody is inside: what a fence waits for.
+    /// Whether it is closed and no write is inside: what a fence waits for.
     pub(crate) fn is_empty_for_good(&self) -> bool {
         let state = self.state();
-        state.closed && state.inside.is_empty()
+        state.closed && state.writing == 0
     }
 
     /// Waits until no transfer of this pin is inside. The pin must be refused before the gate by
@@ -70,6 +75,7 @@ impl Gate {
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         let mut state = self.gate.state();
+        state.writing -= usize::from(self.writes);
         if let Some(count) = state.inside.get_mut(&self.pin) {
             *count -= 1;
             if *count == 0 {
@@ -87,10 +93,11 @@ mod tests {
     #[test]
     fn nobody_enters_a_closed_gate_and_those_inside_are_counted() {
         let gate = Gate::default();
-        let first = gate.enter(PinId(1)).unwrap();
-        let second = gate.enter(PinId(2)).unwrap();
-        assert_eq!(gate.close(), 2);
-        assert!(gate.enter(PinId(1)).is_none());
+        let first = gate.enter(PinId(1), true).unwrap();
+        let second = gate.enter(PinId(2), true).unwrap();
+        let _reader = gate.enter(PinId(2), false).unwrap();
+        assert_eq!(gate.close(), 2, "a fence waits for writes, not for reads");
+        assert!(gate.enter(PinId(1), false).is_none());
         assert!(!gate.is_empty_for_good());
         drop(first);
         assert_eq!(gate.close(), 1);
@@ -106,10 +113,10 @@ mod tests {
     #[test]
     fn waiting_for_one_pin_does_not_wait_for_another() {
         let gate = Gate::default();
-        let _other = gate.enter(PinId(2)).unwrap();
+        let _other = gate.enter(PinId(2), true).unwrap();
         gate.wait_until_out(PinId(1));
         std::thread::scope(|scope| {
-            let mine = gate.enter(PinId(1)).unwrap();
+            let mine = gate.enter(PinId(1), false).unwrap();
             let waiting = scope.spawn(|| gate.wait_until_out(PinId(1)));
             drop(mine);
             waiting.join().unwrap();

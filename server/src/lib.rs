@@ -60,7 +60,8 @@ impl Server {
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
         let engine = std::sync::Arc::clone(&self.engine);
-        let service = PinfoldServer::new(Service::new(self.engine, self.config));
+        let service = PinfoldServer::new(Service::new(self.engine, self.config))
+            .max_decoding_message_size(wire::LARGEST_MESSAGE);
         let (gone, all_taken_back) = tokio::sync::oneshot::channel();
         let going_down = async move {
             shutdown.await;

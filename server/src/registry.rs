@@ -29,16 +29,24 @@ pub struct Limits {
     pub sessions: usize,
     /// Pins of one session at a time.
     pub pins_per_session: usize,
+    /// Bytes under the pins of one session, what they reserve included. A region costs the kernel
+    /// some bytes for each of its pages.
+    pub pinned_bytes_per_session: u64,
+    /// Bytes that one pin may reserve past the end of its file.
+    pub reserved_bytes_per_pin: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { sessions: 1024, pins_per_session: 4096 }
+        Self {
+            sessions: 1024,
+            pins_per_session: 4096,
+            pinned_bytes_per_session: 8 << 40,
+            reserved_bytes_per_pin: 64 << 30,
+        }
     }
 }
 
-/// How long an unused file waits for the stream transfers that are still inside the kernel.
-const IDLE_FENCE_BY: Duration = Duration::from_secs(5);
 /// How many revoked pins of a session are remembered at least, so that a late commit is told
 /// "stale".
 const REMEMBERED_PINS: usize = 1024;
@@ -212,7 +220,7 @@ pub enum Refusal {
         /// Of what.
         what: &'static str,
         /// How many.
-        limit: usize,
+        limit: u64,
     },
     /// The server goes down.
     #[error("the server is shutting down")]
@@ -253,6 +261,7 @@ struct Session {
     number: u64,
     client_name: String,
     pins: BTreeSet<PinId>,
+    pinned_bytes: u64,
     /// Newest last.
     revoked: VecDeque<PinId>,
 }
@@ -262,6 +271,8 @@ struct File {
     identity: FileIdentity,
     generation: Generation,
     pins: BTreeSet<PinId>,
+    /// Given back, but their keys and stream writes may still be on their way out.
+    leaving: HashMap<PinId, Range<u64>>,
     phase: Phase,
 }
 
@@ -278,20 +289,28 @@ enum Phase {
     Fencing {
         revocation: Option<Revocation>,
         fenced: bool,
-        by: Instant,
+        by: Option<Instant>,
     },
     Released,
 }
 
+impl Session {
+    fn lose(&mut self, pin: PinId, terms: &Terms) {
+        self.pins.remove(&pin);
+        self.pinned_bytes -= terms.range.end - terms.range.start;
+    }
+}
+
 impl Phase {
-    /// The fence is to fall because nobody uses the file.
-    fn unused(now: Instant) -> Self {
-        Self::Fencing { revocation: None, fenced: false, by: now + IDLE_FENCE_BY }
+    /// The fence is to fall because nobody uses the file. Nobody waits for it either, so it waits
+    /// for every stream write that is inside the kernel.
+    fn unused() -> Self {
+        Self::Fencing { revocation: None, fenced: false, by: None }
     }
 
     /// The fence is to fall because the file is taken back.
     fn due(revocation: Revocation, by: Instant) -> Self {
-        Self::Fencing { revocation: Some(revocation), fenced: false, by }
+        Self::Fencing { revocation: Some(revocation), fenced: false, by: Some(by) }
     }
 }
 
@@ -390,7 +409,7 @@ impl Registry {
         if self.sessions.len() >= self.limits.sessions {
             return Err(Refusal::Quota {
                 what: "the number of sessions",
-                limit: self.limits.sessions,
+                limit: self.limits.sessions as u64,
             });
         }
         self.last_session += 1;
@@ -398,6 +417,7 @@ impl Registry {
             number: self.last_session,
             client_name: client_name.to_owned(),
             pins: BTreeSet::new(),
+            pinned_bytes: 0,
             revoked: VecDeque::new(),
         };
         self.sessions.insert(id, session);
@@ -418,6 +438,8 @@ impl Registry {
             actions.extend(self.drop_pin(pin, now));
         }
         self.sessions.remove(&id);
+        // All orders first: what hangs with one file must not keep the fence of another.
+        actions.sort_by_key(|action| matches!(action, Action::DropRegions { .. }));
         actions
     }
 
@@ -432,7 +454,13 @@ impl Registry {
         }
         self.guardings += 1;
         let generation = Generation { incarnation: self.incarnation, counter: self.guardings };
-        let file = File { identity, generation, pins: BTreeSet::new(), phase: Phase::Held };
+        let file = File {
+            identity,
+            generation,
+            pins: BTreeSet::new(),
+            leaving: HashMap::new(),
+            phase: Phase::Held,
+        };
         self.files.insert(guard, file);
         self.by_identity.insert(identity, guard);
         Ok(generation)
@@ -455,12 +483,12 @@ impl Registry {
     }
 
     /// Lets a file go that turned out to have no use.
-    pub(crate) fn release_if_unused(&mut self, guard: GuardId, now: Instant) -> Option<Action> {
+    pub(crate) fn release_if_unused(&mut self, guard: GuardId) -> Option<Action> {
         let file = self.files.get_mut(&guard)?;
         if !matches!(file.phase, Phase::Held) || !file.pins.is_empty() {
             return None;
         }
-        file.phase = Phase::unused(now);
+        file.phase = Phase::unused();
         Some(Action::FenceNow { guard, urgent: false })
     }
 
@@ -479,7 +507,13 @@ impl Registry {
         let limit = self.limits.pins_per_session;
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
         if holder.pins.len() >= limit {
-            return Err(Refusal::Quota { what: "the number of pins of one session", limit });
+            let (what, limit) = ("the number of pins of one session", limit as u64);
+            return Err(Refusal::Quota { what, limit });
+        }
+        let wanted = terms.range.end - terms.range.start;
+        let limit = self.limits.pinned_bytes_per_session;
+        if holder.pinned_bytes.saturating_add(wanted) > limit {
+            return Err(Refusal::Quota { what: "the bytes under one session's pins", limit });
         }
         let file = self.files.get(&guard).ok_or(Refusal::Draining)?;
         if !matches!(file.phase, Phase::Held) {
@@ -488,7 +522,10 @@ impl Registry {
         self.demand_free(file, &terms)?;
         self.last_pin += 1;
         let id = PinId(self.last_pin);
-        self.sessions.entry(session).and_modify(|holder| holder.pins.extend([id]));
+        self.sessions.entry(session).and_modify(|holder| {
+            holder.pins.insert(id);
+            holder.pinned_bytes += wanted;
+        });
         self.files.entry(guard).and_modify(|file| file.pins.extend([id]));
         // Until its regions are there, no byte travels in any way.
         let pin = Pin { session, guard, terms, transport: Transport::Stream, live: false };
@@ -504,7 +541,14 @@ impl Registry {
             let held = &self.pins[pin].terms;
             (held.exclusive || wanted.exclusive) && overlaps(held)
         });
-        let Some(pin) = in_the_way else { return Ok(()) };
+        let Some(pin) = in_the_way else {
+            // Whoever left just now may still write: an exclusive pin waits until that is over.
+            let leaving = file
+                .leaving
+                .values()
+                .any(|range| range.start < wanted.range.end && wanted.range.start < range.end);
+            return if wanted.exclusive && leaving { Err(Refusal::Draining) } else { Ok(()) };
+        };
         let held = &self.pins[pin];
         let holder = self.sessions.get(&held.session);
         Err(Refusal::RangeHeld {
@@ -557,7 +601,7 @@ impl Registry {
     fn drop_pin(&mut self, id: PinId, now: Instant) -> Vec<Action> {
         let Some(pin) = self.pins.remove(&id) else { return Vec::new() };
         if let Some(session) = self.sessions.get_mut(&pin.session) {
-            session.pins.remove(&id);
+            session.lose(id, &pin.terms);
         }
         let Some(file) = self.files.get_mut(&pin.guard) else { return Vec::new() };
         file.pins.remove(&id);
@@ -565,11 +609,14 @@ impl Registry {
         let mut actions = Vec::new();
         match &file.phase {
             Phase::Held if file.pins.is_empty() => {
-                file.phase = Phase::unused(now);
+                file.phase = Phase::unused();
                 actions.push(Action::FenceNow { guard: pin.guard, urgent: false });
             }
             Phase::Draining { .. } => actions.extend(self.pin_drained(pin.guard, id, now)),
             _ => {}
+        }
+        if let Some(file) = self.files.get_mut(&pin.guard) {
+            file.leaving.insert(id, pin.terms.range.clone());
         }
         actions.push(Action::DropRegions { guard: pin.guard, pin: id, session: pin.session });
         actions
@@ -624,9 +671,10 @@ impl Registry {
             Phase::Held => {}
             // It was going anyway; now somebody waits for it.
             Phase::Fencing { revocation: None, by, .. } => {
-                *by = at.min(*by);
+                let at = by.map_or(at, |by| by.min(at));
+                *by = Some(at);
                 return vec![
-                    Action::FenceAt { guard, at: *by },
+                    Action::FenceAt { guard, at },
                     Action::FenceNow { guard, urgent: true },
                 ];
             }
@@ -686,8 +734,9 @@ impl Registry {
     }
 
     /// The fence is due: by order, or because the deadline of a drain has come. If it is still to be
-    /// done: the time by which it falls even if a stream transfer is still inside the kernel.
-    pub(crate) fn fence_due(&mut self, guard: GuardId) -> Option<Instant> {
+    /// done: the time by which it falls even if a stream write is still inside the kernel; `None` as
+    /// long as nobody waits for the file.
+    pub(crate) fn fence_due(&mut self, guard: GuardId) -> Option<Option<Instant>> {
         let file = self.files.get_mut(&guard)?;
         if let Phase::Draining { revocation, by, .. } = &file.phase {
             file.phase = Phase::due(*revocation, *by);
@@ -758,7 +807,7 @@ impl Registry {
         let remembered = self.limits.pins_per_session.max(REMEMBERED_PINS);
         let Some(pin) = self.pins.remove(&id) else { return };
         let Some(session) = self.sessions.get_mut(&pin.session) else { return };
-        session.pins.remove(&id);
+        session.lose(id, &pin.terms);
         if session.revoked.len() >= remembered {
             session.revoked.pop_front();
         }
@@ -776,6 +825,13 @@ impl Registry {
     /// Whether nothing is guarded any more.
     pub(crate) fn is_idle(&self) -> bool {
         self.files.is_empty()
+    }
+
+    /// Nothing of this pin can write any more.
+    pub(crate) fn left(&mut self, guard: GuardId, pin: PinId) {
+        if let Some(file) = self.files.get_mut(&guard) {
+            file.leaving.remove(&pin);
+        }
     }
 
     /// The sessions that have pins on a file.
@@ -936,7 +992,12 @@ mod tests {
     impl World {
         fn new() -> Self {
             let now = Instant::now();
-            let limits = Limits { sessions: 3, pins_per_session: 4 };
+            let limits = Limits {
+                sessions: 3,
+                pins_per_session: 4,
+                pinned_bytes_per_session: 1000,
+                ..Limits::default()
+            };
             let mut registry = Registry::new(7, limits);
             registry.open_session(session(1), "one").unwrap();
             registry.open_session(session(2), "two").unwrap();
@@ -1241,5 +1302,37 @@ mod tests {
         let begin = |access| world.registry.begin_transfer(session(1), pin, generation, access);
         assert_eq!(begin(PinAccess::ReadWrite), Err(Refusal::ReadOnly { pin }));
         assert!(begin(PinAccess::Read).is_ok());
+    }
+
+    #[test]
+    fn an_exclusive_pin_waits_until_who_left_can_write_no_more() {
+        let mut world = World::new();
+        world.file(1);
+        let (left, other) = (world.pin(1, 1), world.pin(1, 1));
+        let keeper = world.registry.begin_pin(session(2), guard(1), shared(200..300)).unwrap();
+        for pin in [left, other] {
+            world.registry.unpin(session(1), pin, world.now).unwrap();
+        }
+        let terms = Terms { exclusive: true, ..shared(0..100) };
+        let begin =
+            |world: &mut World| world.registry.begin_pin(session(2), guard(1), terms.clone());
+        assert_eq!(begin(&mut world), Err(Refusal::Draining));
+        world.registry.left(guard(1), left);
+        assert_eq!(begin(&mut world), Err(Refusal::Draining), "the other one is on its way too");
+        world.registry.left(guard(1), other);
+        assert!(begin(&mut world).is_ok());
+        assert!(world.registry.is_held(guard(1)), "{keeper} keeps it");
+    }
+
+    #[test]
+    fn bytes_under_pins_are_limited_and_come_back() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.registry.begin_pin(session(1), guard(1), shared(0..900)).unwrap();
+        let more = world.registry.begin_pin(session(1), guard(1), shared(0..200));
+        assert!(matches!(more, Err(Refusal::Quota { limit: 1000, .. })), "{more:?}");
+        world.registry.begin_pin(session(2), guard(1), shared(0..200)).unwrap();
+        world.registry.unpin(session(1), pin, world.now).unwrap();
+        world.registry.begin_pin(session(1), guard(1), shared(0..1000)).unwrap();
     }
 }

@@ -25,6 +25,8 @@ use crate::registry::{
 const LONGEST_PATH: usize = 4096;
 /// Longest piece of the stream path in bytes: what a fence may have to wait for.
 pub(crate) const STREAM_PIECE_BYTES_MAX: usize = 1 << 20;
+/// A piece and what goes with it.
+pub(crate) const LARGEST_MESSAGE: usize = STREAM_PIECE_BYTES_MAX + (16 << 10);
 
 fn malformed(what: impl Into<String>) -> Error {
     Error::Malformed { what: what.into() }
@@ -102,7 +104,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         access,
         transport,
         exclusive: request.exclusive,
-        reserve_end: request.reserve_end,
+        reserve_end: file_size(request.reserve_end)?,
         expected: request.expected_identity.map(known_identity),
     })
 }
