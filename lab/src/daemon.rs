@@ -27,14 +27,14 @@ struct Log {
 impl Daemon {
     /// Starts one with the lab's soft NIC on a free port, and waits until it listens.
     pub fn start(exports: &[(&str, &Path)]) -> Self {
-        Self::start_with(exports, &["--rdma-device", &device_name()])
+        let device = std::env::var("PINFOLD_LAB_SERVER_DEVICE").unwrap_or_else(|_| device_name());
+        Self::start_with(exports, &["--rdma-device", &device])
     }
 
     /// Starts one with these arguments on a free port, and waits until it listens.
     pub fn start_with(exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
-        let mut command = Command::new(tool("pinfoldd"));
-        command.args(["--listen", "127.0.0.1:0", "--log-format", "json"]);
-        command.args(arguments);
+        let mut command = on_storage_host();
+        command.args(["--log-format", "json"]).args(arguments);
         for (name, folder) in exports {
             command.arg("--export").arg(format!("{name}={}", folder.display()));
         }
@@ -93,6 +93,21 @@ impl Daemon {
         };
         open + maps.lines().filter(beneath).count()
     }
+}
+
+/// `pinfoldd` where clients are to reach it: here, or in the network namespace that the lab has for
+/// the storage host.
+fn on_storage_host() -> Command {
+    let Ok(host) = std::env::var("PINFOLD_LAB_SERVER_HOST") else {
+        let mut command = Command::new(tool("pinfoldd"));
+        command.args(["--listen", "127.0.0.1:0"]);
+        return command;
+    };
+    let address = crate::required("PINFOLD_LAB_SERVER_ADDRESS");
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &host]).arg(tool("pinfoldd"));
+    command.args(["--listen", &format!("{address}:0"), "--plaintext-on-network"]);
+    command
 }
 
 impl Drop for Daemon {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::libtest::{self, Tally};
-use crate::paths;
+use crate::{paths, signals};
 
 /// What the lab's tests and the demo start: every program but this one.
 const PROGRAMS: [&str; 6] = ["build", "--workspace", "--exclude", "xtask", "--bins", "--locked"];
@@ -30,14 +30,18 @@ pub(crate) struct TestBinary {
 /// Runs cargo to its end, on our own streams.
 pub(crate) fn run<S: AsRef<OsStr>>(args: &[S], variables: &[(&str, &str)]) -> Result<()> {
     let mut command = command(args);
-    let status = command.envs(variables.iter().copied()).status().context("cargo did not start")?;
+    command.envs(variables.iter().copied());
+    let mut child = signals::unblocked(|| command.spawn())?.context("cargo did not start")?;
+    let status = child.wait()?;
     ensure!(status.success(), "{} ended with {status}", shown(args));
     Ok(())
 }
 
 /// Runs tests, passes their output on, and counts.
 pub(crate) fn test<S: AsRef<OsStr>>(args: &[S]) -> Result<Tally> {
-    let mut child = command(args).stdout(Stdio::piped()).spawn().context("cargo did not start")?;
+    let mut command = command(args);
+    command.stdout(Stdio::piped());
+    let mut child = signals::unblocked(|| command.spawn())?.context("cargo did not start")?;
     let mut tally = Tally::default();
     for line in lines(&mut child)? {
         println!("{line}");
@@ -57,7 +61,9 @@ pub(crate) fn programs() -> Result<PathBuf> {
 /// Builds the same and the lab's tests; gives the programs' folder and the tests.
 pub(crate) fn programs_and_lab_tests() -> Result<(PathBuf, Vec<TestBinary>)> {
     let args = [&PROGRAMS[..], &TESTS[..]].concat();
-    let mut child = command(&args).stdout(Stdio::piped()).spawn().context("cargo did not start")?;
+    let mut command = command(&args);
+    command.stdout(Stdio::piped());
+    let mut child = signals::unblocked(|| command.spawn())?.context("cargo did not start")?;
     let lab = paths::root().join("lab");
     let mut found: Vec<_> =
         lines(&mut child)?.filter_map(|line| test_binary(&line, &lab)).collect();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::vm::{self, End, Job, Options};
-use crate::{cargo, setup, terminal};
+use crate::{cargo, setup, signals, terminal};
 
 /// The demo takes a minute; an emulated and busy machine more.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -42,7 +42,8 @@ pub(crate) fn run_local() -> Result<u8> {
     let programs = cargo::programs()?;
     let mut demo = Command::new(programs.join("demo-local"));
     demo.args(screen()).env("PINFOLD_BIN_DIR", &programs);
-    let status = demo.status().context("demo-local did not start")?;
+    let mut demo = signals::unblocked(|| demo.spawn())?.context("demo-local did not start")?;
+    let status = demo.wait()?;
     Ok(if status.success() { 0 } else { 1 })
 }
 

@@ -12,10 +12,14 @@ use crate::vm::Event;
 /// The session that runs now.
 static SESSION: Mutex<Option<Sender<Event>>> = Mutex::new(None);
 
+fn ours() -> SigSet {
+    [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect()
+}
+
 /// Takes SIGINT, SIGTERM and SIGHUP over. Call it before other threads start: they inherit that
 /// the signals are blocked, so only the one here gets them.
 pub(crate) fn take_over() -> Result<()> {
-    let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    let set = ours();
     set.thread_block().context("cannot block signals")?;
     thread::spawn(move || {
         while let Ok(signal) = set.wait() {
@@ -27,6 +31,16 @@ pub(crate) fn take_over() -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// Starts a child that can be interrupted itself: it inherits what this thread blocks, and its own
+/// children after it, tests of Ctrl-C among them.
+pub(crate) fn unblocked<T>(start: impl FnOnce() -> T) -> Result<T> {
+    let set = ours();
+    set.thread_unblock().context("cannot unblock signals")?;
+    let started = start();
+    set.thread_block().context("cannot block signals")?;
+    Ok(started)
 }
 
 /// From now on signals are events of this session; once it is over they end the program.

@@ -16,20 +16,34 @@ use crate::{paths, setup};
 /// Tests in files of this name make sense on Debian 12's kernel only: what it lacks.
 const ON_BOOKWORM: &str = "on_bookworm_";
 
+/// What runs a second time across two hosts: the main job, whose bytes must cross a wire.
+const ACROSS_HOSTS: [&str; 5] =
+    ["dead_keys", "one_sided_writes", "second_life", "stream_path", "truncate_during_writes"];
+
 /// A test binary with what of it to run.
+#[derive(Clone)]
 struct Selected {
     binary: TestBinary,
     /// None for all of its tests.
     filter: Option<String>,
 }
 
-/// Builds, boots once (twice if tests for Debian 12's kernel are among them), runs, sums up.
+impl Selected {
+    /// The same tests under a name of their own.
+    fn across_hosts(&self) -> Self {
+        let name = format!("{}-across-two-hosts", self.binary.name);
+        Self { binary: TestBinary { name, ..self.binary.clone() }, filter: self.filter.clone() }
+    }
+}
+
+/// Builds, boots (once for most tests, once for those across two hosts, once for those on Debian
+/// 12's kernel), runs, sums up.
 pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> Result<Tally> {
     setup::require_lab()?;
     let began = Instant::now();
     let (programs, binaries) = cargo::programs_and_lab_tests()?;
     println!("== lab: build: {:.0} s", began.elapsed().as_secs_f32());
-    let (old, new): (Vec<_>, Vec<_>) =
+    let (old, new): (Vec<Selected>, Vec<Selected>) =
         select(binaries, filter)?.into_iter().partition(|s| s.binary.name.starts_with(ON_BOOKWORM));
     ensure!(
         !(old.is_empty() && new.is_empty()),
@@ -37,8 +51,14 @@ pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> R
     );
     let mut sum = Tally::default();
     let mut lines = Vec::new();
+    let across: Vec<Selected> = new
+        .iter()
+        .filter(|selected| ACROSS_HOSTS.contains(&selected.binary.name.as_str()))
+        .map(Selected::across_hosts)
+        .collect();
     let on_bookworm = Options { kernel: Suite::Bookworm, ..options.clone() };
-    for (options, selected) in [(options, new), (&on_bookworm, old)] {
+    let two_hosts = Options { hosts: 2, ..options.clone() };
+    for (options, selected) in [(options, new), (&two_hosts, across), (&on_bookworm, old)] {
         if selected.is_empty() {
             continue;
         }

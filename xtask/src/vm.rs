@@ -42,6 +42,9 @@ pub(crate) struct Options {
     /// Seconds that the kernel gives a lease holder (/proc/sys/fs/lease-break-time)
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub(crate) lease_break_time: u32,
+    /// 2: the command runs on a second host, and finds the storage host over a wire
+    #[arg(long, value_name = "1|2", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub(crate) hosts: u8,
 }
 
 /// What to do in the guest.
@@ -90,7 +93,7 @@ fn session(
     let initrd = Removed(console_path.with_extension("cpio"));
     let mark = end_mark();
     let settings = settings(options, job, kernel, &mark)?;
-    initramfs::write(&initrd.0, kernel, &settings, &command_script(job)?)?;
+    initramfs::write(&initrd.0, kernel, &settings, &command_script(options, job)?)?;
 
     let (events, received) = mpsc::channel();
     signals::forward(events.clone());
@@ -390,6 +393,7 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
     let shown = mounts::shown(kernel, &program)?;
     let base = mounts::base(&shown)?;
     let modprobe = paths::program("modprobe").context("modprobe is missing")?;
+    let ip = paths::program("ip").context("ip is missing")?;
     let mode = if matches!(job, Job::Terminal(_)) { "shell" } else { "run" };
     let mut text = Vec::new();
     for (name, value) in [
@@ -399,6 +403,8 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
         ("MODULE_TREE", kernel.tree.as_os_str()),
         ("HOST_MODPROBE", modprobe.as_os_str()),
         ("LEASE_BREAK_TIME", OsStr::new(&options.lease_break_time.to_string())),
+        ("HOST_IP", ip.as_os_str()),
+        ("HOSTS", OsStr::new(&options.hosts.to_string())),
         ("END_MARK", OsStr::new(mark)),
     ] {
         assign(&mut text, "", OsStr::new(name), value);
@@ -407,7 +413,7 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
 }
 
 /// The shell script that becomes the command: its variables, its folder, itself.
-fn command_script(job: &Job) -> Result<Vec<u8>> {
+fn command_script(options: &Options, job: &Job) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     for (name, value) in env::vars_os().filter(|(name, _)| is_passed(name)) {
         assign(&mut text, "export ", &name, &value);
@@ -416,9 +422,10 @@ fn command_script(job: &Job) -> Result<Vec<u8>> {
         b". \"${0%/*}/settings.sh\"\n\
           export PATH=\"$LAB_BASE/lab/bin:$PATH:/usr/sbin:/sbin\" TMPDIR=\"$LAB_BASE/tmp\"\n\
           export PINFOLD_LAB=1 PINFOLD_LAB_KERNEL=\"$(uname -r)\"\n\
-          export PINFOLD_LAB_EXT4=\"$LAB_BASE/ext4\" PINFOLD_LAB_XFS=\"$LAB_BASE/xfs\"\n\
-          export PINFOLD_LAB_RDMA_DEVICE=rxe0\n",
+          export PINFOLD_LAB_EXT4=\"$LAB_BASE/ext4\" PINFOLD_LAB_XFS=\"$LAB_BASE/xfs\"\n",
     );
+    let (variables, prefix) = host(options);
+    text.extend_from_slice(variables.as_bytes());
     text.extend_from_slice(b"cd ");
     quote(&mut text, env::current_dir().context("the current folder is gone")?.as_os_str());
     text.extend_from_slice(b" || exit 126\n");
@@ -429,12 +436,25 @@ fn command_script(job: &Job) -> Result<Vec<u8>> {
     }
     ensure!(!argv.is_empty(), "no command given");
     text.extend_from_slice(b"exec");
+    text.extend_from_slice(prefix.as_bytes());
     for word in argv {
         text.push(b' ');
         quote(&mut text, word);
     }
     text.push(b'\n');
     Ok(text)
+}
+
+/// Where the command is: what it must know of that, and what puts it there.
+fn host(options: &Options) -> (&'static str, &'static str) {
+    match options.hosts {
+        2 => (
+            "export PINFOLD_LAB_RDMA_DEVICE=rxe-b PINFOLD_LAB_SERVER_DEVICE=rxe-a\n\
+             export PINFOLD_LAB_SERVER_HOST=a PINFOLD_LAB_SERVER_ADDRESS=10.78.0.1\n",
+            " ip netns exec b",
+        ),
+        _ => ("export PINFOLD_LAB_RDMA_DEVICE=rxe0\n", ""),
+    }
 }
 
 /// Variables of the caller that the command sees.
