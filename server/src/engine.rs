@@ -474,7 +474,7 @@ impl Engine {
         let description = self.open(located)?;
         // Nobody else has it open: what they see of it must not change under them.
         drop(description.arm(&self.watcher)?);
-        self.demand_named(export, path, located)?;
+        self.demand_named(export, path, located.identity())?;
         resize.demand(description.size()?, size)?;
         Ok(description.resize(size)?)
     }
@@ -522,6 +522,7 @@ impl Engine {
         let located = self.locate(export.clone(), path.clone()).await?;
         Resize::Shorter.demand(located.size(), size)?;
         let turn = self.take_turn(&located).await?;
+        self.demand_still_named(&export, &path, &located).await?;
         let revoked = self.take_back(&located, Reason::Shrink).await?;
         self.blocking(move |engine| {
             let _turn = turn;
@@ -543,10 +544,11 @@ impl Engine {
         if !revoke_pins {
             self.demand_unpinned(&located).await?;
         }
+        self.demand_still_named(&export, &path, &located).await?;
         let revoked = self.take_back(&located, Reason::Remove).await?;
         self.blocking(move |engine| {
             let _turn = turn;
-            engine.demand_named(&export, &path, &located)?;
+            engine.demand_named(&export, &path, located.identity())?;
             engine.export(&export)?.remove(&path)?;
             Ok(revoked)
         })
@@ -612,12 +614,31 @@ impl Engine {
         v1::InspectResponse { sessions, files }
     }
 
+    /// Asked before pins are revoked, so that nobody loses them for a path that names another file
+    /// by now.
+    async fn demand_still_named(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        located: &Located,
+    ) -> Result<()> {
+        let (export, path, identity) = (export.to_owned(), path.clone(), located.identity());
+        self.blocking(move |engine| engine.demand_named(&export, &path, identity)).await
+    }
+
     /// The path must still name the file: it may have been renamed or replaced since we looked.
-    fn demand_named(&self, export: &str, path: &RelativePath, located: &Located) -> Result<()> {
-        let changed = || Error::FileChanged { path: located.path().to_owned() };
-        match self.export(export)?.locate(path) {
-            Ok(found) if found.identity() == located.identity() => Ok(()),
-            Ok(_) | Err(pinfold_leases::Error::NotFound { .. }) => Err(changed()),
+    fn demand_named(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        identity: FileIdentity,
+    ) -> Result<()> {
+        let export = self.export(export)?;
+        match export.locate(path) {
+            Ok(found) if found.identity() == identity => Ok(()),
+            Ok(_) | Err(FileError::NotFound { .. }) => {
+                Err(Error::FileChanged { path: export.path().join(path.as_path()) })
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -723,7 +744,7 @@ impl Engine {
                 None => engine.guard(&located, order.reserve_end)?,
             };
             let granted = engine
-                .demand_named(&order.export, &order.path, &located)
+                .demand_named(&order.export, &order.path, located.identity())
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));
             if granted.is_err() {
                 let unused = engine.registry().release_if_unused(file.id());

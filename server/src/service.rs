@@ -194,9 +194,14 @@ impl Pinfold for Service {
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
-        self.engine.demand_session(wire::session_id(&request.into_inner().session_id)?)?;
+        let id = wire::session_id(&request.into_inner().session_id)?;
+        self.engine.demand_session(id)?;
+        let engine = Arc::clone(&self.engine);
         // A watcher that is too slow misses records; its stream goes on with the newest.
-        let records = BroadcastStream::new(self.engine.records()).filter_map(Result::ok).map(Ok);
+        let records = BroadcastStream::new(self.engine.records())
+            .take_while(move |_| engine.demand_session(id).is_ok())
+            .filter_map(Result::ok)
+            .map(Ok);
         Ok(Response::new(Box::pin(records)))
     }
 }
