@@ -1,0 +1,385 @@
+//! Files as clients see them: finding, creating, resizing, removing, listing; and whose turn it is
+//! to open or guard one.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pinfold_leases::{
+    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located,
+    RelativePath,
+};
+use pinfold_proto::v1;
+
+use super::{Engine, Inode, PATIENCE, locked};
+use crate::error::{Error, Result};
+use crate::held::HeldFile;
+use crate::ids::{PinId, SessionId};
+use crate::registry::{Reason, Refusal, Standing};
+use crate::wire;
+
+/// Names in one listing.
+const LONGEST_LISTING: usize = 10_000;
+/// Permission bits of the files that clients create, before the umask.
+const FILE_MODE: u32 = 0o644;
+/// Stands in a gate for work of the server's own; no pin has it.
+const NO_PIN: PinId = PinId(0);
+
+/// In which direction a file's size may change.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Resize {
+    Exactly,
+    Longer,
+    Shorter,
+}
+
+impl Resize {
+    /// To be asked of the size that the file has in the end, when nobody else can change it.
+    pub(super) fn demand(self, now: u64, wanted: u64) -> Result<()> {
+        let why = match self {
+            Self::Longer if wanted < now => {
+                "a file grows to a size that is not below its own; shrink it instead"
+            }
+            Self::Shorter if wanted > now => {
+                "a file shrinks to a size that is not above its own; grow it instead"
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::BadRange { start: now, end: wanted, why })
+    }
+}
+
+/// The right to open, guard or resize an inode.
+pub(super) struct Turn {
+    engine: Arc<Engine>,
+    identity: FileIdentity,
+    held: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.held = None;
+        self.engine.prune(self.identity);
+    }
+}
+
+impl Inode {
+    pub(super) fn is_unused(&self) -> bool {
+        let closed = self.description.as_ref().is_none_or(|weak| weak.upgrade().is_none());
+        closed && Arc::strong_count(&self.turn) == 1
+    }
+}
+
+impl Engine {
+    pub(super) fn export(&self, name: &str) -> Result<&Export> {
+        self.exports.get(name).ok_or_else(|| {
+            let mut known: Vec<&str> = self.exports.keys().map(String::as_str).collect();
+            known.sort_unstable();
+            Error::ExportNotFound { name: name.to_owned(), known: known.join(", ") }
+        })
+    }
+
+    /// Finds a file without opening it.
+    pub(crate) async fn locate(&self, export: String, path: RelativePath) -> Result<Located> {
+        self.blocking(move |engine| Ok(engine.export(&export)?.locate(&path)?)).await
+    }
+
+    /// How a file stands now, if it is guarded.
+    pub(crate) fn standing(&self, identity: FileIdentity) -> Option<Standing> {
+        self.registry().standing(identity).map(|(_, standing)| standing)
+    }
+
+    /// Makes a file of exactly `size` bytes, allocated, zeroed and durable.
+    pub(crate) async fn create(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<FileIdentity> {
+        let create = Create { size, mode: FILE_MODE };
+        self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
+            .await
+    }
+
+    /// What holds a file still, if it is guarded.
+    pub(crate) fn guard_tier(&self, identity: FileIdentity) -> Option<pinfold_leases::GuardTier> {
+        let (guard, _) = self.registry().standing(identity)?;
+        Some(self.file(guard)?.tier())
+    }
+
+    /// Gives an existing file another size. Refused while it has pins.
+    pub(crate) async fn resize(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<FileIdentity> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let identity = located.identity();
+        let turn = self.take_turn(&located).await?;
+        self.demand_unpinned(&located).await?;
+        self.blocking(move |engine| {
+            // A caller that goes away gives its turn up only when this is done.
+            let _turn = turn;
+            engine.resize_unguarded(&export, &path, &located, size, Resize::Exactly)?;
+            Ok(identity)
+        })
+        .await
+    }
+
+    pub(super) async fn demand_unpinned(&self, located: &Located) -> Result<()> {
+        match self.settled(located).await? {
+            Some((file, pins)) => Err(Error::FilePinned { path: file.path().to_owned(), pins }),
+            None => Ok(()),
+        }
+    }
+
+    /// Only in the inode's turn, while it is not guarded.
+    pub(super) fn resize_unguarded(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        located: &Located,
+        size: u64,
+        resize: Resize,
+    ) -> Result<()> {
+        let description = self.open(located)?;
+        // Nobody else has it open: what they see of it must not change under them.
+        drop(description.arm(&self.watcher)?);
+        self.demand_named(export, path, located.identity())?;
+        resize.demand(description.size()?, size)?;
+        Ok(description.resize(size)?)
+    }
+
+    /// Makes a file longer, under its guard if it has one. Returns its end.
+    pub(crate) async fn grow(&self, export: String, path: RelativePath, size: u64) -> Result<u64> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let turn = self.take_turn(&located).await?;
+        let held = self.settled(&located).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            match held {
+                Some((file, _)) => engine.grow_guarded(&file, size)?,
+                None => {
+                    engine.resize_unguarded(&export, &path, &located, size, Resize::Longer)?;
+                }
+            }
+            Ok(size)
+        })
+        .await
+    }
+
+    /// Grows a file under its guard, inside its gate: not once it has been given away.
+    pub(super) fn grow_guarded(&self, file: &HeldFile, size: u64) -> Result<()> {
+        let inside = file.gate().enter(NO_PIN, true).ok_or(Refusal::Draining)?;
+        let grown = (|| {
+            if !self.registry().is_held(file.id()) {
+                return Err(Refusal::Draining.into());
+            }
+            Resize::Longer.demand(file.description().size()?, size)?;
+            Ok(file.description().grow(size)?)
+        })();
+        drop(inside);
+        self.fence_if_awaited(file);
+        grown
+    }
+
+    /// Makes a file shorter, after its pins have been revoked with notice. Returns how many.
+    pub(crate) async fn shrink(
+        &self,
+        export: String,
+        path: RelativePath,
+        size: u64,
+    ) -> Result<usize> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        Resize::Shorter.demand(located.size(), size)?;
+        let turn = self.take_turn(&located).await?;
+        self.demand_still_named(&export, &path, &located).await?;
+        let revoked = self.take_back(&located, Reason::Shrink).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            engine.resize_unguarded(&export, &path, &located, size, Resize::Shorter)?;
+            Ok(revoked)
+        })
+        .await
+    }
+
+    /// Removes a file; its pins are revoked with notice first, or it is refused. Returns how many.
+    pub(crate) async fn remove(
+        &self,
+        export: String,
+        path: RelativePath,
+        revoke_pins: bool,
+    ) -> Result<usize> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let turn = self.take_turn(&located).await?;
+        if !revoke_pins {
+            self.demand_unpinned(&located).await?;
+        }
+        self.demand_still_named(&export, &path, &located).await?;
+        let revoked = self.take_back(&located, Reason::Remove).await?;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            engine.demand_named(&export, &path, located.identity())?;
+            engine.export(&export)?.remove(&path)?;
+            Ok(revoked)
+        })
+        .await
+    }
+
+    /// Takes a file back, and waits until its guard is let go. Returns how many pins it had.
+    pub(super) async fn take_back(&self, located: &Located, reason: Reason) -> Result<usize> {
+        let Some((file, pins)) = self.settled(located).await? else { return Ok(0) };
+        let budget = self.break_budget();
+        let actions = self.registry().take_back_for(file.id(), reason, Instant::now(), budget);
+        file.gate().close();
+        self.perform(actions);
+        // Nobody can pin it meanwhile: that takes a turn.
+        match self.settled(located).await? {
+            None => Ok(pins),
+            Some(_) => Err(Refusal::Draining.into()),
+        }
+    }
+
+    /// Lists a folder, with the number of pins on each file.
+    pub(crate) async fn list(
+        &self,
+        export: String,
+        path: Option<RelativePath>,
+    ) -> Result<Vec<(Entry, usize)>> {
+        self.blocking(move |engine| {
+            let entries = engine.export(&export)?.list(path.as_ref(), LONGEST_LISTING)?;
+            let with_pins = |entry: Entry| {
+                let pins = match engine.standing(entry.identity) {
+                    Some(Standing::Held { pins, .. }) => pins,
+                    Some(Standing::Going) | None => 0,
+                };
+                (entry, pins)
+            };
+            Ok(entries.into_iter().map(with_pins).collect())
+        })
+        .await
+    }
+
+    /// The names of the exports, ordered.
+    pub(crate) fn export_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.exports.keys().cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
+    /// Who holds what now, as seen by one session.
+    pub(crate) fn inspect(&self, id: SessionId) -> v1::InspectResponse {
+        let (sessions, files) = self.registry().view();
+        let device = |id| {
+            let parts = locked(&self.sessions).get(&id).cloned()?;
+            parts.device.get().cloned()
+        };
+        let sessions = sessions
+            .into_iter()
+            .map(|view| wire::session_info(&view, view.id == id, device(view.id)))
+            .collect();
+        let files = files
+            .into_iter()
+            .filter_map(|view| Some(wire::file_info(&view, self.file(view.guard)?.as_ref())))
+            .collect();
+        v1::InspectResponse { sessions, files }
+    }
+
+    /// Asked before pins are revoked, so that nobody loses them for a path that names another file
+    /// by now.
+    pub(super) async fn demand_still_named(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        located: &Located,
+    ) -> Result<()> {
+        let (export, path, identity) = (export.to_owned(), path.clone(), located.identity());
+        self.blocking(move |engine| engine.demand_named(&export, &path, identity)).await
+    }
+
+    /// The path must still name the file: it may have been renamed or replaced since we looked.
+    pub(super) fn demand_named(
+        &self,
+        export: &str,
+        path: &RelativePath,
+        identity: FileIdentity,
+    ) -> Result<()> {
+        let export = self.export(export)?;
+        match export.locate(path) {
+            Ok(found) if found.identity() == identity => Ok(()),
+            Ok(_) | Err(FileError::NotFound { .. }) => {
+                Err(Error::FileChanged { path: export.path().join(path.as_path()) })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub(super) async fn take_turn(&self, located: &Located) -> Result<Turn> {
+        let identity = located.identity();
+        let next = locked(&self.inodes).entry(identity).or_default().turn.clone();
+        // Made first: it forgets the inode again, also if the wait is given up.
+        let mut turn = Turn { engine: self.arc(), identity, held: None };
+        let held = tokio::time::timeout(PATIENCE, next.lock_owned()).await;
+        turn.held = Some(held.map_err(|_| still_draining(located))?);
+        Ok(turn)
+    }
+
+    /// Waits for a revocation that is under way, and returns the guarded file with the number of
+    /// its pins, or `None` where the file is not guarded.
+    pub(super) async fn settled(
+        &self,
+        located: &Located,
+    ) -> Result<Option<(Arc<HeldFile>, usize)>> {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let Some((guard, standing)) = self.registry().standing(located.identity()) else {
+                return Ok(None);
+            };
+            let Some(file) = self.file(guard) else { return Ok(None) };
+            if let Standing::Held { pins, .. } = standing {
+                return Ok(Some((file, pins)));
+            }
+            tokio::time::timeout_at(give_up, file.wait_released())
+                .await
+                .map_err(|_| still_draining(located))?;
+        }
+    }
+
+    /// Opens a file, by the description that it has already if an old mapping keeps one. Only to
+    /// be called in the inode's turn, while it is not guarded: to open a file that we have guarded
+    /// ourselves would break that guard and wait for ourselves.
+    pub(super) fn open(&self, located: &Located) -> Result<Description> {
+        let identity = located.identity();
+        let known = locked(&self.inodes).get(&identity).and_then(|inode| inode.description.clone());
+        if let Some(description) = known.and_then(|weak| weak.upgrade()) {
+            return Ok(description);
+        }
+        let description = located.open()?;
+        let mut inodes = locked(&self.inodes);
+        inodes.entry(identity).or_default().description = Some(description.downgrade());
+        Ok(description)
+    }
+
+    pub(super) fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {
+        locked(&self.files).get(&guard).cloned()
+    }
+}
+
+pub(super) fn still_draining(located: &Located) -> Error {
+    Error::StillDraining { path: located.path().to_owned(), waited: PATIENCE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_changes_only_in_the_direction_that_was_asked_for() {
+        assert!(Resize::Longer.demand(10, 9).is_err());
+        assert!(Resize::Shorter.demand(10, 11).is_err());
+        for resize in [Resize::Longer, Resize::Shorter, Resize::Exactly] {
+            assert!(resize.demand(10, 10).is_ok());
+        }
+        assert!(Resize::Longer.demand(10, 11).is_ok() && Resize::Shorter.demand(10, 9).is_ok());
+    }
+}

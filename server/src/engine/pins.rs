@@ -1,0 +1,563 @@
+//! Pins, the bytes that move by them, and commits.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pinfold_leases::{
+    Break, Error as FileError, FileIdentity, Located, Mapping, RelativePath, waiting_breakers,
+};
+use pinfold_proto::v1;
+use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode};
+
+use super::sessions::no_device;
+use super::{Engine, PATIENCE, SessionParts, locked};
+use crate::error::{Error, Result, with_causes};
+use crate::fabric::{self, Fabric};
+use crate::fence::Order;
+use crate::held::HeldFile;
+use crate::ids::{Generation, PinId, SessionId};
+use crate::registry::{Action, PinAccess, Refusal, Terms, Transport};
+use crate::wire;
+
+/// How soon a pin is tried again when what stands in its way will pass.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
+/// The ways by which a pin's bytes can travel; the stream path always can.
+#[derive(Debug)]
+pub(crate) struct Ways {
+    /// Offset, length, address and key of each region; none: by the stream path only.
+    pub segments: Vec<v1::Segment>,
+    /// The device's rules for this kind of registration.
+    pub quirks: v1::Quirks,
+    /// Why there are no segments.
+    pub no_rdma_because: String,
+}
+
+impl Ways {
+    pub(super) fn stream(no_rdma_because: String) -> Self {
+        let quirks = v1::Quirks { start_alignment_bytes: 1, path_mtu_bytes: 0 };
+        Self { segments: Vec::new(), quirks, no_rdma_because }
+    }
+}
+
+/// How a client wants its bytes to travel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum TransportWish {
+    /// By RDMA where it can be.
+    Either,
+    /// By RDMA or not at all.
+    Rdma,
+    /// By the stream path only.
+    Stream,
+}
+
+/// Where a stream transfer starts, and on whose behalf.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StreamPiece {
+    /// Whose.
+    pub session: SessionId,
+    /// By which right.
+    pub pin: PinId,
+    /// Of which guarding.
+    pub generation: Generation,
+    /// In the file.
+    pub offset: u64,
+}
+
+/// What making a pin ready needs to know.
+pub(super) struct Registration<'a> {
+    file: &'a HeldFile,
+    mapping: &'a Mapping,
+    pin: PinId,
+    range: &'a Range<u64>,
+    reach: Range<u64>,
+    order: &'a PinOrder,
+}
+
+/// A pin that can be handed out.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    /// Its file.
+    pub file: Arc<HeldFile>,
+    /// Its name.
+    pub pin: PinId,
+    /// Of the guarding.
+    pub generation: Generation,
+    /// What may be done with it.
+    pub access: PinAccess,
+    /// Bytes of the file.
+    pub range: Range<u64>,
+    /// The file's size.
+    pub valid_end: u64,
+    /// How its bytes can travel.
+    pub ways: Ways,
+}
+
+/// What a pin asks for.
+#[derive(Clone, Debug)]
+pub(crate) struct PinOrder {
+    /// Name of the export.
+    pub export: String,
+    /// Path inside it.
+    pub path: RelativePath,
+    /// `None`: the whole file.
+    pub range: Option<Range<u64>>,
+    /// What may be done with it.
+    pub access: PinAccess,
+    /// Refuse unless the path names this file.
+    pub expected: Option<FileIdentity>,
+    /// How its bytes are to travel.
+    pub transport: TransportWish,
+    /// Keep others off.
+    pub exclusive: bool,
+    /// Keys reach up to here, if that is past the range.
+    pub reserve_end: u64,
+}
+
+impl Engine {
+    /// Guards a file, if it isn't yet, and registers a range of it for a session. Once begun it
+    /// runs to its end; if nobody waits for the answer any more, the pin is given back.
+    pub(crate) async fn pin(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
+        let (answer, waiting) = tokio::sync::oneshot::channel();
+        let engine = self.arc();
+        tokio::spawn(async move {
+            let granted = engine.pin_to_the_end(id, order).await;
+            if let Err(Ok(unwanted)) = answer.send(granted) {
+                // The session may be over too: then there is nothing left to give back.
+                let _ = engine.unpin(id, unwanted.pin).await;
+            }
+        });
+        waiting.await.map_err(|_| Error::Task)?
+    }
+
+    pub(super) async fn pin_to_the_end(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
+        let give_up = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            match self.try_to_pin(id, &order).await {
+                Err(error) if passes(&error) && tokio::time::Instant::now() < give_up => {
+                    tokio::time::sleep(TRY_AGAIN).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    pub(super) async fn try_to_pin(&self, id: SessionId, order: &PinOrder) -> Result<Granted> {
+        let session = self.session(id)?;
+        if order.transport == TransportWish::Rdma {
+            let session = Arc::clone(&session);
+            self.blocking(move |engine| engine.demand_link(&session).map(drop)).await?;
+        }
+        let reserve_limit = self.limits.reserved_bytes_per_pin;
+        let located = self.locate(order.export.clone(), order.path.clone()).await?;
+        if order.expected.is_some_and(|expected| expected != located.identity()) {
+            return Err(Error::FileChanged { path: located.path().to_owned() });
+        }
+        if order.reserve_end.saturating_sub(located.size()) > reserve_limit {
+            let what = "what one pin may reserve past the end of a file";
+            return Err(Refusal::Quota { what, limit: reserve_limit }.into());
+        }
+        let turn = self.take_turn(&located).await?;
+        let held = self.settled(&located).await?;
+        let order = order.clone();
+        self.blocking(move |engine| {
+            let _turn = turn;
+            let file = match held {
+                Some((file, _)) => file,
+                None => engine.guard(&located, order.reserve_end)?,
+            };
+            let granted = engine
+                .demand_named(&order.export, &order.path, located.identity())
+                .and_then(|()| engine.pin_on(&file, id, &session, &order));
+            if granted.is_err() {
+                let unused = engine.registry().release_if_unused(file.id());
+                engine.perform(unused);
+            }
+            granted
+        })
+        .await
+    }
+
+    /// Opens, guards and maps a file, with room for what a pin reserves past its end.
+    pub(super) fn guard(&self, located: &Located, reserve_end: u64) -> Result<Arc<HeldFile>> {
+        self.let_breakers_pass(located)?;
+        let description = self.open(located)?;
+        let armed = description.arm(&self.watcher)?;
+        // Only now can the size not change any more.
+        let size = description.size()?;
+        let kind = description.kind()?;
+        let (guard, mapping) = armed.map(size.max(reserve_end).max(1))?;
+        let identity = description.identity();
+        let file = Arc::new(HeldFile::new(description, kind, guard, mapping));
+        // Known to the fence before it is known to the registry.
+        locked(&self.files).insert(file.id(), Arc::clone(&file));
+        let added = self.registry().add_file(identity, file.id());
+        if let Err(refusal) = added {
+            if let Some(Ok(fenced)) = file.fence() {
+                file.release(fenced);
+            }
+            self.retire(&file, None, 0);
+            return Err(refusal.into());
+        }
+        // News of a break that came before the registry knew the file went nowhere.
+        if let Some(kind) = file.broken() {
+            self.handle_break(Break { guard: file.id(), kind, at: Instant::now() });
+        }
+        Ok(file)
+    }
+
+    /// After a break, whoever waited goes first: unlink and rename hold nothing that would keep us
+    /// from guarding the file again before they have woken up.
+    pub(super) fn let_breakers_pass(&self, located: &Located) -> Result<()> {
+        let identity = located.identity();
+        let broken = locked(&self.inodes).get(&identity).is_some_and(|inode| inode.broken);
+        if !broken {
+            return Ok(());
+        }
+        if !waiting_breakers(identity).is_empty() {
+            return Err(Refusal::Draining.into());
+        }
+        locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = false);
+        Ok(())
+    }
+
+    pub(super) fn pin_on(
+        &self,
+        file: &Arc<HeldFile>,
+        id: SessionId,
+        session: &SessionParts,
+        order: &PinOrder,
+    ) -> Result<Granted> {
+        let valid_end = file.description().size()?;
+        let range = usable_range(order.range.clone(), valid_end)?;
+        let mapping = file.mapping().ok_or(Refusal::Draining)?;
+        let reach = range.start..reserved_end(range.end, order.reserve_end, mapping.len() as u64)?;
+        let terms =
+            Terms { range: reach.clone(), access: order.access, exclusive: order.exclusive };
+        let pin = self.registry().begin_pin(id, file.id(), terms)?;
+        let job = Registration { file, mapping: &mapping, pin, range: &range, reach, order };
+        let ready = self.make_ready(session, &job);
+        let (generation, ways) = ready.map_err(|error| {
+            // The session may have ended meanwhile, and then nobody else knows of the regions.
+            self.drop_regions(file.id(), pin, id);
+            let actions = self.registry().abandon_pin(pin, Instant::now());
+            self.perform(actions);
+            // What fails on a mapping that is being fenced fails for that reason.
+            if file.broken().is_some() { Refusal::Draining.into() } else { error }
+        })?;
+        let (access, file) = (order.access, Arc::clone(file));
+        Ok(Granted { file, pin, generation, access, range, valid_end, ways })
+    }
+
+    /// Registers what the pin asks for, and lets the pin live.
+    pub(super) fn make_ready(
+        &self,
+        session: &SessionParts,
+        job: &Registration<'_>,
+    ) -> Result<(Generation, Ways)> {
+        let ways = match job.order.transport {
+            TransportWish::Stream => Ways::stream("it was not asked for".to_owned()),
+            TransportWish::Rdma => self.register(session, job)?,
+            TransportWish::Either => match self.register(session, job) {
+                Err(error) if stream_can_serve(&error) => {
+                    let because = with_causes(&error);
+                    tracing::warn!(path = %job.file.path().display(), because, "no RDMA for a pin");
+                    Ways::stream(because)
+                }
+                ways => ways?,
+            },
+        };
+        let transport = if ways.segments.is_empty() { Transport::Stream } else { Transport::Rdma };
+        let generation = self.registry().finish_pin(job.pin, transport)?;
+        Ok((generation, ways))
+    }
+
+    pub(super) fn register(&self, session: &SessionParts, job: &Registration<'_>) -> Result<Ways> {
+        let Registration { file, mapping, pin, range, reach, order } = job;
+        let (fabric, domain) = self.demand_link(session)?;
+        let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| Error::CannotRegister {
+            path: file.path().to_owned(),
+            kind: file.kind(),
+            device: fabric.device().name().to_owned(),
+            why: why.to_owned(),
+        })?;
+        if mode == RegistrationMode::Pinned && reach.end > range.end {
+            return Err(Error::CannotRegister {
+                path: file.path().to_owned(),
+                kind: file.kind(),
+                device: fabric.device().name().to_owned(),
+                why: "pages past the end of a file can't be pinned, so nothing can be reserved there; \
+                      ask for a pin without a reserve"
+                    .to_owned(),
+            });
+        }
+        // Below that, its key would reach bytes outside the pin: the device would move them there.
+        let alignment = u64::from(quirks.start_alignment_bytes.max(1));
+        let start = range.start.next_multiple_of(alignment);
+        if start >= reach.end || (start > range.start && order.transport == TransportWish::Rdma) {
+            return Err(Error::MisalignedPin { start: range.start, alignment });
+        }
+        let go_on = || self.registry().is_held(file.id()) && file.broken().is_none();
+        if order.access == PinAccess::ReadWrite {
+            mapping.populate((*range).clone(), go_on)?;
+        }
+        let manner = fabric::Manner { mode, quirks, access: order.access };
+        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)?;
+        let told = segments.iter().map(wire::segment).collect();
+        file.add_segments(*pin, segments);
+        Ok(Ways { segments: told, quirks: wire::quirks(quirks), no_rdma_because: String::new() })
+    }
+
+    /// The session's device and protection domain, or why it has none.
+    pub(super) fn demand_link(
+        &self,
+        session: &SessionParts,
+    ) -> Result<(Arc<Fabric>, ProtectionDomain)> {
+        if self.fabrics.is_empty() {
+            return Err(no_device());
+        }
+        let link = locked(&session.link);
+        let link = link.as_ref().ok_or(Error::NoQueuePair)?;
+        let domain = link.domain().ok_or(Error::NoQueuePair)?;
+        Ok((Arc::clone(link.fabric()), domain.clone()))
+    }
+
+    /// Gives a pin back. When this returns its keys are dead.
+    pub(crate) async fn unpin(&self, id: SessionId, pin: PinId) -> Result<()> {
+        let last_of = self.blocking(move |engine| {
+            let actions = engine.registry().unpin(id, pin, Instant::now())?;
+            let last_of = actions.iter().find_map(|action| match action {
+                Action::FenceNow { guard, .. } => engine.file(*guard),
+                _ => None,
+            });
+            engine.perform(actions);
+            Ok(last_of)
+        });
+        if let Some(file) = last_of.await? {
+            // The fence kills the keys that the fence thread took out of this call's hands.
+            let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
+            released.map_err(|_| Error::StillDraining {
+                path: file.path().to_owned(),
+                waited: PATIENCE,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of a pin through the kernel.
+    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
+        self.streaming(piece, move |engine| {
+            let len = data.len() as u64;
+            engine.inside(piece, len, PinAccess::ReadWrite, |file| {
+                Ok(file.description().write_at(&data, piece.offset)?)
+            })
+        })
+        .await
+    }
+
+    /// Reads bytes of a pin through the kernel.
+    pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
+        self.streaming(piece, move |engine| {
+            engine.inside(piece, len as u64, PinAccess::Read, |file| {
+                let mut data = vec![0; len];
+                file.description().read_at(&mut data, piece.offset)?;
+                Ok(data)
+            })
+        })
+        .await
+    }
+
+    /// Does a piece of stream work inside the file's gate, if the pin allows it.
+    pub(super) fn inside<T>(
+        &self,
+        piece: StreamPiece,
+        len: u64,
+        access: PinAccess,
+        work: impl FnOnce(&HeldFile) -> Result<T>,
+    ) -> Result<T> {
+        let StreamPiece { session, pin, generation, offset } = piece;
+        let begin = || self.registry().begin_transfer(session, pin, generation, access);
+        let view = begin()?;
+        let file = self.file(view.guard).ok_or(Refusal::Draining)?;
+        let writes = access == PinAccess::ReadWrite;
+        let inside = file.gate().enter(pin, writes).ok_or(Refusal::Draining)?;
+        // Once more, now that an unpin would wait for us.
+        let done = begin().map_err(Error::from).and_then(|_| {
+            piece_fits(offset, len, &view.range, file.description().size()?)?;
+            work(&file)
+        });
+        drop(inside);
+        self.fence_if_awaited(&file);
+        done
+    }
+
+    /// After the last stream write is out: a fence may have waited for that.
+    pub(super) fn fence_if_awaited(&self, file: &HeldFile) {
+        if file.gate().is_empty_for_good() {
+            self.order(Order::Now(file.id()));
+        }
+    }
+
+    /// Makes what landed in a range durable: only if the flush returned before the release.
+    pub(crate) async fn commit(
+        &self,
+        id: SessionId,
+        pin: PinId,
+        generation: Generation,
+        range: Option<Range<u64>>,
+    ) -> Result<Duration> {
+        self.blocking(move |engine| {
+            let view = engine.registry().begin_commit(id, pin, generation)?;
+            let stale = || Refusal::Stale { pin, asked: generation };
+            let file = engine.file(view.guard).ok_or_else(stale)?;
+            let range = committed_range(range, &view.range, file.description().size()?)?;
+            if file.kind() == pinfold_leases::MappingKind::SharedMemory {
+                return Err(Error::NotDurable { path: file.path().to_owned() });
+            }
+            let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
+            let start = Instant::now();
+            flusher.flush(range)?;
+            if !file.map_sync() {
+                // Without MAP_SYNC the blocks behind the data may not be recorded yet.
+                file.description().sync()?;
+            }
+            let took = start.elapsed();
+            // Too late if the fence has fallen, or if the kernel has let somebody through itself.
+            engine.registry().demand_unfenced(view.guard, pin, generation)?;
+            if file.lapsed() { Err(stale().into()) } else { Ok(took) }
+        })
+        .await
+    }
+}
+
+/// Whether a pin that can't go by RDMA for this reason can go by the stream path.
+pub(super) fn stream_can_serve(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NoRdmaDevice { .. }
+            | Error::NoQueuePair
+            | Error::CannotRegister { .. }
+            | Error::MisalignedPin { .. }
+            | Error::Verbs(
+                VerbsError::MemlockExceeded { .. }
+                    | VerbsError::PinRefused { .. }
+                    | VerbsError::PinFault { .. }
+                    | VerbsError::NoOnDemandPaging { .. }
+            )
+    )
+}
+
+/// A piece of the stream path lies inside its pin and inside the file.
+pub(super) fn piece_fits(offset: u64, len: u64, pin: &Range<u64>, size: u64) -> Result<()> {
+    let (start, end) = (offset, offset.saturating_add(len));
+    if len == 0 {
+        return Err(Error::BadRange { start, end, why: "the piece is empty" });
+    }
+    for (limit, what) in [(pin.end, "the pin"), (size, "the file")] {
+        if start < pin.start || end > limit {
+            return Err(Error::RangePastEnd { start, end, limit, what, remedy: "" });
+        }
+    }
+    Ok(())
+}
+
+/// Whether what stands in the way of a pin will be gone in a moment: a revocation, or somebody who
+/// was just let through and has not let go of the file yet. /proc shows no descriptor of a
+/// truncate(2), and may show the one that we are closing.
+pub(super) fn passes(error: &Error) -> bool {
+    let me = std::process::id();
+    match error {
+        Error::Refused(Refusal::Draining) => true,
+        Error::File(FileError::Broken | FileError::AlreadyFenced) => true,
+        Error::File(FileError::Busy { openers, .. }) => openers.iter().all(|o| o.pid == me),
+        _ => false,
+    }
+}
+
+/// The bytes of a pin, checked against the file's size.
+pub(super) fn usable_range(asked: Option<Range<u64>>, size: u64) -> Result<Range<u64>> {
+    let range = asked.unwrap_or(0..size);
+    let (start, end) = (range.start, range.end);
+    if start == end {
+        let why = if size == 0 { "the file is empty" } else { "the range is empty" };
+        return Err(Error::BadRange { start, end, why });
+    }
+    if start > end {
+        return Err(Error::BadRange { start, end, why: "it ends before it starts" });
+    }
+    if end > size {
+        let remedy = ", or create the file with that size";
+        return Err(Error::RangePastEnd { start, end, limit: size, what: "the file", remedy });
+    }
+    Ok(range)
+}
+
+/// Where the keys of a pin end: past the range if more is reserved, but inside the mapping.
+pub(super) fn reserved_end(end: u64, reserve_end: u64, mapped: u64) -> Result<u64> {
+    let reach = end.max(reserve_end);
+    if reach > mapped {
+        let what = "what is mapped of the file while others have it pinned";
+        let remedy = ", or wait until it has no pins";
+        return Err(Error::RangePastEnd { start: end, end: reach, limit: mapped, what, remedy });
+    }
+    Ok(reach)
+}
+
+/// The bytes of a commit, checked against its pin.
+pub(super) fn committed_range(
+    asked: Option<Range<u64>>,
+    pin: &Range<u64>,
+    size: u64,
+) -> Result<Range<u64>> {
+    let range = asked.unwrap_or(pin.start..pin.end.min(size));
+    let (start, end) = (range.start, range.end);
+    if start >= end {
+        return Err(Error::BadRange {
+            start,
+            end,
+            why: "the range is empty or ends before it starts",
+        });
+    }
+    if start < pin.start || end > pin.end {
+        let what = "the pin";
+        return Err(Error::RangePastEnd { start, end, limit: pin.end, what, remedy: "" });
+    }
+    if end > size {
+        // The device takes them, in the last page; growth will put zeroes there.
+        let what = "the file";
+        return Err(Error::RangePastEnd { start, end, limit: size, what, remedy: "" });
+    }
+    Ok(range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_checked_to_the_byte() {
+        assert_eq!(usable_range(None, 10).unwrap(), 0..10);
+        assert_eq!(usable_range(Some(3..10), 10).unwrap(), 3..10);
+        assert!(matches!(usable_range(None, 0), Err(Error::BadRange { .. })));
+        assert!(matches!(usable_range(Some(4..4), 10), Err(Error::BadRange { .. })));
+        #[allow(clippy::reversed_empty_ranges, reason = "what a client may send")]
+        let reversed = 5..4;
+        assert!(matches!(usable_range(Some(reversed), 10), Err(Error::BadRange { .. })));
+        assert!(matches!(usable_range(Some(3..11), 10), Err(Error::RangePastEnd { .. })));
+    }
+
+    #[test]
+    fn a_commit_stays_inside_its_pin() {
+        assert_eq!(committed_range(None, &(5..9), 100).unwrap(), 5..9);
+        assert_eq!(committed_range(Some(6..7), &(5..9), 100).unwrap(), 6..7);
+        assert!(matches!(committed_range(Some(7..7), &(5..9), 100), Err(Error::BadRange { .. })));
+        for outside in [4..9, 5..10, 20..30] {
+            let refused = committed_range(Some(outside), &(5..9), 100);
+            assert!(matches!(refused, Err(Error::RangePastEnd { .. })));
+        }
+        assert_eq!(committed_range(None, &(5..9), 7).unwrap(), 5..7, "what there is of it");
+        let vanishing = committed_range(Some(5..9), &(5..9), 7);
+        assert!(matches!(vanishing, Err(Error::RangePastEnd { limit: 7, .. })));
+    }
+}

@@ -1,0 +1,221 @@
+//! From the break to the audit record: notices, the fence, the release, the teardown.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pinfold_leases::{Break, BreakKind, FenceFailed, FileIdentity, GuardId};
+
+use super::{Engine, Inode, PATIENCE, Retired, locked};
+use crate::audit::{self, Teardown};
+use crate::error::with_causes;
+use crate::fence::Order;
+use crate::held::HeldFile;
+use crate::ids::SessionId;
+use crate::registry::Record;
+use crate::wire;
+
+/// A drain takes a third of lease-break-time, and never longer than this.
+const LONGEST_DRAIN: Duration = Duration::from_secs(5);
+/// How soon a fence that could not be completed is tried again.
+const FENCE_RETRY_FIRST: Duration = Duration::from_millis(5);
+/// … and how late at most.
+const FENCE_RETRY_LAST: Duration = Duration::from_millis(100);
+
+impl Engine {
+    pub(super) fn handle_break(&self, news: Break) {
+        let budget = self.break_budget();
+        let actions =
+            self.registry().handle_break(news.guard, news.kind, news.at, Instant::now(), budget);
+        // Before anybody is told: from the break on no stream write enters the kernel.
+        if let Some(file) = self.file(news.guard) {
+            file.gate().close();
+        }
+        self.perform(actions);
+    }
+
+    /// How long clients may drain now.
+    pub(super) fn break_budget(&self) -> Duration {
+        drain_budget(self.lease_break_time.read().unwrap_or_else(|error| {
+            // Not to know is to assume the shortest.
+            tracing::error!(error = with_causes(&error), "fencing at once");
+            Some(Duration::from_secs(1))
+        }))
+    }
+
+    /// The fence thread's work, for one file: fence, release, and hand the rest on.
+    pub(super) fn fence(&self, guard: GuardId) {
+        let Some(by) = self.registry().fence_due(guard) else { return };
+        let Some(file) = self.file(guard) else { return };
+        let late_stream_writes = file.gate().close();
+        if late_stream_writes > 0 {
+            // The last one out orders the fence; who waits for the file waits until the deadline.
+            match by {
+                None => return,
+                Some(by) if Instant::now() < by => return self.order(Order::At(guard, by)),
+                Some(_) => {
+                    let path = file.path().display();
+                    tracing::error!(%path, late_stream_writes, "released with stream writes inside");
+                }
+            }
+        }
+        let fenced = match file.fence() {
+            Some(Ok(fenced)) => fenced,
+            Some(Err(error)) => return self.fence_again(&file, &error),
+            None => return,
+        };
+        // No commit that ends later succeeds.
+        self.registry().fenced(guard, Instant::now());
+        let Some(released) = file.release(fenced) else { return };
+        let now = Instant::now();
+        let limit = self.lease_break_time.read().unwrap_or_default();
+        let (actions, record) =
+            self.registry().released(guard, now, |waited| still_pending(&released, waited, limit));
+        if released.broken.is_some() {
+            let identity = file.description().identity();
+            locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = true);
+        }
+        file.announce_release();
+        self.perform(actions);
+        self.retire(&file, record, late_stream_writes);
+    }
+
+    /// Something still reaches the file: a region that is being registered at this moment, and will
+    /// be dropped as soon as that is done, or one that the device refuses to deregister. For the
+    /// second case the queue pairs go too, which is as good a barrier, and the next try finds the
+    /// regions again.
+    pub(super) fn fence_again(&self, file: &HeldFile, error: &FenceFailed) {
+        let tries = file.count_fence_failure();
+        if tries == 1 {
+            let error = with_causes(error);
+            tracing::warn!(path = %file.path().display(), error, "a fence is not complete yet");
+        }
+        if file.has_failed_segments() {
+            for session in self.registry().sessions_on(file.id()) {
+                self.sever(session);
+            }
+        }
+        let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
+        let at = Instant::now() + pause.min(FENCE_RETRY_LAST);
+        self.order(Order::At(file.id(), at));
+    }
+
+    /// Destroys a session's queue pair; the client connects a new one, or not.
+    pub(super) fn sever(&self, id: SessionId) {
+        let session = locked(&self.sessions).get(&id).cloned();
+        if let Some(session) = session
+            && let Some(link) = locked(&session.link).as_mut()
+        {
+            link.disconnect();
+        }
+    }
+
+    /// Hands a released file to the thread that takes it down.
+    pub(super) fn retire(
+        &self,
+        file: &Arc<HeldFile>,
+        record: Option<Record>,
+        late_stream_writes: usize,
+    ) {
+        let file = Arc::clone(file);
+        // The thread ends only with the engine.
+        let _ = self.teardowns.send(Retired { file, record, late_stream_writes });
+    }
+
+    /// Deregisters and unmaps, and writes the audit record.
+    pub(super) fn take_down(&self, Retired { file, record, late_stream_writes }: Retired) {
+        let (deregistered, unmapped, failed_regions) = file.tear_down();
+        if let Some(record) = record {
+            let teardown = Teardown {
+                deregistered: deregistered - record.since,
+                unmapped: unmapped - record.since,
+                failed_regions,
+                late_stream_writes,
+            };
+            audit::revocation(file.path(), file.tier(), &record, &teardown);
+            // Nobody watches: no error.
+            let _ = self.records.send(wire::record(file.path(), &record, &teardown));
+        }
+        self.forget(file);
+    }
+
+    pub(super) fn forget(&self, file: Arc<HeldFile>) {
+        let identity = file.description().identity();
+        self.registry().retired(file.id());
+        locked(&self.files).remove(&file.id());
+        drop(file);
+        self.prune(identity);
+        self.retired.notify_waiters();
+    }
+
+    /// Forgets an inode that nobody uses.
+    pub(super) fn prune(&self, identity: FileIdentity) {
+        let mut inodes = locked(&self.inodes);
+        if inodes.get(&identity).is_some_and(Inode::is_unused) {
+            inodes.remove(&identity);
+        }
+    }
+
+    /// Takes everything back, with the same notices as for a break. Returns when nothing is guarded
+    /// any more, or when that takes far too long.
+    pub(crate) async fn shut_down(&self) {
+        let budget = self.break_budget();
+        let actions = self.registry().shut_down(Instant::now(), budget);
+        self.perform(actions);
+        let give_up = tokio::time::Instant::now() + budget + PATIENCE;
+        loop {
+            let changed = self.retired.notified();
+            if self.registry().is_idle() {
+                break;
+            }
+            if tokio::time::timeout_at(give_up, changed).await.is_err() {
+                tracing::error!("files are still guarded; the kernel lets go of them now");
+                break;
+            }
+        }
+        let sessions = std::mem::take(&mut *locked(&self.sessions));
+        // Their queue pairs go with them, and their streams end.
+        let _ = tokio::task::spawn_blocking(move || drop(sessions)).await;
+    }
+}
+
+/// A third of the time that the kernel holds a breaker back, at most five seconds; nothing where
+/// the kernel waits for one second only.
+pub(super) fn drain_budget(lease_break_time: Option<Duration>) -> Duration {
+    match lease_break_time {
+        None => LONGEST_DRAIN,
+        Some(time) if time <= Duration::from_secs(1) => Duration::ZERO,
+        Some(time) => (time / 3).min(LONGEST_DRAIN),
+    }
+}
+
+/// Whether the kernel still held the breaker back when we let go. A reader's expiry leaves a read
+/// lease behind, so for readers the clock decides.
+pub(super) fn still_pending(
+    released: &pinfold_leases::Released,
+    waited: Duration,
+    lease_break_time: Option<Duration>,
+) -> bool {
+    let expired = lease_break_time.is_some_and(|time| waited >= time);
+    match released.broken {
+        None => false,
+        Some(BreakKind::Writer) => !released.lapsed,
+        Some(BreakKind::Reader) => !released.lapsed && !expired,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drain_leaves_time_before_the_kernel_lets_go() {
+        let budget = |seconds| drain_budget(Some(Duration::from_secs(seconds)));
+        assert_eq!(drain_budget(None), Duration::from_secs(5), "the kernel waits for ever");
+        assert_eq!(budget(1), Duration::ZERO);
+        assert_eq!(budget(3), Duration::from_secs(1));
+        assert_eq!(budget(45), Duration::from_secs(5));
+        for seconds in 1..100 {
+            assert!(budget(seconds) * 2 < Duration::from_secs(seconds), "{seconds}");
+        }
+    }
+}

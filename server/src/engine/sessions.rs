@@ -1,0 +1,138 @@
+//! Sessions and their queue pairs.
+
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
+
+use pinfold_verbs::{Endpoint, Mtu};
+use tokio::sync::Mutex as AsyncMutex;
+
+use super::{Engine, Outbox, SessionParts, locked};
+use crate::error::{Error, Result};
+use crate::fabric::{Fabric, Link};
+use crate::ids::{PinId, SessionId};
+use crate::registry::Refusal;
+
+impl Engine {
+    /// Takes a session up; its events go to `outbox`.
+    pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
+        let id = SessionId::new(random());
+        self.registry().open_session(id, client_name)?;
+        let parts = SessionParts {
+            outbox,
+            link: Mutex::default(),
+            device: OnceLock::new(),
+            connecting: AsyncMutex::default(),
+        };
+        locked(&self.sessions).insert(id, Arc::new(parts));
+        Ok(id)
+    }
+
+    /// Ends a session: its queue pair goes at once, then its pins.
+    pub(crate) async fn end_session(&self, id: SessionId) {
+        let engine = self.arc();
+        let ended = tokio::task::spawn_blocking(move || {
+            // The stream ends when these go, and a client takes its end for the end of its keys.
+            let parts = locked(&engine.sessions).get(&id).cloned();
+            let actions = engine.registry().end_session(id, Instant::now());
+            engine.perform(actions);
+            drop(parts);
+        });
+        if ended.await.is_err() {
+            tracing::error!(session = %id, "ending a session failed");
+        }
+    }
+
+    /// Whether the session lives.
+    pub(crate) fn demand_session(&self, id: SessionId) -> Result<()> {
+        Ok(self.registry().demand_session(id)?)
+    }
+
+    /// A session has nothing in flight on these pins any more.
+    pub(crate) fn drained(&self, id: SessionId, pins: &[PinId]) {
+        let actions = self.registry().drained(id, pins, Instant::now());
+        // Only orders to the fence thread come out of this, so it does not block.
+        self.perform(actions);
+    }
+
+    pub(super) fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
+        self.demand_session(id)?;
+        locked(&self.sessions).get(&id).cloned().ok_or(Refusal::UnknownSession.into())
+    }
+
+    /// Connects a new queue pair to the client's end; one that was there before is destroyed. A
+    /// session stays on the device of its first queue pair: its keys are good on that one only.
+    pub(crate) async fn connect(
+        &self,
+        id: SessionId,
+        client: Endpoint,
+        device: String,
+    ) -> Result<(Endpoint, Mtu)> {
+        let fabric = self.fabric_named(&device)?;
+        let session = self.session(id)?;
+        let for_link = Arc::clone(&session);
+        // One at a time, and those that wait hold no thread.
+        let _connecting = session.connecting.lock().await;
+        self.blocking(move |engine| {
+            let mut link = locked(&for_link.link);
+            let connected = match &mut *link {
+                None => {
+                    let mut new = Link::new(fabric)?;
+                    let connected = new.connect(&client)?;
+                    // The first one that worked: keys are good on that device only.
+                    let _ = for_link.device.set(new.fabric().device().name().to_owned());
+                    *link = Some(new);
+                    Ok(connected)
+                }
+                Some(link) if Arc::ptr_eq(link.fabric(), &fabric) => link.connect(&client),
+                Some(link) => Err(Error::QueuePair {
+                    why: format!(
+                        "this session is on {} already; open another one for {}",
+                        link.fabric().device().name(),
+                        fabric.device().name()
+                    ),
+                }),
+            };
+            // The session may have ended while the kernel resolved the address; then nobody would
+            // destroy the new queue pair but us.
+            if let Err(ended) = engine.demand_session(id) {
+                *link = None;
+                return Err(ended);
+            }
+            connected
+        })
+        .await
+    }
+
+    pub(super) fn fabric_named(&self, name: &str) -> Result<Arc<Fabric>> {
+        let found = self.fabrics.iter().find(|f| name.is_empty() || f.device().name() == name);
+        if let Some(fabric) = found {
+            return Ok(Arc::clone(fabric));
+        }
+        if self.fabrics.is_empty() {
+            return Err(no_device());
+        }
+        let known: Vec<&str> = self.fabrics.iter().map(|f| f.device().name()).collect();
+        Err(Error::UnknownDevice { name: name.to_owned(), known: known.join(", ") })
+    }
+}
+
+pub(super) fn no_device() -> Error {
+    Error::NoRdmaDevice {
+        why:
+            "there was none with an active port when it started; add one (rdma link add rxe0 type \
+              rxe netdev IFACE makes a soft one) and restart pinfoldd, or use the stream path"
+                .to_owned(),
+    }
+}
+
+/// Random bytes from the kernel (getrandom(2)).
+pub(super) fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        // Interrupted calls are tried again; others don't fail for so few bytes.
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
+    }
+    bytes
+}
