@@ -9,6 +9,8 @@ use pinfold_lab::{
 
 const LEN: usize = 256 << 10;
 const PIECE: usize = 4096;
+const SESSIONS: usize = 4;
+const PINS_PER_SESSION: usize = 100;
 
 on_each_file_system! {
     async fn no_stale_byte_appears_in_it(lab in Lab) {
@@ -50,5 +52,38 @@ on_each_file_system! {
         assert_eq!(content.len(), LEN);
         let foreign = content.iter().filter(|byte| **byte != b'L').count();
         assert_eq!(foreign, 0, "remote bytes in the second life");
+    }
+
+    /// Deregistering so many regions takes longer than rewriting the file, so what stands between the
+    /// two lives is the fence alone.
+    async fn keys_are_dead_before_anybody_gets_the_file(lab in Lab) {
+        lab.make_file("file", LEN as u64);
+        let mut holders = Vec::new();
+        for _ in 0..SESSIONS {
+            let session = lab.session().await;
+            let mut pins = Vec::new();
+            for _ in 0..PINS_PER_SESSION {
+                pins.push(session.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap());
+            }
+            let mut buffer = session.buffer(PIECE).await.unwrap();
+            buffer.as_mut_slice().fill(b'R');
+            holders.push((session, pins, buffer));
+        }
+        let path = lab.path("file");
+        let rewriting = tokio::task::spawn_blocking(move || {
+            // Opening it waits for the release.
+            std::fs::write(path, vec![b'L'; LEN]).unwrap();
+        });
+        rewriting.await.unwrap();
+        let mut statuses = Vec::new();
+        for (number, (session, pins, buffer)) in holders.into_iter().enumerate() {
+            let key = pins[0].grant().segments[0];
+            let remote = remote_slice(&key, (number * PIECE) as u64, PIECE);
+            statuses.push(session.raw_write(remote, buffer).await.unwrap().1);
+        }
+        let content = read_by_another_process(&lab.path("file"));
+        let foreign = content.iter().filter(|byte| **byte != b'L').count();
+        assert_eq!(foreign, 0, "remote bytes in the second life; the writes said {statuses:?}");
+        assert_eq!(statuses, vec![CompletionStatus::RemoteAccess; SESSIONS]);
     }
 }
