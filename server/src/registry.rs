@@ -497,6 +497,12 @@ impl Registry {
         self.files.get(&guard).is_some_and(|file| matches!(file.phase, Phase::Held))
     }
 
+    /// Whether the fence is due and not yet complete.
+    pub(crate) fn is_fencing(&self, guard: GuardId) -> bool {
+        let phase = self.files.get(&guard).map(|file| &file.phase);
+        matches!(phase, Some(Phase::Fencing { fenced: false, .. }))
+    }
+
     /// Starts a pin: from here on it keeps its file, but nobody has a key yet.
     pub(crate) fn begin_pin(
         &mut self,
@@ -1076,6 +1082,24 @@ mod tests {
         assert_eq!(timings.drained, Some(Duration::from_millis(20)));
         assert_eq!(timings.released, Duration::from_millis(25));
         assert_eq!(actions.len(), 2, "both sessions are told: {actions:?}");
+    }
+
+    #[test]
+    fn the_fence_is_due_only_once_all_have_drained() {
+        let mut world = World::new();
+        world.file(1);
+        let (a, b) = (world.pin(1, 1), world.pin(2, 1));
+        assert!(!world.registry.is_fencing(guard(1)));
+        world.broken(1);
+        world.registry.drained(session(1), &[a], world.now);
+        assert!(
+            !world.registry.is_fencing(guard(1)),
+            "a stream write that ends now brings no fence"
+        );
+        world.registry.drained(session(2), &[b], world.now);
+        assert!(world.registry.is_fencing(guard(1)));
+        world.released(1);
+        assert!(!world.registry.is_fencing(guard(1)));
     }
 
     #[test]

@@ -392,9 +392,10 @@ impl Engine {
         done
     }
 
-    /// After the last stream write is out: a fence may have waited for that.
+    /// After the last stream write is out: a fence may have waited for that. While clients drain it
+    /// is not due, and the last of them will order it.
     pub(super) fn fence_if_awaited(&self, file: &HeldFile) {
-        if file.gate().is_empty_for_good() {
+        if file.gate().is_empty_for_good() && self.registry().is_fencing(file.id()) {
             self.order(Order::Now(file.id()));
         }
     }
