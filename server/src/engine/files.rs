@@ -10,6 +10,7 @@ use pinfold_leases::{
 };
 use pinfold_proto::v1;
 
+use super::pins::{TRY_AGAIN, passes};
 use super::{Engine, Inode, PATIENCE, locked};
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
@@ -143,8 +144,17 @@ impl Engine {
         resize: Resize,
     ) -> Result<()> {
         let description = self.open(located)?;
-        // Nobody else has it open: what they see of it must not change under them.
-        drop(description.arm(&self.watcher)?);
+        // Nobody else has it open: what they see of it must not change under them. What is left of
+        // our own last guarding is closed on another thread, and passes.
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            match description.arm(&self.watcher).map_err(Error::from) {
+                Err(error) if passes(&error) && Instant::now() < give_up => {
+                    std::thread::sleep(TRY_AGAIN);
+                }
+                armed => break drop(armed?),
+            }
+        }
         self.demand_named(export, path, located.identity())?;
         resize.demand(description.size()?, size)?;
         Ok(description.resize(size)?)

@@ -21,7 +21,7 @@ use crate::registry::{Action, PinAccess, Refusal, Terms, Transport};
 use crate::wire;
 
 /// How soon a pin is tried again when what stands in its way will pass.
-const TRY_AGAIN: Duration = Duration::from_millis(20);
+pub(super) const TRY_AGAIN: Duration = Duration::from_millis(20);
 
 /// The ways by which a pin's bytes can travel; the stream path always can.
 #[derive(Debug)]
