@@ -7,7 +7,9 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use pinfold_cli::timeline;
 use pinfold_client::{ConnectOptions, Event, Pin, PinRequest, RdmaDevice, Session};
-use pinfold_lab::{Daemon, EXPORT, Screen, read_by_another_process, summary};
+use pinfold_lab::{
+    Daemon, EXPORT, Screen, read_by_another_process, rewrite_by_another_process, summary,
+};
 
 const PIECE: usize = 4096;
 const LEN: usize = 4 * PIECE;
@@ -42,7 +44,7 @@ async fn show(screen: &Screen) -> Result<()> {
     screen.step("local", ": > file; then 16384 x 'L' of its own ... waits");
     let job = {
         let path = path.clone();
-        tokio::task::spawn_blocking(move || run_local_job(&path))
+        tokio::task::spawn_blocking(move || rewrite_by_another_process(&path, 'L', LEN))
     };
     let revocation = loop {
         match events.next().await.context("the session ended")? {
@@ -53,7 +55,7 @@ async fn show(screen: &Screen) -> Result<()> {
             other => bail!("unexpected: {other:?}"),
         }
     };
-    job.await??;
+    job.await?;
     let timings = revocation.timings.context("the server sent no timings")?;
     ensure!(timings.break_pending_at_release, "the kernel's timer let the local process through");
     screen.step("local", "... goes through, because Pinfold let go:");
@@ -94,12 +96,5 @@ async fn write(session: &Session, pin: &Pin, byte: u8) -> Result<(), pinfold_cli
     buffer.as_mut_slice().fill(byte);
     pin.write(0, buffer, PIECE).await?;
     pin.commit().await?;
-    Ok(())
-}
-
-fn run_local_job(path: &Path) -> Result<()> {
-    let job = r#": > "$1" && head -c 16384 /dev/zero | tr '\0' L > "$1""#;
-    let status = Command::new("sh").args(["-c", job, "sh"]).arg(path).status()?;
-    ensure!(status.success(), "the local process failed: {status}");
     Ok(())
 }

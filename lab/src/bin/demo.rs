@@ -11,7 +11,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use pinfold_cli::timeline;
 use pinfold_client::{CompletionStatus, ConnectOptions, Event, PinRequest, RdmaDevice, Session};
 use pinfold_lab::{
-    Daemon, EXPORT, FileSystem, Screen, device_name, read_by_another_process, remote_slice, summary,
+    Daemon, EXPORT, FileSystem, Screen, device_name, read_by_another_process, remote_slice,
+    rewrite_by_another_process, summary,
 };
 use pinfold_verbs::{
     Access, Buffer, Connected, Device, Lane, MemoryRegion, Mtu, Piece, ProtectionDomain, QueuePair,
@@ -20,9 +21,6 @@ use pinfold_verbs::{
 
 const PAGE: usize = 4096;
 const LEN: usize = 4 * PAGE;
-
-/// What the local process does with the file: empties it, and grows it for data of its own.
-const LOCAL_JOB: &str = r#": > "$1" && head -c 16384 /dev/zero | tr '\0' L > "$1""#;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -98,7 +96,7 @@ fn hazard(screen: &Screen, path: &Path) -> Result<()> {
     let status = server.remote_write(b'R')?;
     screen.step("remote", &format!("write 4096 x 'R' at 0   -> {}", outcome(status)));
     screen.step("local", ": > file; then 16384 x 'L' of its own");
-    run_local_job(path)?;
+    rewrite_by_another_process(path, 'L', LEN);
     screen.step(
         "local",
         &format!("reads its file          -> {}", summary(&read_by_another_process(path))),
@@ -136,7 +134,7 @@ async fn guarded(screen: &Screen, folder: &Path) -> Result<()> {
     screen.step("local", ": > file; then 16384 x 'L' of its own ... waits");
     let job = {
         let path = path.clone();
-        tokio::task::spawn_blocking(move || run_local_job(&path))
+        tokio::task::spawn_blocking(move || rewrite_by_another_process(&path, 'L', LEN))
     };
     let revocation = loop {
         match events.next().await.context("the session ended")? {
@@ -151,7 +149,7 @@ async fn guarded(screen: &Screen, folder: &Path) -> Result<()> {
             other => anyhow::bail!("unexpected: {other:?}"),
         }
     };
-    job.await??;
+    job.await?;
     let timings = revocation.timings.context("the server sent no timings")?;
     ensure!(timings.break_pending_at_release, "the kernel's timer let the local process through");
     screen.step("local", "... goes through, because Pinfold let go after the fence:");
@@ -197,13 +195,6 @@ fn grant(pin: &pinfold_client::Pin) -> String {
     let grant = pin.grant();
     let sync = if grant.map_sync { ", MAP_SYNC" } else { "" };
     format!("{} bytes, guard: {}{sync}", grant.usable().end - grant.usable().start, grant.guard)
-}
-
-fn run_local_job(path: &Path) -> Result<()> {
-    let status =
-        std::process::Command::new("sh").args(["-c", LOCAL_JOB, "sh"]).arg(path).status()?;
-    ensure!(status.success(), "the local process failed: {status}");
-    Ok(())
 }
 
 fn outcome(status: CompletionStatus) -> String {

@@ -1,6 +1,7 @@
 //! Files as clients see them: finding, creating, resizing, removing, listing; and whose turn it is
 //! to open or guard one.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -330,7 +331,7 @@ impl Engine {
         // Made first: it forgets the inode again, also if the wait is given up.
         let mut turn = Turn { engine: self.arc(), identity, held: None };
         let held = tokio::time::timeout(PATIENCE, next.lock_owned()).await;
-        turn.held = Some(held.map_err(|_| still_draining(located))?);
+        turn.held = Some(held.map_err(|_| still_draining(located.path()))?);
         Ok(turn)
     }
 
@@ -351,7 +352,7 @@ impl Engine {
             }
             tokio::time::timeout_at(give_up, file.wait_released())
                 .await
-                .map_err(|_| still_draining(located))?;
+                .map_err(|_| still_draining(located.path()))?;
         }
     }
 
@@ -375,8 +376,8 @@ impl Engine {
     }
 }
 
-pub(super) fn still_draining(located: &Located) -> Error {
-    Error::StillDraining { path: located.path().to_owned(), waited: PATIENCE }
+pub(super) fn still_draining(path: &Path) -> Error {
+    Error::StillDraining { path: path.to_owned(), waited: PATIENCE }
 }
 
 #[cfg(test)]

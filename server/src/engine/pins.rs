@@ -10,6 +10,7 @@ use pinfold_leases::{
 use pinfold_proto::v1;
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode};
 
+use super::files::still_draining;
 use super::sessions::no_device;
 use super::{Engine, PATIENCE, SessionParts, locked};
 use crate::error::{Error, Result, with_causes};
@@ -337,10 +338,7 @@ impl Engine {
         if let Some(file) = last_of.await? {
             // The fence kills the keys that the fence thread took out of this call's hands.
             let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
-            released.map_err(|_| Error::StillDraining {
-                path: file.path().to_owned(),
-                waited: PATIENCE,
-            })?;
+            released.map_err(|_| still_draining(file.path()))?;
         }
         Ok(())
     }
