@@ -92,6 +92,12 @@ impl Description {
     /// May come again on the same description after a release, also while an older, fenced mapping
     /// of it lives.
     pub fn arm(&self, watcher: &Watcher) -> Result<Armed> {
+        self.arm_at_most(watcher, GuardTier::Delegation)
+    }
+
+    /// As [`arm`](Self::arm), but asks for nothing stronger than `strongest`, for who wants names
+    /// and attributes of the file to stay free.
+    pub fn arm_at_most(&self, watcher: &Watcher, strongest: GuardTier) -> Result<Armed> {
         let watch = watcher.shared();
         let id = watch.next_id();
         // Setting a lease that is there already would succeed and, over a pending break, never
@@ -101,7 +107,7 @@ impl Description {
         }
         let tier = self
             .prepare(watch.thread())
-            .and_then(|()| self.set_strongest())
+            .and_then(|()| self.set_strongest(strongest))
             .inspect_err(|_| self.disclaim())?;
         let lease = Arc::new(Lease { id, tier, description: self.clone() });
         watch.add(Arc::clone(&lease));
@@ -118,11 +124,13 @@ impl Description {
         sys::owner_set(self.fd(), thread).map_err(failed("fcntl(F_SETOWN_EX)"))
     }
 
-    fn set_strongest(&self) -> Result<GuardTier> {
-        match self.set_delegation() {
-            Ok(()) => return Ok(GuardTier::Delegation),
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
-            Err(e) => return Err(self.not_guarded("F_SETDELEG", e)),
+    fn set_strongest(&self, strongest: GuardTier) -> Result<GuardTier> {
+        if strongest >= GuardTier::Delegation {
+            match self.set_delegation() {
+                Ok(()) => return Ok(GuardTier::Delegation),
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+                Err(e) => return Err(self.not_guarded("F_SETDELEG", e)),
+            }
         }
         sys::lease_set(self.fd(), LeaseType::Write)
             .map_err(|e| self.not_guarded("F_SETLEASE", e))?;
