@@ -9,6 +9,7 @@
 mod command;
 mod daemon;
 mod foreign;
+pub mod hazard;
 mod pattern;
 mod pinned;
 mod place;

@@ -13,10 +13,15 @@ use crate::libtest::{self, Tally};
 use crate::{paths, signals};
 
 /// What the lab's tests and the demo start: every program but this one.
-const PROGRAMS: [&str; 6] = ["build", "--workspace", "--exclude", "xtask", "--bins", "--locked"];
+/// With the breaker, which does to files what the hazard table is about.
+const PROGRAMS: [&str; 8] =
+    ["build", "--workspace", "--exclude", "xtask", "--bins", "--locked", "--example", "breaker"];
 /// With the tests, in one go: built apart, the two would differ in features of what they share,
 /// which would then be compiled twice.
 const TESTS: [&str; 2] = ["--tests", "--message-format=json-render-diagnostics"];
+
+/// Test files of this name are about the kernel: they run on each, whichever package they are of.
+pub(crate) const ON_EACH_KERNEL: &str = "on_each_kernel_";
 
 /// A test binary of the lab.
 #[derive(Clone, Debug)]
@@ -64,24 +69,26 @@ pub(crate) fn programs_and_lab_tests() -> Result<(PathBuf, Vec<TestBinary>)> {
     let mut command = command(&args);
     command.stdout(Stdio::piped());
     let mut child = signals::unblocked(|| command.spawn())?.context("cargo did not start")?;
-    let lab = paths::root().join("lab");
     let mut found: Vec<_> =
-        lines(&mut child)?.filter_map(|line| test_binary(&line, &lab)).collect();
+        lines(&mut child)?.filter_map(|line| test_binary(&line, paths::root())).collect();
     let status = child.wait()?;
     ensure!(status.success(), "{} ended with {status}", shown(&args));
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok((paths::target_dir()?.join("debug"), found))
 }
 
-/// An integration test of this package in one of cargo's JSON messages.
-fn test_binary(message: &str, package: &Path) -> Option<TestBinary> {
+/// An integration test for the lab in one of cargo's JSON messages: one of the package `lab`, or one
+/// about the kernel that lies with what relies on it.
+fn test_binary(message: &str, root: &Path) -> Option<TestBinary> {
     let message: Value = serde_json::from_str(message).ok()?;
     let target = message.get("target")?;
-    let is_ours = message.get("manifest_path")?.as_str()? == package.join("Cargo.toml").to_str()?;
-    if !is_ours || target.get("kind")?.get(0)?.as_str()? != "test" {
+    let manifest = Path::new(message.get("manifest_path")?.as_str()?);
+    let package = manifest.strip_prefix(root).ok()?.parent()?;
+    let name = target.get("name")?.as_str()?.to_owned();
+    let is_for_the_lab = package == Path::new("lab") || name.starts_with(ON_EACH_KERNEL);
+    if !is_for_the_lab || target.get("kind")?.get(0)?.as_str()? != "test" {
         return None;
     }
-    let name = target.get("name")?.as_str()?.to_owned();
     let path = message.get("executable")?.as_str()?.into();
     Some(TestBinary { name, path })
 }
@@ -109,18 +116,20 @@ mod tests {
 
     #[test]
     fn only_integration_tests_of_the_lab_are_lab_tests() {
-        let message = |folder: &str, kind: &str| {
+        let message = |folder: &str, kind: &str, name: &str| {
             format!(
                 r#"{{"reason":"compiler-artifact","executable":"/t/x-1",
-                    "manifest_path":"/c/{folder}/Cargo.toml",
-                    "target":{{"kind":["{kind}"],"name":"truncate"}}}}"#
+                    "manifest_path":"{folder}/Cargo.toml",
+                    "target":{{"kind":["{kind}"],"name":"{name}"}}}}"#
             )
         };
-        let find = |message: &str| test_binary(message, Path::new("/c/lab"));
-        let found = find(&message("lab", "test")).unwrap();
+        let find = |message: &str| test_binary(message, Path::new("/c"));
+        let found = find(&message("/c/lab", "test", "truncate")).unwrap();
         assert_eq!((found.name.as_str(), found.path), ("truncate", PathBuf::from("/t/x-1")));
-        assert!(find(&message("lab", "lib")).is_none());
-        assert!(find(&message("verbs", "test")).is_none());
+        assert!(find(&message("/c/lab", "lib", "truncate")).is_none());
+        assert!(find(&message("/c/verbs", "test", "truncate")).is_none());
+        assert!(find(&message("/c/leases", "test", "on_each_kernel_x")).is_some());
+        assert!(find(&message("/other/lab", "test", "truncate")).is_none());
         assert!(find(r#"{"reason":"build-finished","success":true}"#).is_none());
     }
 }

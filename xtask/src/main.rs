@@ -4,6 +4,7 @@
 mod cargo;
 mod console;
 mod demo;
+mod hazards;
 mod initramfs;
 mod kernel;
 mod kvm;
@@ -77,6 +78,12 @@ enum Task {
     /// Leave the lab open: pinfoldd runs on DAX, and three commands to type are on the screen
     #[command(after_help = "Example:\n  cargo xtask try")]
     Try {
+        #[command(flatten)]
+        options: vm::Options,
+    },
+    /// Run the hazard table on every kernel, and write it down in docs/
+    #[command(after_help = "Example:\n  cargo xtask hazards && git diff docs")]
+    Hazards {
         #[command(flatten)]
         options: vm::Options,
     },
@@ -159,6 +166,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
         Task::DemoLocal => demo::run_local(),
+        Task::Hazards { options } => hazards::run(&options, steps::LAB_LIMIT).map(|()| 0),
         Task::Try { options } => {
             ensure!(terminal::is_there(), "try needs a terminal; vm run needs none");
             Ok(status(&demo::run_try(&options)?))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::cargo::{self, TestBinary};
+use crate::cargo::{self, ON_EACH_KERNEL, TestBinary};
 use crate::kernel::Suite;
 use crate::libtest::{LAB_LINE, Report, Tally};
 use crate::vm::{self, End, Job, Options};
@@ -30,40 +30,32 @@ struct Selected {
 
 impl Selected {
     /// The same tests under a name of their own.
-    fn across_hosts(&self) -> Self {
-        let name = format!("{}-across-two-hosts", self.binary.name);
+    fn named(&self, suffix: &str) -> Self {
+        let name = format!("{}-{suffix}", self.binary.name);
         Self { binary: TestBinary { name, ..self.binary.clone() }, filter: self.filter.clone() }
+    }
+
+    fn is(&self, prefix: &str) -> bool {
+        self.binary.name.starts_with(prefix)
     }
 }
 
-/// Builds, boots (once for most tests, once for those across two hosts, once for those on Debian
-/// 12's kernel), runs, sums up.
+/// One boot: its guest, and what runs there.
+struct Plan {
+    options: Options,
+    selected: Vec<Selected>,
+}
+
+/// Builds, boots (once for most tests, once for those across two hosts, and once for each older
+/// kernel), runs, sums up.
 pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> Result<Tally> {
-    setup::require_lab()?;
-    let began = Instant::now();
-    let (programs, binaries) = cargo::programs_and_lab_tests()?;
-    println!("== lab: build: {:.0} s", began.elapsed().as_secs_f32());
-    let (old, new): (Vec<Selected>, Vec<Selected>) =
-        select(binaries, filter)?.into_iter().partition(|s| s.binary.name.starts_with(ON_BOOKWORM));
-    ensure!(
-        !(old.is_empty() && new.is_empty()),
-        "no lab test matches; `ls lab/tests` shows the files"
-    );
+    let (programs, binaries) = build()?;
+    let plans = plans(options, select(binaries, filter)?);
+    ensure!(!plans.is_empty(), "no lab test matches; `ls lab/tests` shows the files");
     let mut sum = Tally::default();
     let mut lines = Vec::new();
-    let across: Vec<Selected> = new
-        .iter()
-        .filter(|selected| ACROSS_HOSTS.contains(&selected.binary.name.as_str()))
-        .map(Selected::across_hosts)
-        .collect();
-    let on_bookworm = Options { kernel: Suite::Bookworm, ..options.clone() };
-    let two_hosts = Options { hosts: 2, ..options.clone() };
-    for (options, selected) in [(options, new), (&two_hosts, across), (&on_bookworm, old)] {
-        if selected.is_empty() {
-            continue;
-        }
-        let script = script(&selected, &programs.to_string_lossy());
-        let report = boot(options, script, limit)?;
+    for Plan { options, selected } in plans {
+        let (report, _) = boot(&options, script(&selected, &programs), limit)?;
         let names: Vec<_> = selected.into_iter().map(|selected| selected.binary.name).collect();
         let (tally, table) = report.sum(&names);
         sum += tally;
@@ -76,7 +68,59 @@ pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> R
     Ok(sum)
 }
 
-fn boot(options: &Options, script: String, limit: Duration) -> Result<Report> {
+/// Runs one test file and gives the lines that it printed, if it passed.
+pub(crate) fn collect(options: &Options, name: &str, limit: Duration) -> Result<Vec<String>> {
+    let (programs, binaries) = build()?;
+    let binary = binaries.into_iter().find(|binary| binary.name == name);
+    let binary = binary.with_context(|| format!("there is no lab/tests/{name}.rs"))?;
+    let selected = [Selected { binary, filter: None }];
+    let script = format!("export PINFOLD_HAZARDS=print\n{}", script(&selected, &programs));
+    let (report, lines) = boot(options, script, limit)?;
+    let (tally, _) = report.sum(&[name.to_owned()]);
+    ensure!(tally.failed == 0 && tally.passed > 0, "{name} on {}: {tally}", options.kernel);
+    Ok(lines)
+}
+
+/// Gives the programs' folder, and the tests.
+fn build() -> Result<(String, Vec<TestBinary>)> {
+    setup::require_lab()?;
+    let began = Instant::now();
+    let (programs, binaries) = cargo::programs_and_lab_tests()?;
+    println!("== lab: build: {:.0} s", began.elapsed().as_secs_f32());
+    Ok((programs.to_string_lossy().into_owned(), binaries))
+}
+
+/// Which tests run in which guest.
+fn plans(options: &Options, selected: Vec<Selected>) -> Vec<Plan> {
+    let (on_bookworm, rest): (Vec<_>, Vec<_>) =
+        selected.into_iter().partition(|selected| selected.is(ON_BOOKWORM));
+    let (on_each, main): (Vec<_>, Vec<_>) =
+        rest.into_iter().partition(|selected| selected.is(ON_EACH_KERNEL));
+    let across = main
+        .iter()
+        .filter(|selected| ACROSS_HOSTS.contains(&selected.binary.name.as_str()))
+        .map(|selected| selected.named("across-two-hosts"))
+        .collect();
+    let older = |suite: Suite| -> Vec<_> {
+        let is_other = options.kernel != suite;
+        on_each.iter().filter(|_| is_other).map(|each| each.named(&suite.to_string())).collect()
+    };
+    let on = |kernel| Options { kernel, ..options.clone() };
+    let mut plans = vec![
+        Plan { options: options.clone(), selected: [main, on_each.clone()].concat() },
+        Plan { options: Options { hosts: 2, ..options.clone() }, selected: across },
+        Plan { options: on(Suite::Trixie), selected: older(Suite::Trixie) },
+        Plan {
+            options: on(Suite::Bookworm),
+            selected: [on_bookworm, older(Suite::Bookworm)].concat(),
+        },
+    ];
+    plans.retain(|plan| !plan.selected.is_empty());
+    plans
+}
+
+/// Gives what the tests reported, and every line of the guest.
+fn boot(options: &Options, script: String, limit: Duration) -> Result<(Report, Vec<String>)> {
     let (sender, output) = mpsc::channel();
     let reader = thread::spawn(|| read(output));
     let argv = ["sh", "-c", &script].map(Into::into).to_vec();
@@ -88,18 +132,20 @@ fn boot(options: &Options, script: String, limit: Duration) -> Result<Report> {
 }
 
 /// Reads until the session is over; a line may come in pieces.
-fn read(output: Receiver<Vec<u8>>) -> Report {
+fn read(output: Receiver<Vec<u8>>) -> (Report, Vec<String>) {
     let began = Instant::now();
-    let mut report = Report::default();
+    let (mut report, mut lines) = (Report::default(), Vec::new());
     let mut held = Vec::new();
     for bytes in output {
         held.extend(bytes);
         while let Some(end) = held.iter().position(|&byte| byte == b'\n') {
             let line: Vec<_> = held.drain(..=end).collect();
-            report.line(String::from_utf8_lossy(&line).trim_end(), began.elapsed());
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            report.line(&line, began.elapsed());
+            lines.push(line);
         }
     }
-    report
+    (report, lines)
 }
 
 /// A filter takes whole files by their name, or single tests by theirs.
@@ -124,7 +170,8 @@ fn has_test(binary: &TestBinary, filter: &str) -> Result<bool> {
     Ok(String::from_utf8_lossy(&output.stdout).lines().any(|line| line.ends_with(": test")))
 }
 
-/// Each binary after the other: they share the guest's files, NIC and kernel settings.
+/// Each binary after the other: they share the guest's files, NIC and kernel settings. What a plain
+/// `cargo test` must ignore runs here.
 fn script(selected: &[Selected], programs: &str) -> String {
     let lab = paths::root().join("lab");
     let mut script = format!(
@@ -137,7 +184,7 @@ fn script(selected: &[Selected], programs: &str) -> String {
         let path = vm::quoted(&binary.path.to_string_lossy());
         let filter = filter.as_deref().map(vm::quoted).unwrap_or_default();
         script += &format!(
-            "echo '{LAB_LINE}{name}'\n{path} --test-threads=1 {filter}\nstatus=$?\n\
+            "echo '{LAB_LINE}{name}'\n{path} --test-threads=1 --include-ignored {filter}\nstatus=$?\n\
              echo \"{LAB_LINE}{name} ended $status\"\n[ $status = 0 ] || failed=1\n"
         );
     }
@@ -158,6 +205,36 @@ mod tests {
         let selected = select(binaries, Some("trunc")).unwrap();
         assert_eq!(selected.len(), 1);
         assert!(selected[0].filter.is_none());
+    }
+
+    fn planned(names: &[&str]) -> Vec<(Suite, u8, Vec<String>)> {
+        let options =
+            Options { kernel: Suite::Newest, fs_size: 384, lease_break_time: 10, hosts: 1 };
+        let selected =
+            names.iter().map(|name| Selected { binary: binary(name), filter: None }).collect();
+        plans(&options, selected)
+            .into_iter()
+            .map(|plan| {
+                let names = plan.selected.into_iter().map(|selected| selected.binary.name);
+                (plan.options.kernel, plan.options.hosts, names.collect())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_about_the_kernel_runs_last_and_on_each() {
+        let names = ["dead_keys", "on_bookworm_x", "on_each_kernel_y", "sizes"];
+        let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            planned(&names),
+            [
+                (Suite::Newest, 1, words(&["dead_keys", "sizes", "on_each_kernel_y"])),
+                (Suite::Newest, 2, words(&["dead_keys-across-two-hosts"])),
+                (Suite::Trixie, 1, words(&["on_each_kernel_y-trixie"])),
+                (Suite::Bookworm, 1, words(&["on_bookworm_x", "on_each_kernel_y-bookworm"])),
+            ]
+        );
+        assert_eq!(planned(&["sizes"]), [(Suite::Newest, 1, words(&["sizes"]))]);
     }
 
     #[test]

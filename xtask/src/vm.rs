@@ -424,6 +424,12 @@ fn command_script(options: &Options, job: &Job) -> Result<Vec<u8>> {
           export PINFOLD_LAB=1 PINFOLD_LAB_KERNEL=\"$(uname -r)\"\n\
           export PINFOLD_LAB_EXT4=\"$LAB_BASE/ext4\" PINFOLD_LAB_XFS=\"$LAB_BASE/xfs\"\n",
     );
+    assign(
+        &mut text,
+        "export ",
+        OsStr::new("PINFOLD_LAB_SUITE"),
+        options.kernel.to_string().as_ref(),
+    );
     let (variables, prefix) = host(options);
     text.extend_from_slice(variables.as_bytes());
     text.extend_from_slice(b"cd ");
