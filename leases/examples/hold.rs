@@ -23,6 +23,7 @@ fn main() -> Result<()> {
     loop {
         let armed = file.arm(&watcher)?;
         let (guard, mapping) = armed.map(file.size()?.max(1))?;
+        mapping.populate(0..file.size()?.max(1), || true)?;
         let limit = match LeaseBreakTime::open()?.read()? {
             Some(limit) => format!("{} s", limit.as_secs()),
             None => "ever".to_owned(),

@@ -1,11 +1,19 @@
 //! Hazards that concern a whole file system. They run one at a time.
 
+use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use pinfold_leases::GuardTier;
 
 use super::cell::{Bench, Outcome, Seen, make};
 use super::place::Place;
+
+const PAGE: u64 = 4096;
+/// As the machine-check handler would: "hard offline", Documentation/mm/hwpoison.rst. The address
+/// follows.
+const OFFLINE: [&str; 4] =
+    ["run", "sh", "-c", "printf %s \"$0\" >/sys/devices/system/memory/hard_offline_page"];
 
 /// A row of the table about the whole file system.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +118,43 @@ pub const MOUNT_HAZARDS: &[MountHazard] = &[
             Seen { refused_us: false, told: None, waited: false, errno, changed: !whole }.outcome()
         },
     },
+    MountHazard {
+        name: "a memory failure in one of its pages (pmem)",
+        note: "the kernel unmaps the page; guard and process go on",
+        needs_device: true,
+        run: |bench, place, tier| {
+            if !place.is_dax() {
+                return Outcome::Absent;
+            }
+            let (_folder, path) = make(place.path());
+            let held = bench.hold(&path, tier).unwrap();
+            // Done by another process: who injects one into his own memory gets the signal of a
+            // processor that ran into it.
+            let address = format!("{:#x}", page_frame(&path) * PAGE);
+            let failed = held.undisturbed_by(bench.start(&OFFLINE, Path::new(&address)));
+            assert_eq!(failed, None, "injecting it");
+            let whole = held.is_whole();
+            let open = bench.start(&["open-write"], &path);
+            match held.watch(open).outcome() {
+                Outcome::Held if whole => Outcome::Harmless,
+                outcome => outcome,
+            }
+        },
+    },
 ];
+
+/// The page frame of the first page of our own mapping of a file: proc_pid_pagemap(5).
+fn page_frame(path: &Path) -> u64 {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| line.ends_with(path.to_str().unwrap())).unwrap();
+    let address = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+    let mut entry = [0; 8];
+    let pagemap = fs::File::open("/proc/self/pagemap").unwrap();
+    pagemap.read_exact_at(&mut entry, address / PAGE * 8).unwrap();
+    let entry = u64::from_le_bytes(entry);
+    assert!(entry >> 63 == 1, "the page is not there: {entry:#x}");
+    entry & ((1 << 55) - 1)
+}
 
 /// A file's path by another mount of its file system.
 fn below(mount_point: &Path, place: &Place, path: &Path) -> PathBuf {

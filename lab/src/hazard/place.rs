@@ -69,6 +69,10 @@ impl Place {
         run("mount", &["-t", self.kind, "-o", self.mount_options(), device, to]);
     }
 
+    pub(super) fn is_dax(&self) -> bool {
+        self.options.contains("dax")
+    }
+
     fn mount_options(&self) -> &str {
         if self.options.is_empty() { "rw" } else { self.options }
     }
