@@ -36,6 +36,7 @@
 //! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
 
+mod backoff;
 mod buffer;
 mod control;
 mod error;
@@ -44,17 +45,23 @@ mod fabric;
 mod file;
 mod grant;
 mod inspection;
+mod keep;
+mod kept_state;
 mod lane;
+mod ledger;
 mod options;
 mod pieces;
 mod pin;
 mod pin_state;
 mod pin_table;
 mod plan;
+mod retry;
 mod revocation;
 mod session;
 mod stream;
+mod transfer;
 
+pub use backoff::KeepPolicy;
 pub use buffer::Buffer;
 pub use error::{Error, TransferError};
 pub use event::{Event, Events};
@@ -63,6 +70,9 @@ pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segmen
 pub use inspection::{
     FileInfo, FileState, Inspection, PinInfo, Records, RevocationRecord, SessionInfo,
 };
+pub use keep::{KeptPin, KeptSession};
+pub use kept_state::{FileChange, Interruption, InterruptionCause};
+pub use ledger::WriteFate;
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
 pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;
