@@ -19,7 +19,7 @@ use crate::kept_state::{Gap, KeptState, Stopped, View};
 use crate::pin_state::Gone;
 use crate::retry::passes;
 use crate::{
-    Buffer, CommitReport, ConnectOptions, Error, FileChange, Grant, Interruption,
+    Buffer, CommitReport, ConnectOptions, Error, FileChange, FileIdentity, Grant, Interruption,
     InterruptionCause, KeepPolicy, Loss, Pin, PinRequest, ReadReport, Reason, Session,
     TransferError, WriteFate, WriteReport,
 };
@@ -120,14 +120,16 @@ struct Keeper {
 struct Renewal {
     /// To be ended on the server first: its session was lost, and may live on there.
     left: Option<Arc<Pin>>,
-    /// What the pin could reach; absent: any file of that name will do.
-    needed: Option<Range<u64>>,
+    /// What the pin could reach of which file; absent: any file of that name will do.
+    needed: Option<(Range<u64>, FileIdentity)>,
 }
 
 /// How an attempt failed.
 enum Missed {
     Changed(FileChange),
     Failed(Error),
+    /// For a reason that was over when it was looked at.
+    Over(Error),
 }
 
 impl KeptSession {
@@ -542,7 +544,7 @@ impl Keeper {
         };
         let identity = old.grant().identity;
         let left = matches!(gone, Gone::Lost(_)).then_some(old);
-        let mut renewal = Renewal { left, needed: Some(needed) };
+        let mut renewal = Renewal { left, needed: Some((needed, identity)) };
         self.request.expect(identity);
         loop {
             let why = match self.try_for_long(&mut renewal).await {
@@ -576,16 +578,20 @@ impl Keeper {
                 Some(end) => tokio::time::timeout_at(end.into(), trying).await,
                 None => Ok(trying.await),
             };
-            let (error, connected) = match tried {
+            let (error, again, connected) = match tried {
                 Ok(Ok(pin)) => return Ok(pin),
                 Ok(Err((Missed::Changed(change), _))) => return Err(Stopped::Changed(change)),
-                Ok(Err((Missed::Failed(error), connected))) => (error, connected),
+                Ok(Err((Missed::Failed(error), connected))) => {
+                    let again = passes(&error);
+                    (error, again, connected)
+                }
+                Ok(Err((Missed::Over(error), connected))) => (error, true, connected),
                 Err(_) => return Err(gave_up(attempts, last)),
             };
             tracing::debug!(file = %self.file, attempts, %error, "kept pin not had yet");
             let closed = *self.link.closed.borrow();
             let delay = backoff.failed(Instant::now().into_std());
-            match delay.filter(|_| passes(&error) && !closed) {
+            match delay.filter(|_| again && !closed) {
                 // The session waits by itself before it connects again.
                 Some(delay) if connected => tokio::time::sleep(delay).await,
                 Some(_) => {}
@@ -616,7 +622,7 @@ impl Keeper {
             Ok(pin) => pin,
             Err(error) => return Err(self.missed(session, renewal, error).await),
         };
-        let Some(needed) = &renewal.needed else { return Ok(Arc::new(pin)) };
+        let Some((needed, _)) = &renewal.needed else { return Ok(Arc::new(pin)) };
         let usable = pin.usable();
         if usable.start <= needed.start && needed.end <= usable.end {
             return Ok(Arc::new(pin));
@@ -624,20 +630,21 @@ impl Keeper {
         Err(Missed::Changed(FileChange::Shrunk { needed: needed.end, size: pin.grant().valid_end }))
     }
 
-    /// Sorts a refusal: that the file is another one, or shorter, is for the user to decide about.
+    /// Sorts a refusal: that the file is another one, or shorter, is for the user to decide about. The
+    /// server may have seen the file in the middle of a change, so it is looked at once more.
     async fn missed(&self, session: &Session, renewal: &Renewal, error: Error) -> Missed {
-        let Some(needed) = &renewal.needed else { return Missed::Failed(error) };
-        match error.reason() {
-            Some(Reason::FileChanged) => Missed::Changed(FileChange::Replaced),
-            Some(Reason::BadRange | Reason::RangePastEnd) => {
-                match session.stat(&self.request.export, &self.request.path).await {
-                    Ok(stat) if stat.size < needed.end => {
-                        Missed::Changed(FileChange::Shrunk { needed: needed.end, size: stat.size })
-                    }
-                    _ => Missed::Failed(error),
-                }
+        let Some((needed, identity)) = &renewal.needed else { return Missed::Failed(error) };
+        let doubtful = [Reason::FileChanged, Reason::BadRange, Reason::RangePastEnd];
+        if !error.reason().is_some_and(|reason| doubtful.contains(&reason)) {
+            return Missed::Failed(error);
+        }
+        match session.stat(&self.request.export, &self.request.path).await {
+            Ok(stat) if stat.identity != *identity => Missed::Changed(FileChange::Replaced),
+            Ok(stat) if stat.size < needed.end => {
+                Missed::Changed(FileChange::Shrunk { needed: needed.end, size: stat.size })
             }
-            _ => Missed::Failed(error),
+            Ok(_) => Missed::Over(error),
+            Err(error) => Missed::Failed(error),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! How a session begins, lives and ends, against a server that each test plays by hand. No device
 //! is needed: what needs one is tested in the lab.
 
+mod kept;
 mod pieces;
 mod scripted;
 
