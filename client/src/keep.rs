@@ -182,12 +182,12 @@ impl KeptSession {
         self.0.session().await
     }
 
-    /// Ends the session for good, and every pin with it. Kept pins stop: their calls fail.
+    /// Ends the session for good, and waits until the server has ended it too: every key is dead
+    /// then. Kept pins stop: their calls fail.
     pub async fn close(self) {
         self.0.closed.send_replace(true);
         let session = self.0.line.lock().await.session.clone();
-        session.begin_to_close();
-        session.ended().await;
+        session.close_for_all().await;
     }
 }
 

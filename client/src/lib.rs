@@ -33,6 +33,11 @@
 //!   quirk) goes by the stream path, which is gRPC through the server's processor. So do all bytes
 //!   of a session without RDMA; [`Session::no_rdma_because`] and [`Grant::no_rdma_because`] say why,
 //!   and each transfer reports which way its bytes went.
+//! * **Who wants the pin again gets it from [`KeptSession`] and [`KeptPin`]**: after a revocation or a
+//!   lost session they connect and pin again, with backoff, the same file only, and report which bytes
+//!   were committed, which were acknowledged, and of which nothing is known ([`WriteFate`]). Nothing
+//!   goes through before that [`Interruption`] is taken. A plain pin has the same account if asked:
+//!   [`PinRequest::track_writes`].
 //! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
 

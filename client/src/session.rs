@@ -413,16 +413,13 @@ impl Session {
         self.core.rdma.fabric().map(|fabric| fabric.device().clone())
     }
 
-    /// As [`close`](Self::close), while others may hold the session too; does not wait for the
-    /// server's last word.
-    pub(crate) fn begin_to_close(&self) {
+    /// As [`close`](Self::close), while others may hold the session too.
+    pub(crate) async fn close_for_all(&self) {
         // Fails when the session has ended already.
         let _ = self.closing.send(true);
-    }
-
-    /// Waits until the session is over here.
-    pub(crate) async fn ended(&self) {
-        self.core.control.ended().await;
+        // Its task drops the sender when it has heard the server's last word.
+        let mut loss = self.core.control.loss.clone();
+        while loss.changed().await.is_ok() {}
     }
 
     /// The server's version.

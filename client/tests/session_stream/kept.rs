@@ -246,7 +246,12 @@ async fn closing_the_session_is_the_end() {
     let mut stage = Stage::open().await;
     let pin = stage.pin(1).await;
     stage.put(&pin, 3).await;
-    soon(stage.session.clone().close()).await;
+    let closing = tokio::spawn(stage.session.clone().close());
+    let mut conversation = stage.conversation.take().expect("a session");
+    assert_eq!(conversation.hear_past_heartbeats().await, None);
+    assert!(!closing.is_finished(), "the server has not ended it yet");
+    drop(conversation);
+    soon(closing).await.unwrap();
     let stopped = soon(pin.resume()).await.unwrap_err();
     let Error::GaveUp { source, .. } = &stopped else { panic!("{stopped}") };
     assert!(matches!(source.as_ref(), Error::SessionLost { loss: Loss::Closed, .. }), "{source}");
