@@ -60,8 +60,8 @@ pub struct Pin {
     written: AtomicU64,
     /// … and how many of them are known to be in the server's memory.
     proven: AtomicU64,
-    /// RDMA writes were abandoned, and no read has stood behind them since.
-    unproven_abandoned: AtomicBool,
+    /// What `written` was when the last one was abandoned.
+    abandoned: AtomicU64,
     cell: Arc<PinCell>,
     /// What became of the writes; absent if nobody wants to know.
     ledger: Option<Mutex<Ledger>>,
@@ -356,7 +356,7 @@ impl Pin {
             valid_end: AtomicU64::new(grant.valid_end),
             written: AtomicU64::new(0),
             proven: AtomicU64::new(0),
-            unproven_abandoned: AtomicBool::new(false),
+            abandoned: AtomicU64::new(0),
             grant,
             cell,
             ledger: request.track_writes.then(Mutex::default),
@@ -425,14 +425,11 @@ impl Pin {
     /// server's CPU is to follow the NIC, a read makes sure that what the NIC took is in memory.
     async fn settle(&self, range: &Range<u64>, plan: &Plan) -> Result<(), Error> {
         self.cell.settled(range).await;
-        if plan.pieces.is_empty() || !self.unproven_abandoned.swap(false, Ordering::AcqRel) {
+        let abandoned = self.abandoned.load(Ordering::Acquire);
+        if plan.pieces.is_empty() || self.proven.load(Ordering::Acquire) >= abandoned {
             return Ok(());
         }
-        let proven = self.prove_writes().await;
-        if proven.is_err() {
-            self.unproven_abandoned.store(true, Ordering::Release);
-        }
-        proven
+        self.prove_writes().await
     }
 
     /// Finds out, before anything is sent, what can be found out.
@@ -733,9 +730,9 @@ impl Batch<'_> {
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
         // Also if it failed: some of it may have landed.
-        self.pin.written.fetch_add(1, Ordering::Release);
+        let written = self.pin.written.fetch_add(1, Ordering::Release) + 1;
         if !self.returned {
-            self.pin.unproven_abandoned.store(true, Ordering::Release);
+            self.pin.abandoned.fetch_max(written, Ordering::Release);
         }
     }
 }
