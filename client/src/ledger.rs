@@ -245,6 +245,7 @@ impl Ledger {
 const ALL: Range<u64> = 0..u64::MAX;
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 mod tests {
     use super::*;
 

@@ -1,5 +1,6 @@
 //! Kept pins against the real server, on this machine's own file system and without RDMA: truncated
 //! under the pin, served by another server on the same port, replaced, shrunk.
+#![allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 
 use std::fs;
 use std::ops::Range;

@@ -1,6 +1,7 @@
 //! A kept pin outlives a truncate and the death of its server: what was committed is there, the
 //! report is right, and the buffer that was registered before works by RDMA afterwards.
 #![forbid(unsafe_code)]
+#![allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 
 use std::fs::File;
 use std::path::Path;
