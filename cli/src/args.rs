@@ -111,9 +111,11 @@ pub(crate) enum Command {
     /// Pin a file and show the grant
     #[command(after_help = "Examples:\n  pinfold pin data/log\n  pinfold pin data/log --range \
         1M..2M --read-only\n  pinfold pin data/log --hold     # then, on the host: truncate -s 0 \
-        …/log\n\nWith --hold the pin is kept until Ctrl-C or until the host's file system wants \
-        the file back; then the steps of the revocation are drawn to scale, and the exit code \
-        is 7.")]
+        …/log\n  pinfold pin data/log --keep --json | jq .event\n\nWith --hold the pin is held \
+        until Ctrl-C or until the host's file system wants the file back; then the steps of the \
+        revocation are drawn to scale, and the exit code is 7. With --keep it is pinned again \
+        after that, and after the server has gone away, until Ctrl-C: each interruption and each \
+        new grant is shown. If the file is another one by then, or shorter, the exit code is 7.")]
     Pin(Pin),
 
     /// Show who holds which files now
@@ -329,9 +331,13 @@ pub(crate) struct Pin {
     #[arg(long, value_name = "[+]SIZE")]
     pub(crate) reserve: Option<NewSize>,
 
-    /// Keep the pin until Ctrl-C or until it is taken back
+    /// Hold the pin until Ctrl-C or until it is taken back
     #[arg(long)]
     pub(crate) hold: bool,
+
+    /// Keep the pin until Ctrl-C: pin again when it is taken back or when the server has gone away
+    #[arg(long, conflicts_with = "hold")]
+    pub(crate) keep: bool,
 
     /// Print one JSON object per line: the grant, then each event
     #[arg(long)]

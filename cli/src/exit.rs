@@ -71,9 +71,12 @@ impl Exit {
             | Error::ServerHasNoRdmaDevice { .. }
             | Error::Verbs { .. }
             | Error::LaneLost { .. } => Self::Device,
-            Error::Draining { .. } | Error::Revoked { .. } | Error::RemoteRefused { .. } => {
-                Self::Revoked
-            }
+            Error::Draining { .. }
+            | Error::Revoked { .. }
+            | Error::RemoteRefused { .. }
+            | Error::Interrupted { .. }
+            | Error::FileChanged { .. } => Self::Revoked,
+            Error::GaveUp { source, .. } => Self::of_error(source),
             Error::OutsidePin { .. }
             | Error::PastEnd { .. }
             | Error::Misaligned { .. }

@@ -132,6 +132,7 @@ fn hint(error: &Error) -> Option<&'static str> {
             Some("check that both hosts reach each other by RDMA, then retry")
         }
         Error::Refused { reason: Some(reason), .. } => refusal_hint(*reason),
+        Error::GaveUp { source, .. } => hint(source),
         _ => None,
     }
 }

@@ -1,7 +1,10 @@
 //! `pinfold pin`.
 
 use pinfold_cli::timeline;
-use pinfold_client::{DrainNotice, Event, Events, Grant, Pin, PinRequest, Revocation, Session};
+use pinfold_client::{
+    DrainNotice, Event, Events, Grant, Interruption, InterruptionCause, KeptPin, KeptSession, Pin,
+    PinRequest, Revocation, Session,
+};
 use serde::Serialize;
 
 use crate::args::{Connection, FileArg, Pin as Args, RangeArg, TransportArg};
@@ -49,6 +52,19 @@ enum Report {
         #[serde(skip_serializing_if = "Option::is_none")]
         timings: Option<TimingsReport>,
     },
+    /// The session was lost, and the pin with it.
+    Lost {
+        pins: Vec<u64>,
+        generation: String,
+        reason: String,
+    },
+    /// A kept pin is held again; `granted` follows.
+    Kept {
+        generation: String,
+        new_generation: String,
+        attempts: u32,
+        repeats: u32,
+    },
 }
 
 #[derive(Serialize)]
@@ -62,6 +78,12 @@ struct SegmentReport {
 /// Pins, shows the grant, and holds it if asked.
 pub(crate) async fn run(connection: Connection, args: Args) -> Result<(), Failure> {
     let transport = connection.transport;
+    if args.keep {
+        return work::kept(connection, "the pin is given back", async |session| {
+            keep(session, transport, &args).await
+        })
+        .await;
+    }
     work::by_transport(connection, None, "the pin is given back", async |session| {
         pinned(session, transport, &args).await
     })
@@ -131,6 +153,72 @@ async fn hold(args: &Args, pin: &Pin, mut events: Events) -> Result<(), Failure>
     }
     // The session is over, and says why.
     pin.check().map_err(Failure::from)
+}
+
+/// Holds the pin until it can't be had again.
+async fn keep(session: &KeptSession, transport: TransportArg, args: &Args) -> Result<(), Failure> {
+    let now = session.session().await?;
+    let pin = session.pin(request(&now, transport, args).await?).await?;
+    show_grant(&now, args, &pin.grant())?;
+    drop(now);
+    if !args.json {
+        terminal::print("keeping the pin; Ctrl-C gives it back\n")?;
+    }
+    loop {
+        let grant = pin.grant();
+        let interruption = pin.interrupted().await;
+        if let InterruptionCause::Draining(notice) = interruption.cause {
+            show_notice(args, notice, vec![grant.pin_id])?;
+        }
+        let resumed = resume(&pin, args, &grant).await?;
+        show_kept(args, &resumed)?;
+        show_grant(&*session.session().await?, args, &pin.grant())?;
+    }
+}
+
+/// Waits until the pin is held again, and tells of its end as soon as that is complete.
+async fn resume(pin: &KeptPin, args: &Args, old: &Grant) -> Result<Interruption, Failure> {
+    let resumed = pin.resume().await;
+    // Only a report that nobody has taken is left there.
+    let report = match &resumed {
+        Ok(report) => report.clone(),
+        Err(_) => pin.interruption(),
+    };
+    if let Some(interruption) = &report {
+        show_cause(args, &interruption.cause, old)?;
+    }
+    resumed?;
+    report
+        .ok_or_else(|| Failure::new(Exit::Failure, "the interruption was over before it was told"))
+}
+
+fn show_cause(args: &Args, cause: &InterruptionCause, old: &Grant) -> Result<(), Failure> {
+    let pins = vec![old.pin_id];
+    match cause {
+        InterruptionCause::Revoked(revocation) => show_revocation(args, revocation, pins),
+        InterruptionCause::SessionLost(loss) if args.json => {
+            let (generation, reason) = (old.generation.to_string(), loss.to_string());
+            terminal::print_json(&Report::Lost { pins, generation, reason })
+        }
+        InterruptionCause::SessionLost(_) | InterruptionCause::Draining(_) => {
+            terminal::print(&format!("\nthe pin is gone: {cause}\n"))
+        }
+    }
+}
+
+fn show_kept(args: &Args, interruption: &Interruption) -> Result<(), Failure> {
+    let Interruption { attempts, repeats, .. } = *interruption;
+    if args.json {
+        let new = interruption.new.map(|generation| generation.to_string());
+        return terminal::print_json(&Report::Kept {
+            generation: interruption.old.to_string(),
+            new_generation: new.unwrap_or_default(),
+            attempts,
+            repeats,
+        });
+    }
+    let plural = if attempts == 1 { "" } else { "s" };
+    terminal::print(&format!("\nheld again, after {attempts} attempt{plural}\n"))
 }
 
 fn revoked(args: &Args, revocation: &Revocation) -> Failure {

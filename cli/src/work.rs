@@ -1,6 +1,6 @@
 //! What every command that talks to the server does: connect, work, be interrupted, close.
 
-use pinfold_client::{ConnectOptions, RdmaDevice, Session};
+use pinfold_client::{ConnectOptions, KeepPolicy, KeptSession, RdmaDevice, Session};
 
 use crate::args::{Connection, TransportArg};
 use crate::exit::Exit;
@@ -24,24 +24,62 @@ pub(crate) async fn by_transport<T>(
     left_behind: &str,
     work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
-    let device = match connection.transport {
-        TransportArg::Stream => RdmaDevice::None,
-        TransportArg::Auto | TransportArg::Rdma => connection.rdma_device,
-    };
-    let mut options = ConnectOptions::new(connection.server).rdma_device(device);
+    let transport = connection.transport;
+    let mut options = options(connection);
     if let Some(requests) = send_window {
         options = options.send_window(requests);
     }
     in_session(options, left_behind, async |session: &Session| {
-        if connection.transport == TransportArg::Rdma && !session.has_rdma() {
-            let why = session.no_rdma_because().unwrap_or("there is no connection by RDMA");
-            let what = format!("the bytes cannot go by RDMA, as --transport rdma wants: {why}");
-            return Err(Failure::new(Exit::Device, what)
-                .or_hint("leave --transport out, and they go by gRPC where there is no RDMA"));
-        }
+        demand(transport, session)?;
         work(session).await
     })
     .await
+}
+
+/// Works in a session that is opened again when it is lost.
+pub(crate) async fn kept<T>(
+    connection: Connection,
+    left_behind: &str,
+    work: impl AsyncFnOnce(&KeptSession) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let mut interrupts = Interrupts::listen()?;
+    let transport = connection.transport;
+    let session = tokio::select! {
+        session = KeptSession::connect(options(connection), KeepPolicy::default()) => session?,
+        () = interrupts.next() => return Err(interrupted(NO_SESSION)),
+    };
+    let working = async {
+        let first = session.session().await?;
+        demand(transport, &first)?;
+        drop(first);
+        work(&session).await
+    };
+    let outcome = tokio::select! {
+        outcome = working => outcome,
+        () = interrupts.next() => Err(interrupted(left_behind)),
+    };
+    interrupts.or_abandon(session.close()).await;
+    outcome
+}
+
+/// How to connect for bytes that travel as asked.
+fn options(connection: Connection) -> ConnectOptions {
+    let device = match connection.transport {
+        TransportArg::Stream => RdmaDevice::None,
+        TransportArg::Auto | TransportArg::Rdma => connection.rdma_device,
+    };
+    ConnectOptions::new(connection.server).rdma_device(device)
+}
+
+/// Who wants RDMA or nothing gets that.
+fn demand(transport: TransportArg, session: &Session) -> Result<(), Failure> {
+    if transport != TransportArg::Rdma || session.has_rdma() {
+        return Ok(());
+    }
+    let why = session.no_rdma_because().unwrap_or("there is no connection by RDMA");
+    let what = format!("the bytes cannot go by RDMA, as --transport rdma wants: {why}");
+    Err(Failure::new(Exit::Device, what)
+        .or_hint("leave --transport out, and they go by gRPC where there is no RDMA"))
 }
 
 /// The first Ctrl-C or SIGTERM ends the work and closes the session, and every pin goes with it; the
@@ -54,7 +92,7 @@ async fn in_session<T>(
     let mut interrupts = Interrupts::listen()?;
     let session = tokio::select! {
         session = Session::connect(options) => session?,
-        () = interrupts.next() => return Err(interrupted("there was no session yet")),
+        () = interrupts.next() => return Err(interrupted(NO_SESSION)),
     };
     let outcome = tokio::select! {
         outcome = work(&session) => outcome,
@@ -63,3 +101,5 @@ async fn in_session<T>(
     interrupts.or_abandon(session.close()).await;
     outcome
 }
+
+const NO_SESSION: &str = "there was no session yet";

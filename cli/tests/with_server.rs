@@ -36,7 +36,8 @@ fn serve_until_standard_input_ends() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let server = Server::start(config).await.unwrap();
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port: u16 = std::env::var(PORT).unwrap().parse().unwrap();
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         println!("\nlistening at http://{}", listener.local_addr().unwrap());
         let input_ends = tokio::task::spawn_blocking(|| {
             std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
@@ -52,6 +53,9 @@ struct Host {
     /// Ended by its input when this is dropped.
     server: Running,
 }
+
+/// Names the port to listen at, in the process that serves; 0: any.
+const PORT: &str = "PINFOLD_TEST_PORT";
 
 /// A process at work; killed if it is dropped before its end.
 struct Running {
@@ -73,15 +77,29 @@ impl Host {
     fn start() -> Self {
         // Where the build goes is a disk, more likely than /tmp.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let (server, url) = Self::serve(folder.path(), "0");
+        Self { folder, url, server }
+    }
+
+    fn serve(folder: &Path, port: &str) -> (Running, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .args(["--exact", "serve_until_standard_input_ends", "--nocapture"])
-            .env(SERVE, folder.path())
+            .env(SERVE, folder)
+            .env(PORT, port)
             .stdin(Stdio::piped());
         let mut server = Running::start(command);
         let line = wait_for(&server.stdout, &mut server.seen, "listening at ");
         let url = line.trim_start_matches("listening at ").to_owned();
-        Self { folder, url, server }
+        (server, url)
+    }
+
+    /// Ends the server without a word, and starts another one at the same address.
+    fn kill_and_serve_again(&mut self) {
+        self.server.signal(Signal::KILL);
+        self.server.child.wait().unwrap();
+        let port = self.url.rsplit(':').next().unwrap();
+        (self.server, self.url) = Self::serve(self.folder.path(), port);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -684,4 +702,78 @@ fn what_is_refused_has_its_exit_code_and_its_words() {
     drop(opened);
     assert_eq!(host.run(&["pin", "data/name"]).code, 0);
     host.assert_nothing_is_held();
+}
+
+/// The next line of a command that prints JSON.
+fn event(running: &mut Running) -> Value {
+    serde_json::from_str(&running.wait_for_stdout("{")).unwrap()
+}
+
+#[test]
+fn a_kept_pin_outlives_a_truncate_and_a_server() {
+    let mut host = Host::start();
+    host.make_file("name", &pattern(ODD));
+    let mut keeping =
+        host.start_command(&["pin", "data/name", "--range", "..4K", "--keep", "--json"]);
+    let granted = event(&mut keeping);
+    assert_eq!((&granted["event"], &granted["end"]), (&"granted".into(), &4096.into()));
+
+    // A local process opens it and changes what is not pinned.
+    let path = host.path("name");
+    fs::File::options().write(true).open(&path).unwrap().set_len(8192).unwrap();
+    let mut events = Vec::new();
+    while events.last().is_none_or(|last: &Value| last["event"] != "granted") {
+        events.push(event(&mut keeping));
+    }
+    let kinds: Vec<_> = events.iter().map(|event| event["event"].as_str().unwrap()).collect();
+    // The notice is told if the end did not come first.
+    assert!(kinds.ends_with(&["revoked", "kept", "granted"]), "{kinds:?}");
+    let revoked = &events[events.len() - 3];
+    assert_eq!(
+        (&revoked["reason"], &revoked["generation"]),
+        (&"local_writer".into(), &granted["generation"])
+    );
+    let kept = &events[events.len() - 2];
+    assert_eq!(kept["generation"], granted["generation"]);
+    assert_eq!(kept["new_generation"], events[events.len() - 1]["generation"]);
+    assert!(kept["attempts"].as_u64().unwrap() >= 1, "{kept}");
+
+    host.kill_and_serve_again();
+    let [lost, kept, granted] = [(); 3].map(|()| event(&mut keeping));
+    assert_eq!((&lost["event"], &kept["event"]), (&"lost".into(), &"kept".into()), "{lost} {kept}");
+    assert_eq!((&granted["event"], &granted["end"]), (&"granted".into(), &4096.into()));
+    assert_eq!(kept["new_generation"], granted["generation"]);
+    let ps = host.json(&["ps"]);
+    assert_eq!(ps["files"][0]["pins"].as_array().unwrap().len(), 1, "{ps}");
+
+    keeping.signal(Signal::INT);
+    let kept = keeping.finish();
+    assert_eq!(kept.code, 130, "{}", kept.stderr);
+    assert_eq!(kept.stderr, "pinfold: interrupted; the pin is given back\n");
+    host.assert_nothing_is_held();
+}
+
+#[test]
+fn a_kept_pin_ends_with_its_file() {
+    let host = Host::start();
+    host.make_file("name", &pattern(ODD));
+    let mut keeping = host.start_command(&["pin", "data/name", "--keep"]);
+    keeping.wait_for_stdout("keeping the pin");
+    host.truncate("name");
+    let kept = keeping.finish();
+    assert_eq!(kept.code, 7, "{}", kept.stderr);
+    assert!(kept.stderr.contains("data/name is not the file that was pinned"), "{}", kept.stderr);
+    assert!(kept.stdout.contains("released "), "the picture: {}", kept.stdout);
+
+    let mut keeping = host.start_command(&["pin", "data/other", "--keep"]);
+    assert_eq!(keeping.end().code, 4, "the first attempt is made once");
+    host.make_file("name", &pattern(ODD));
+    let mut keeping = host.start_command(&["pin", "data/name", "--keep"]);
+    keeping.wait_for_stdout("keeping the pin");
+    assert_eq!(host.json(&["rm", "data/name", "--revoke"])["revoked_pins"], 1);
+    let kept = keeping.finish();
+    assert_eq!(kept.code, 4, "{}", kept.stderr);
+    assert!(kept.stderr.contains("could not be had again"), "{}", kept.stderr);
+    host.assert_nothing_is_held();
+    host.assert_fails(&["pin", "data/name", "--keep", "--hold"], 2, &["--keep"]);
 }

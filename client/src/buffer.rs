@@ -5,7 +5,7 @@ use std::fmt;
 use memmap2::MmapMut;
 
 use crate::Error;
-use crate::fabric::FabricId;
+use crate::fabric::DeviceId;
 
 /// What page sizes are multiples of, on every machine that has RDMA.
 const GRAIN: usize = 4096;
@@ -13,6 +13,9 @@ const GRAIN: usize = 4096;
 /// Page-aligned memory, zeroed at first, that one transfer at a time owns.
 ///
 /// In a session with RDMA it is registered with the session's device. Elsewhere it is plain memory.
+/// It outlives the session: those of a [`KeptSession`](crate::KeptSession) stay registered when that
+/// connects again.
+///
 /// A buffer that another session made, or that was made without a device, works too: what it
 /// carries goes by the stream path, and the reports of its transfers say so. Only a pin that was
 /// asked for with [`Transport::Rdma`](crate::Transport::Rdma) refuses it, with
@@ -20,7 +23,7 @@ const GRAIN: usize = 4096;
 pub struct Buffer(Memory);
 
 enum Memory {
-    Registered { buffer: pinfold_verbs::Buffer, fabric: FabricId },
+    Registered { buffer: pinfold_verbs::Buffer, device: DeviceId },
     Plain { memory: MmapMut, len: usize },
 }
 
@@ -34,22 +37,22 @@ impl Buffer {
         Ok(Self(Memory::Plain { memory, len: capacity }))
     }
 
-    /// Memory that the device of this fabric knows.
-    pub(crate) fn registered(buffer: pinfold_verbs::Buffer, fabric: FabricId) -> Self {
-        Self(Memory::Registered { buffer, fabric })
+    /// Memory that this device knows.
+    pub(crate) fn registered(buffer: pinfold_verbs::Buffer, device: DeviceId) -> Self {
+        Self(Memory::Registered { buffer, device })
     }
 
-    /// The registered memory, if it is this fabric's; or the buffer back.
-    pub(crate) fn into_registered(self, with: FabricId) -> Result<pinfold_verbs::Buffer, Self> {
+    /// The registered memory, if it is this device's; or the buffer back.
+    pub(crate) fn into_registered(self, with: DeviceId) -> Result<pinfold_verbs::Buffer, Self> {
         match self.0 {
-            Memory::Registered { buffer, fabric } if fabric == with => Ok(buffer),
+            Memory::Registered { buffer, device } if device == with => Ok(buffer),
             other => Err(Self(other)),
         }
     }
 
-    /// Whether this fabric's device knows it.
-    pub(crate) fn is_registered(&self, with: FabricId) -> bool {
-        matches!(&self.0, Memory::Registered { fabric, .. } if *fabric == with)
+    /// Whether this device knows it.
+    pub(crate) fn is_registered(&self, with: DeviceId) -> bool {
+        matches!(&self.0, Memory::Registered { device, .. } if *device == with)
     }
 
     /// The bytes that transfers may use.

@@ -4,6 +4,7 @@
 use std::error::Error as _;
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pinfold_proto::{ERROR_DOMAIN, Reason};
@@ -13,9 +14,10 @@ use tonic_types::StatusExt;
 
 use crate::file::FileName;
 use crate::grant::Malformed;
+use crate::kept_state::Stopped;
 use crate::pin_state::Gone;
 use crate::plan::{Reach, Refusal};
-use crate::{Buffer, DrainNotice, Loss, Revocation};
+use crate::{Buffer, DrainNotice, FileChange, InterruptionCause, Loss, Revocation};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +165,41 @@ pub enum Error {
         loss: Loss,
     },
 
+    /// A kept pin was interrupted: nothing goes through until the report is taken.
+    #[error(
+        "the kept pin on {file} was interrupted ({cause}); call `resume` for the report of what was \
+         written, and go on"
+    )]
+    Interrupted {
+        /// Export and path.
+        file: String,
+        /// What interrupted it.
+        cause: Box<InterruptionCause>,
+    },
+
+    /// A kept pin was interrupted, and the file is no longer the one that was pinned.
+    #[error(
+        "{file} is not the file that was pinned: {change}; accept the change to pin what is there, \
+         or give the pin back"
+    )]
+    FileChanged {
+        /// Export and path.
+        file: String,
+        /// How it differs.
+        change: FileChange,
+    },
+
+    /// A kept pin was interrupted, and could not be had again.
+    #[error("the pin on {file} could not be had again, after {attempts} attempts")]
+    GaveUp {
+        /// Export and path.
+        file: String,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the last attempt ran into.
+        source: Arc<Error>,
+    },
+
     /// The range is not pinned, or not all of it.
     #[error(
         "bytes {}..{} of {file} are not all pinned; the pin covers {}..{}",
@@ -277,6 +314,16 @@ impl Error {
                 Self::Revoked { file: file.to_string(), revocation: Box::new(revocation) }
             }
             Gone::Lost(loss) => Self::SessionLost { endpoint: endpoint.to_owned(), loss },
+        }
+    }
+
+    pub(crate) fn from_stopped(stopped: &Stopped, file: &FileName) -> Self {
+        let file = file.to_string();
+        match stopped {
+            Stopped::Changed(change) => Self::FileChanged { file, change: *change },
+            Stopped::GaveUp { attempts, source } => {
+                Self::GaveUp { file, attempts: *attempts, source: source.clone() }
+            }
         }
     }
 

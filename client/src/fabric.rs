@@ -1,5 +1,5 @@
-//! This host's RDMA device as one session uses it: a protection domain, and a lane that is made
-//! anew when it breaks.
+//! This host's RDMA device, which can outlive a session, and a session's use of it: a lane that is
+//! made anew when it breaks.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{self, Arc, MutexGuard, PoisonError};
@@ -14,32 +14,38 @@ use tokio::sync::{Mutex, oneshot};
 use crate::control::Control;
 use crate::lane::{Claim, Direction, Done, LaneHandle, Work};
 use crate::pin_state::Gone;
-use crate::pin_table::PinCell;
 use crate::plan::PROBE_BYTES;
+use crate::transfer::Transfer;
 use crate::{Buffer as AnyBuffer, ConnectOptions, Error, RdmaDevice, buffer};
 
 /// A lane can break between the moment it was found live and the moment it takes the work. More
 /// often than this in a row is no accident.
 const LANES_PER_OPERATION: usize = 3;
 
-/// An open device, and the session's lane on it.
+/// An open device and what is registered with it.
 #[derive(Debug)]
-pub(crate) struct Fabric {
-    id: FabricId,
+pub(crate) struct LocalDevice {
+    id: DeviceId,
     domain: ProtectionDomain,
     depth: u32,
-    /// Which of the server's devices to connect to; empty: its first.
-    server_device: String,
-    lane: Mutex<Option<LaneHandle>>,
     /// Takes what the read before a commit brings; nobody looks at it.
     probe_buffer: sync::Mutex<Option<Buffer>>,
 }
 
-/// Tells the buffers of one session's device from those of another.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct FabricId(u64);
+/// A device, and a session's lane on it.
+#[derive(Debug)]
+pub(crate) struct Fabric {
+    device: Arc<LocalDevice>,
+    /// Which of the server's devices to connect to; empty: its first.
+    server_device: String,
+    lane: Mutex<Option<LaneHandle>>,
+}
 
-impl FabricId {
+/// Tells the buffers of one opening of a device from those of another.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct DeviceId(u64);
+
+impl DeviceId {
     fn next() -> Self {
         static LAST: AtomicU64 = AtomicU64::new(0);
         Self(LAST.fetch_add(1, Ordering::Relaxed))
@@ -52,8 +58,8 @@ pub(crate) struct Operation<'a> {
     /// At most [`Fabric::depth`] of them.
     pub(crate) pieces: Vec<Piece>,
     pub(crate) buffer: Buffer,
-    /// The pin that it goes to; absent for a raw one.
-    pub(crate) pin: Option<&'a Arc<PinCell>>,
+    /// What it is a part of; absent for a raw one.
+    pub(crate) transfer: Option<&'a Transfer>,
 }
 
 /// Why an operation has no completion.
@@ -65,7 +71,7 @@ pub(crate) enum Failure {
     Error(Error),
 }
 
-impl Fabric {
+impl LocalDevice {
     /// Opens a device; `None` if none is wanted.
     pub(crate) async fn open(options: &ConnectOptions) -> Result<Option<Self>, Error> {
         let choice = options.rdma_device.clone();
@@ -81,24 +87,8 @@ impl Fabric {
         let depth = options.send_window.clamp(1, device.capabilities().max_qp_wr.max(1));
         let domain = ProtectionDomain::new(&device)
             .map_err(|source| Error::Verbs { doing: "allocate a protection domain", source })?;
-        Ok(Some(Self {
-            id: FabricId::next(),
-            domain,
-            depth,
-            server_device: options.server_device.clone(),
-            lane: Mutex::new(None),
-            probe_buffer: sync::Mutex::new(None),
-        }))
-    }
-
-    /// What its buffers are known by.
-    pub(crate) fn id(&self) -> FabricId {
-        self.id
-    }
-
-    /// How many requests fit in the send queue.
-    pub(crate) fn depth(&self) -> usize {
-        self.depth as usize
+        let probe_buffer = sync::Mutex::new(None);
+        Ok(Some(Self { id: DeviceId::next(), domain, depth, probe_buffer }))
     }
 
     /// Allocates and registers a buffer.
@@ -117,22 +107,44 @@ impl Fabric {
             .map_err(|source| Error::Verbs { doing: "register a buffer", source })
     }
 
+    fn kept_probe_buffer(&self) -> MutexGuard<'_, Option<Buffer>> {
+        self.probe_buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Fabric {
+    /// A session's use of a device.
+    pub(crate) fn new(device: Arc<LocalDevice>, server_device: String) -> Self {
+        Self { device, server_device, lane: Mutex::new(None) }
+    }
+
+    /// What it is a use of.
+    pub(crate) fn device(&self) -> &Arc<LocalDevice> {
+        &self.device
+    }
+
+    /// What the device's buffers are known by.
+    pub(crate) fn id(&self) -> DeviceId {
+        self.device.id
+    }
+
+    /// How many requests fit in the send queue.
+    pub(crate) fn depth(&self) -> usize {
+        self.device.depth as usize
+    }
+
     /// A buffer for [`Reach::probe`](crate::plan::Reach::probe).
     pub(crate) async fn probe_buffer(&self) -> Result<Buffer, Error> {
-        let kept = self.kept_probe_buffer().take();
+        let kept = self.device.kept_probe_buffer().take();
         match kept {
             Some(buffer) => Ok(buffer),
-            None => self.registered(PROBE_BYTES).await,
+            None => self.device.registered(PROBE_BYTES).await,
         }
     }
 
     /// Keeps it for the next commit.
     pub(crate) fn return_probe_buffer(&self, buffer: Buffer) {
-        *self.kept_probe_buffer() = Some(buffer);
-    }
-
-    fn kept_probe_buffer(&self) -> MutexGuard<'_, Option<Buffer>> {
-        self.probe_buffer.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.device.kept_probe_buffer() = Some(buffer);
     }
 
     /// The live lane; connects one if there is none.
@@ -152,7 +164,7 @@ impl Fabric {
         control: &Control,
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
-        let Operation { direction, pieces, mut buffer, pin } = operation;
+        let Operation { direction, pieces, mut buffer, transfer } = operation;
         let requests = pieces.len() as u32;
         for _ in 0..LANES_PER_OPERATION {
             let lane = match self.lane(control).await {
@@ -163,7 +175,7 @@ impl Fabric {
                 continue;
             };
             // Last, so that whoever waits for room does not hold up a drain.
-            let ticket = match pin.map(PinCell::begin).transpose() {
+            let ticket = match transfer.map(Transfer::begin).transpose() {
                 Ok(ticket) => ticket,
                 Err(gone) => return Err((Failure::Gone(gone), Some(buffer))),
             };
@@ -179,7 +191,7 @@ impl Fabric {
     }
 
     async fn connect(&self, control: &Control) -> Result<LaneHandle, Error> {
-        let (domain, depth) = (self.domain.clone(), self.depth);
+        let (domain, depth) = (self.device.domain.clone(), self.device.depth);
         let lane = blocking(move || UnconnectedLane::new(&domain, depth))
             .await
             .map_err(|source| Error::Verbs { doing: "create a queue pair", source })?;
@@ -192,7 +204,7 @@ impl Fabric {
             Error::Verbs { doing: "connect a queue pair", source: failed.into() }
         })?;
         tracing::debug!(path_mtu_bytes, "lane connected");
-        Ok(LaneHandle::start(lane, depth))
+        Ok(LaneHandle::start(lane, depth, control.clone()))
     }
 }
 

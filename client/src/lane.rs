@@ -4,6 +4,8 @@
 //! a caller that stops waiting loses its buffer to the task, which frees it when the device has let
 //! go: never earlier.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use pinfold_verbs::{
@@ -11,6 +13,8 @@ use pinfold_verbs::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use crate::Loss;
+use crate::control::Control;
 use crate::pin_table::Ticket;
 
 /// Which way the data goes.
@@ -70,11 +74,14 @@ pub(crate) struct Pending {
 
 impl LaneHandle {
     /// Starts the task of a lane with room for `depth` requests.
-    pub(crate) fn start(lane: Lane<Pending>, depth: u32) -> Self {
+    pub(crate) fn start(lane: Lane<Pending>, depth: u32, control: Control) -> Self {
         let (sender, work) = mpsc::unbounded_channel();
         let room = Arc::new(Semaphore::new(depth as usize));
         let driver = Driver { lane, work, room: room.clone(), in_flight: 0 };
-        tokio::spawn(driver.run());
+        tokio::spawn(async move {
+            let ended = std::pin::pin!(control.ended());
+            driver.run(ended).await;
+        });
         Self { work: sender, room }
     }
 
@@ -95,11 +102,16 @@ impl LaneHandle {
 }
 
 impl Driver {
-    /// Runs until the last handle is gone or the queue pair has broken, and nothing is in flight.
-    async fn run(mut self) {
-        let mut open = true;
+    /// Runs until the last handle is gone, the queue pair has broken or the session is over, and
+    /// nothing is in flight.
+    async fn run(mut self, mut session_over: Pin<&mut impl Future<Output = Loss>>) {
+        let (mut open, mut in_session) = (true, true);
         while open || self.in_flight > 0 {
             tokio::select! {
+                _ = &mut session_over, if in_session => {
+                    in_session = false;
+                    self.abort();
+                }
                 work = self.work.recv(), if open => match work {
                     Some(work) => self.post(work),
                     None => open = false,
@@ -147,6 +159,15 @@ impl Driver {
         }
         let Pending { reply, claim } = completed.tag;
         answer(reply, completed.buffer, Ok(completed.status), claim);
+    }
+
+    /// Nothing of a session that is over may land later, when a partition heals: the device stops
+    /// trying, and what is in flight ends as flushed instead of after all its retries.
+    fn abort(&mut self) {
+        if let Err(error) = self.lane.abort() {
+            tracing::warn!(%error, "cannot stop the queue pair of a session that is over");
+        }
+        self.retire();
     }
 
     /// Takes no more work; what is handed over already is answered as flushed.

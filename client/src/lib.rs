@@ -33,9 +33,15 @@
 //!   quirk) goes by the stream path, which is gRPC through the server's processor. So do all bytes
 //!   of a session without RDMA; [`Session::no_rdma_because`] and [`Grant::no_rdma_because`] say why,
 //!   and each transfer reports which way its bytes went.
+//! * **Who wants the pin again gets it from [`KeptSession`] and [`KeptPin`]**: after a revocation or a
+//!   lost session they connect and pin again, with backoff, the same file only, and report which bytes
+//!   were committed, which were acknowledged, and of which nothing is known ([`WriteFate`]). Nothing
+//!   goes through before that [`Interruption`] is taken. A plain pin has the same account if asked:
+//!   [`PinRequest::track_writes`].
 //! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
 
+mod backoff;
 mod buffer;
 mod control;
 mod error;
@@ -44,17 +50,23 @@ mod fabric;
 mod file;
 mod grant;
 mod inspection;
+mod keep;
+mod kept_state;
 mod lane;
+mod ledger;
 mod options;
 mod pieces;
 mod pin;
 mod pin_state;
 mod pin_table;
 mod plan;
+mod retry;
 mod revocation;
 mod session;
 mod stream;
+mod transfer;
 
+pub use backoff::KeepPolicy;
 pub use buffer::Buffer;
 pub use error::{Error, TransferError};
 pub use event::{Event, Events};
@@ -63,6 +75,9 @@ pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segmen
 pub use inspection::{
     FileInfo, FileState, Inspection, PinInfo, Records, RevocationRecord, SessionInfo,
 };
+pub use keep::{KeptPin, KeptSession};
+pub use kept_state::{FileChange, Interruption, InterruptionCause};
+pub use ledger::WriteFate;
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
 pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;

@@ -1,8 +1,8 @@
 //! A pin: the right to reach a range of a file.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pinfold_proto::v1;
@@ -11,12 +11,16 @@ use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus, Piece, RemoteK
 use crate::fabric::{Fabric, Failure, Operation};
 use crate::file::FileName;
 use crate::lane::Direction;
+use crate::ledger::{Commit, Ledger, Write};
 use crate::pieces::{self, StreamPath};
 use crate::pin_state::Gone;
 use crate::pin_table::{PinCell, Ticket};
 use crate::plan::{Plan, Reach, Refusal, Request, StreamPiece, Ways};
 use crate::session::Core;
-use crate::{Access, Buffer, Error, FileIdentity, Grant, Reason, TransferError, Transport};
+use crate::transfer::Transfer;
+use crate::{
+    Access, Buffer, Error, FileIdentity, Grant, Reason, TransferError, Transport, WriteFate,
+};
 
 /// How long a refusal waits for the notice that explains it: the two come on different streams, a
 /// moment apart.
@@ -33,6 +37,7 @@ pub struct PinRequest {
     pub(crate) transport: Transport,
     exclusive: bool,
     pub(crate) reserve_end: u64,
+    pub(crate) track_writes: bool,
 }
 
 /// A pin on a file.
@@ -51,12 +56,34 @@ pub struct Pin {
     grant: Grant,
     /// The file's end, as far as this client knows.
     valid_end: AtomicU64,
-    /// How many RDMA writes have returned …
+    /// How many batches of RDMA writes have returned, or were abandoned …
     written: AtomicU64,
     /// … and how many of them are known to be in the server's memory.
     proven: AtomicU64,
+    /// What `written` was when the last one was abandoned.
+    abandoned: AtomicU64,
     cell: Arc<PinCell>,
-    given_back: bool,
+    /// What became of the writes; absent if nobody wants to know.
+    ledger: Option<Mutex<Ledger>>,
+    given_back: AtomicBool,
+}
+
+/// A write's line in the ledger: failed, unless it is told otherwise.
+struct Entry<'a> {
+    ledger: &'a Mutex<Ledger>,
+    write: Option<Write>,
+}
+
+/// A commit's line in the ledger: it came to nothing, unless it is told otherwise.
+struct CommitEntry<'a> {
+    ledger: &'a Mutex<Ledger>,
+    commit: Option<Commit>,
+}
+
+/// Counts a batch of RDMA writes when it has returned, or when nobody waits for that any more.
+struct Batch<'a> {
+    pin: &'a Pin,
+    returned: bool,
 }
 
 /// Bytes that went each way.
@@ -127,6 +154,7 @@ impl PinRequest {
             transport: Transport::Auto,
             exclusive: false,
             reserve_end: 0,
+            track_writes: false,
         }
     }
 
@@ -151,6 +179,26 @@ impl PinRequest {
     pub fn reserve_end(mut self, end: u64) -> Self {
         self.reserve_end = end;
         self
+    }
+
+    /// Keeps account of what becomes of the writes: [`Pin::write_fate`] tells then which bytes were
+    /// committed, which were acknowledged, and of which nothing is known. It costs a short lock per
+    /// write and commit, and some 50 bytes for each separate stretch of the file that was written;
+    /// stretches of one fate that touch are one.
+    #[must_use]
+    pub fn track_writes(mut self) -> Self {
+        self.track_writes = true;
+        self
+    }
+
+    /// Pins this file only.
+    pub(crate) fn expect(&mut self, identity: FileIdentity) {
+        self.expected_identity = Some(identity);
+    }
+
+    /// Pins whatever the path names.
+    pub(crate) fn expect_any(&mut self) {
+        self.expected_identity = None;
     }
 
     pub(crate) fn to_wire(&self, session_id: Vec<u8>, transport: Transport) -> v1::PinRequest {
@@ -203,7 +251,8 @@ impl Pin {
     /// it returns, the server has them; they survive power loss after a [`commit`](Self::commit).
     ///
     /// Waits for room in the send queue. Giving up on the future is safe: what has begun goes on,
-    /// and the buffer is freed when the device is done with it.
+    /// and the buffer is freed when the device is done with it. A later transfer of the same bytes
+    /// through this pin first waits for what goes on.
     ///
     /// # Errors
     ///
@@ -223,7 +272,15 @@ impl Pin {
             return Err(TransferError::new(error, buffer));
         }
         let plan = |ways| self.reach().write(ways, offset, len);
-        let (buffer, carried) = self.transfer(Direction::Write, offset, plan, buffer).await?;
+        let plan = match self.prepare(plan, &buffer) {
+            Ok(plan) => plan,
+            Err(error) => return Err(TransferError::new(error, buffer)),
+        };
+        let entry = self.enter(offset..offset.saturating_add(len as u64));
+        let (buffer, carried) = self.transfer(Direction::Write, offset, &plan, buffer).await?;
+        if let Some(entry) = entry {
+            entry.succeed();
+        }
         Ok((buffer, WriteReport { rdma_bytes: carried.rdma, stream_bytes: carried.stream }))
     }
 
@@ -239,7 +296,11 @@ impl Pin {
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
         let plan = |ways| self.reach().read(ways, offset, len);
-        let (buffer, carried) = self.transfer(Direction::Read, offset, plan, buffer).await?;
+        let plan = match self.prepare(plan, &buffer) {
+            Ok(plan) => plan,
+            Err(error) => return Err(TransferError::new(error, buffer)),
+        };
+        let (buffer, carried) = self.transfer(Direction::Read, offset, &plan, buffer).await?;
         Ok((buffer, ReadReport { rdma_bytes: carried.rdma, stream_bytes: carried.stream }))
     }
 
@@ -269,14 +330,20 @@ impl Pin {
     ///
     /// [`Error::SessionLost`] and [`Error::Transport`]; the server ends the pin with the session
     /// then. A pin that was revoked meanwhile is no error: it is gone, as wanted.
-    pub async fn unpin(mut self) -> Result<(), Error> {
-        self.given_back = true;
-        self.core.unpin(self.grant.pin_id, &self.cell).await
+    pub async fn unpin(self) -> Result<(), Error> {
+        self.give_back().await
+    }
+
+    /// What became of the bytes that were written through this pin, as far as is known now: also
+    /// after the pin has been taken back, or its session has ended. Absent unless the pin was asked
+    /// to [track its writes](PinRequest::track_writes).
+    pub fn write_fate(&self) -> Option<WriteFate> {
+        self.ledger.as_ref().map(|ledger| lock(ledger).fate())
     }
 
     pub(crate) fn new(
         core: Arc<Core>,
-        transport: Transport,
+        request: &PinRequest,
         file: FileName,
         grant: Grant,
         cell: Arc<PinCell>,
@@ -284,15 +351,40 @@ impl Pin {
         Self {
             fabric: core.rdma.fabric().filter(|_| !grant.segments.is_empty()).cloned(),
             core,
-            rdma_only: transport == Transport::Rdma,
+            rdma_only: request.transport == Transport::Rdma,
             file,
             valid_end: AtomicU64::new(grant.valid_end),
             written: AtomicU64::new(0),
             proven: AtomicU64::new(0),
+            abandoned: AtomicU64::new(0),
             grant,
             cell,
-            given_back: false,
+            ledger: request.track_writes.then(Mutex::default),
+            given_back: AtomicBool::new(false),
         }
+    }
+
+    /// As [`unpin`](Self::unpin), while others may hold the pin too.
+    pub(crate) async fn give_back(&self) -> Result<(), Error> {
+        self.given_back.store(true, Ordering::Relaxed);
+        self.core.unpin(self.grant.pin_id, &self.cell).await
+    }
+
+    /// The session that it belongs to.
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Its life.
+    pub(crate) fn cell(&self) -> &PinCell {
+        &self.cell
+    }
+
+    /// Begins a line for a write.
+    fn enter(&self, range: Range<u64>) -> Option<Entry<'_>> {
+        let ledger = self.ledger.as_ref()?;
+        let write = Some(lock(ledger).begin(range));
+        Some(Entry { ledger, write })
     }
 
     fn reach(&self) -> Reach<'_> {
@@ -310,21 +402,34 @@ impl Pin {
         &self,
         direction: Direction,
         offset: u64,
-        plan: impl FnOnce(Ways) -> Result<Plan, Refusal>,
+        plan: &Plan,
         buffer: Buffer,
     ) -> Result<(Buffer, Carried), TransferError> {
-        let plan = match self.prepare(plan, &buffer) {
-            Ok(plan) => plan,
-            Err(error) => return Err(TransferError::new(error, buffer)),
-        };
         let total = plan.len() as u64;
         let stream = plan.pieces.iter().map(|piece| piece.local.len() as u64).sum();
+        let range = offset..offset.saturating_add(total);
+        if let Err(error) = self.settle(&range, plan).await {
+            return Err(TransferError::new(error, buffer));
+        }
+        let transfer = Transfer::new(&self.cell, direction, range);
         let fabric = self.fabric.as_ref().filter(|_| !plan.requests.is_empty());
-        let buffer = match fabric {
-            Some(fabric) => self.run_both(fabric, direction, offset, &plan, buffer).await?,
-            None => self.run_pieces(direction, &plan.pieces, buffer).await?,
+        let ran = match fabric {
+            Some(fabric) => self.run_both(fabric, &transfer, plan, buffer).await,
+            None => self.run_pieces(&transfer, &plan.pieces, buffer).await,
         };
-        Ok((buffer, Carried { rdma: total - stream, stream }))
+        transfer.end();
+        Ok((ran?, Carried { rdma: total - stream, stream }))
+    }
+
+    /// Waits for abandoned writes to these bytes, so that none lands after what comes now. Where the
+    /// server's CPU is to follow the NIC, a read makes sure that what the NIC took is in memory.
+    async fn settle(&self, range: &Range<u64>, plan: &Plan) -> Result<(), Error> {
+        self.cell.settled(range).await;
+        let abandoned = self.abandoned.load(Ordering::Acquire);
+        if plan.pieces.is_empty() || self.proven.load(Ordering::Acquire) >= abandoned {
+            return Ok(());
+        }
+        self.prove_writes().await
     }
 
     /// Finds out, before anything is sent, what can be found out.
@@ -355,21 +460,22 @@ impl Pin {
     /// By the stream path only: the buffer stays here, and each piece copies when its turn comes.
     async fn run_pieces(
         &self,
-        direction: Direction,
+        transfer: &Transfer,
         pieces: &[StreamPiece],
         mut buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
-        let done = match direction {
+        let done = match transfer.direction {
             Direction::Write => {
                 let bytes = buffer.as_slice();
-                self.write_pieces(pieces, |_, piece| bytes[piece.local.clone()].to_vec()).await
+                let copy = |_, piece: &StreamPiece| bytes[piece.local.clone()].to_vec();
+                self.write_pieces(transfer, pieces, copy).await
             }
             Direction::Read => {
                 let bytes = buffer.as_mut_slice();
-                self.read_pieces(pieces, |piece, data| {
+                let take = |piece: &StreamPiece, data: Vec<u8>| {
                     bytes[piece.local.clone()].copy_from_slice(&data);
-                })
-                .await
+                };
+                self.read_pieces(transfer, pieces, take).await
             }
         };
         match done {
@@ -383,12 +489,11 @@ impl Pin {
     async fn run_both(
         &self,
         fabric: &Arc<Fabric>,
-        direction: Direction,
-        offset: u64,
+        transfer: &Transfer,
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
-        let mut copies: Vec<Vec<u8>> = match direction {
+        let mut copies: Vec<Vec<u8>> = match transfer.direction {
             Direction::Write => {
                 let bytes = buffer.as_slice();
                 plan.pieces.iter().map(|piece| bytes[piece.local.clone()].to_vec()).collect()
@@ -397,20 +502,20 @@ impl Pin {
         };
         let mut arrived: Vec<(Range<usize>, Vec<u8>)> = Vec::new();
         let stream = async {
-            match direction {
+            match transfer.direction {
                 Direction::Write => {
                     let copy = |index, _: &_| std::mem::take(&mut copies[index]);
-                    self.write_pieces(&plan.pieces, copy).await
+                    self.write_pieces(transfer, &plan.pieces, copy).await
                 }
                 Direction::Read => {
                     let keep =
                         |piece: &StreamPiece, data| arrived.push((piece.local.clone(), data));
-                    self.read_pieces(&plan.pieces, keep).await
+                    self.read_pieces(transfer, &plan.pieces, keep).await
                 }
             }
         };
         let (sent, streamed) =
-            tokio::join!(self.run_requests(fabric, direction, offset, plan, buffer), stream);
+            tokio::join!(self.run_requests(fabric, transfer, plan, buffer), stream);
         let mut buffer = sent?;
         for (local, data) in arrived {
             buffer.as_mut_slice()[local].copy_from_slice(&data);
@@ -424,8 +529,7 @@ impl Pin {
     async fn run_requests(
         &self,
         fabric: &Arc<Fabric>,
-        direction: Direction,
-        offset: u64,
+        transfer: &Transfer,
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
@@ -433,16 +537,23 @@ impl Pin {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
         };
-        let len = plan.len();
-        let doing = || match direction {
-            Direction::Write => format!("write {len} bytes at byte {offset} of {}", self.file),
-            Direction::Read => format!("read {len} bytes at byte {offset} of {}", self.file),
+        let (len, offset, file) = (plan.len(), transfer.range.start, &self.file);
+        let doing = || match transfer.direction {
+            Direction::Write => format!("write {len} bytes at byte {offset} of {file}"),
+            Direction::Read => format!("read {len} bytes at byte {offset} of {file}"),
         };
-        for batch in plan.requests.chunks(fabric.depth()) {
-            let ran = self.run(fabric, direction, batch, registered, doing).await;
-            if direction == Direction::Write {
-                // Also if it failed: some of it may have landed.
-                self.written.fetch_add(1, Ordering::Release);
+        for requests in plan.requests.chunks(fabric.depth()) {
+            let batch = (transfer.direction == Direction::Write)
+                .then(|| Batch { pin: self, returned: false });
+            let operation = Operation {
+                direction: transfer.direction,
+                pieces: requests.iter().map(to_piece).collect(),
+                buffer: registered,
+                transfer: Some(transfer),
+            };
+            let ran = self.run(fabric, operation, doing).await;
+            if let Some(batch) = batch {
+                batch.returned();
             }
             registered = ran.map_err(|(error, buffer)| TransferError {
                 error,
@@ -455,13 +566,9 @@ impl Pin {
     async fn run(
         &self,
         fabric: &Fabric,
-        direction: Direction,
-        requests: &[Request],
-        buffer: RegisteredBuffer,
+        operation: Operation<'_>,
         doing: impl Fn() -> String,
     ) -> Result<RegisteredBuffer, (Error, Option<RegisteredBuffer>)> {
-        let pieces = requests.iter().map(to_piece).collect();
-        let operation = Operation { direction, pieces, buffer, pin: Some(&self.cell) };
         match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) if status.is_success() => Ok(buffer),
             Ok((buffer, status)) => Err((failed(status, doing()), Some(buffer))),
@@ -472,12 +579,13 @@ impl Pin {
 
     async fn write_pieces(
         &self,
+        transfer: &Transfer,
         pieces: &[StreamPiece],
         mut data: impl FnMut(usize, &StreamPiece) -> Vec<u8>,
     ) -> Result<(), Error> {
         let path = self.stream_path();
         let start = |index: usize, piece: &StreamPiece| {
-            Ok(path.write(piece, data(index, piece), self.begin()?))
+            Ok(path.write(piece, data(index, piece), self.begin(transfer)?))
         };
         let done = pieces::run(pieces, start, |_, ()| ()).await;
         self.explained(done).await
@@ -485,11 +593,12 @@ impl Pin {
 
     async fn read_pieces(
         &self,
+        transfer: &Transfer,
         pieces: &[StreamPiece],
         take: impl FnMut(&StreamPiece, Vec<u8>),
     ) -> Result<(), Error> {
         let path = self.stream_path();
-        let start = |_: usize, piece: &StreamPiece| Ok(path.read(piece, self.begin()?));
+        let start = |_: usize, piece: &StreamPiece| Ok(path.read(piece, self.begin(transfer)?));
         let done = pieces::run(pieces, start, take).await;
         self.explained(done).await
     }
@@ -504,8 +613,8 @@ impl Pin {
     }
 
     /// Counts an operation in.
-    fn begin(&self) -> Result<Ticket, Error> {
-        self.cell.begin().map_err(|gone| self.gone(gone))
+    fn begin(&self, transfer: &Transfer) -> Result<Ticket, Error> {
+        transfer.begin().map_err(|gone| self.gone(gone))
     }
 
     /// The server refuses stream pieces from the break on, and its notice of that comes on another
@@ -526,6 +635,10 @@ impl Pin {
 
     async fn commit_bytes(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
         self.check()?;
+        let entry = self.ledger.as_ref().map(|ledger| {
+            let commit = Some(lock(ledger).begin_commit(range.clone()));
+            CommitEntry { ledger, commit }
+        });
         self.prove_writes().await?;
         let request = v1::CommitRequest {
             session_id: self.core.control.session_id.clone(),
@@ -536,6 +649,9 @@ impl Pin {
         let doing = || format!("commit {}", self.file);
         let answer =
             self.core.control.call(doing, async |mut client| client.commit(request).await).await?;
+        if let Some(entry) = entry {
+            entry.durable();
+        }
         Ok(CommitReport { flush: Duration::from_micros(answer.flush_us) })
     }
 
@@ -556,8 +672,11 @@ impl Pin {
         }
         if let Some(request) = self.reach().probe() {
             let doing = || format!("read back from {} before the commit", self.file);
-            let buffer = fabric.probe_buffer().await?;
-            let ran = self.run(fabric, Direction::Read, &[request], buffer, doing).await;
+            let (buffer, pieces) = (fabric.probe_buffer().await?, vec![to_piece(&request)]);
+            let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
+            let operation =
+                Operation { direction: Direction::Read, pieces, buffer, transfer: Some(&transfer) };
+            let ran = self.run(fabric, operation, doing).await;
             fabric.return_probe_buffer(ran.map_err(|(error, _)| error)?);
         }
         // Of two commits at a time, each counts only what its own read stood behind.
@@ -570,12 +689,65 @@ impl Pin {
     }
 }
 
+impl Entry<'_> {
+    fn succeed(mut self) {
+        if let Some(write) = self.write.take() {
+            lock(self.ledger).succeed(write);
+        }
+    }
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        if let Some(write) = self.write.take() {
+            lock(self.ledger).fail(write);
+        }
+    }
+}
+
+impl CommitEntry<'_> {
+    fn durable(mut self) {
+        if let Some(commit) = self.commit.take() {
+            lock(self.ledger).end_commit(commit, true);
+        }
+    }
+}
+
+impl Drop for CommitEntry<'_> {
+    fn drop(&mut self) {
+        if let Some(commit) = self.commit.take() {
+            lock(self.ledger).end_commit(commit, false);
+        }
+    }
+}
+
+impl Batch<'_> {
+    fn returned(mut self) {
+        self.returned = true;
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        // Also if it failed: some of it may have landed.
+        let written = self.pin.written.fetch_add(1, Ordering::Release) + 1;
+        if !self.returned {
+            self.pin.abandoned.fetch_max(written, Ordering::Release);
+        }
+    }
+}
+
 impl Drop for Pin {
     fn drop(&mut self) {
-        if !self.given_back {
+        if !*self.given_back.get_mut() {
             self.core.give_back(self.grant.pin_id, self.cell.clone());
         }
     }
+}
+
+/// Every change of a ledger is a single step.
+fn lock(ledger: &Mutex<Ledger>) -> std::sync::MutexGuard<'_, Ledger> {
+    ledger.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn to_piece(request: &Request) -> Piece {

@@ -1,11 +1,13 @@
 //! The pins of a session: which are there, and what the server's notices mean for them.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::pin_state::{Finished, Gone, PinState};
+use crate::transfer::Abandoned;
 use crate::{DrainNotice, Loss, Revocation};
 
 /// All pins of one session.
@@ -35,11 +37,17 @@ pub(crate) struct PinCell {
     /// Told when the last operation has ended, and when the pin is no longer live.
     changed: Notify,
     drained: mpsc::UnboundedSender<u64>,
+    /// Writes that nobody waits for, and that may not have ended yet.
+    abandoned: Mutex<Vec<Abandoned>>,
 }
 
 /// An operation in flight; counted out when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Ticket(Arc<PinCell>);
+pub(crate) struct Ticket {
+    cell: Arc<PinCell>,
+    /// Of the transfer that it is a part of.
+    _running: watch::Sender<()>,
+}
 
 /// A pin request without an answer yet.
 #[derive(Debug)]
@@ -80,6 +88,11 @@ impl PinTable {
         }
     }
 
+    /// How the session ended, if it has.
+    pub(crate) fn loss(&self) -> Option<Loss> {
+        lock(&self.inner).loss.clone()
+    }
+
     /// The session is over, and every pin with it.
     pub(crate) fn lose(&self, loss: &Loss) {
         let mut inner = lock(&self.inner);
@@ -104,6 +117,7 @@ impl Expected<'_> {
             state: Mutex::new(state),
             changed: Notify::new(),
             drained: self.0.drained.clone(),
+            abandoned: Mutex::default(),
         });
         inner.pins.insert(id, cell.clone());
         cell
@@ -137,10 +151,26 @@ impl Inner {
 }
 
 impl PinCell {
-    /// Counts an operation in.
-    pub(crate) fn begin(self: &Arc<Self>) -> Result<Ticket, Gone> {
+    /// Counts an operation of a transfer in.
+    pub(crate) fn begin(self: &Arc<Self>, running: watch::Sender<()>) -> Result<Ticket, Gone> {
         lock(&self.state).begin()?;
-        Ok(Ticket(self.clone()))
+        Ok(Ticket { cell: self.clone(), _running: running })
+    }
+
+    /// Remembers a write that nobody waits for any more, until it has ended.
+    pub(crate) fn abandon(&self, write: Abandoned) {
+        let mut abandoned = lock(&self.abandoned);
+        abandoned.retain(|write| !write.has_ended());
+        abandoned.push(write);
+    }
+
+    /// Waits until no abandoned write of these bytes is under way.
+    pub(crate) async fn settled(&self, range: &Range<u64>) {
+        let under_way: Vec<_> =
+            lock(&self.abandoned).iter().filter(|write| write.overlaps(range)).cloned().collect();
+        for write in under_way {
+            write.end().await;
+        }
     }
 
     /// Refuses what `begin` would refuse.
@@ -159,6 +189,17 @@ impl PinCell {
         }
     }
 
+    /// Waits until the pin is gone for good: no longer draining.
+    pub(crate) async fn ended(&self) -> Gone {
+        loop {
+            let told = self.changed.notified();
+            match self.check() {
+                Ok(()) | Err(Gone::Draining(_)) => told.await,
+                Err(gone) => return gone,
+            }
+        }
+    }
+
     /// Waits until nothing is in flight.
     pub(crate) async fn idle(&self) {
         loop {
@@ -173,13 +214,13 @@ impl PinCell {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let finished = lock(&self.0.state).finish();
+        let finished = lock(&self.cell.state).finish();
         if finished == Finished::Drained {
             // Fails only when the session is over, and nobody waits any more.
-            let _ = self.0.drained.send(self.0.id);
+            let _ = self.cell.drained.send(self.cell.id);
         }
         if finished != Finished::Busy {
-            self.0.changed.notify_waiters();
+            self.cell.changed.notify_waiters();
         }
     }
 }
@@ -211,7 +252,7 @@ mod tests {
     fn only_the_named_pins_drain() {
         let (table, mut drained) = table();
         let (one, two) = (table.expect().admit(1), table.expect().admit(2));
-        let ticket = one.begin().unwrap();
+        let ticket = one.begin(watch::Sender::new(())).unwrap();
         table.drain(&[1], NOTICE);
         assert_eq!(one.check(), Err(Gone::Draining(NOTICE)));
         assert_eq!(two.check(), Ok(()));
@@ -267,7 +308,7 @@ mod tests {
         let (table, _drained) = table();
         let pin = table.expect().admit(1);
         pin.idle().await;
-        let ticket = pin.begin().unwrap();
+        let ticket = pin.begin(watch::Sender::new(())).unwrap();
         let waiter = tokio::spawn({
             let pin = pin.clone();
             async move { pin.idle().await }

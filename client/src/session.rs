@@ -19,7 +19,7 @@ use tonic::{Status, Streaming};
 
 use crate::control::Control;
 use crate::event::Events;
-use crate::fabric::{Fabric, Failure, Operation};
+use crate::fabric::{Fabric, Failure, LocalDevice, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::lane::Direction;
@@ -27,7 +27,7 @@ use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
     Buffer, ConnectOptions, Created, Entry, Error, FileStat, Grant, GuardTier, IfExists,
-    Inspection, Pin, PinRequest, RdmaDevice, Reason, Records, TransferError, Transport,
+    Inspection, Loss, Pin, PinRequest, RdmaDevice, Reason, Records, TransferError, Transport,
 };
 
 /// The server may take longer pieces of the stream path than it is good to hold in memory.
@@ -95,8 +95,19 @@ impl Session {
     /// [`Error::NoRdmaDevice`] before anything is sent, [`Error::ServerHasNoRdmaDevice`],
     /// [`Error::Verbs`].
     pub async fn connect(options: ConnectOptions) -> Result<Self, Error> {
+        Self::connect_with(options, None).await
+    }
+
+    /// As [`connect`](Self::connect), with a device that is open already, and its buffers.
+    pub(crate) async fn connect_with(
+        options: ConnectOptions,
+        device: Option<Arc<LocalDevice>>,
+    ) -> Result<Self, Error> {
         let endpoint = parse_endpoint(&options)?;
-        let fabric = open_fabric(&options).await?;
+        let device = match device {
+            Some(device) => Ok(device),
+            None => open_device(&options).await?,
+        };
         let channel = endpoint
             .connect()
             .await
@@ -111,18 +122,18 @@ impl Session {
         let stream_piece_bytes_max = NonZeroU64::new(welcome.stream_piece_bytes_max.into())
             .ok_or_else(|| Error::from_malformed(NO_STREAM_PATH, OPENING.to_owned()))?
             .min(NonZeroU64::MIN.saturating_add(STREAM_PIECE_BYTES_MAX - 1));
-        let fabric = match fabric {
+        let device = match device {
             Ok(_) if welcome.rdma_device.is_none() && may_do_without(&options) => {
                 Err("the server has no RDMA device".to_owned())
             }
             Ok(_) if welcome.rdma_device.is_none() => {
                 return Err(Error::ServerHasNoRdmaDevice { endpoint: options.endpoint });
             }
-            fabric => fabric,
+            device => device,
         };
         let server_version = welcome.server_version.clone();
         let kept = Kept::start(client, opened, &options);
-        let rdma = connect_fabric(fabric, &kept.control, &options).await?;
+        let rdma = connect_device(device, &kept.control, &options).await?;
         let Kept { control, pins, events, closing, keeper } = kept;
         let runtime = Handle::current();
         let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
@@ -338,7 +349,7 @@ impl Session {
         if no_rdma.is_some() && grant.segments.is_empty() {
             grant.no_rdma_because = no_rdma;
         }
-        let pin = Pin::new(self.core.clone(), request.transport, file, grant, cell);
+        let pin = Pin::new(self.core.clone(), &request, file, grant, cell);
         pin.check()?;
         Ok(pin)
     }
@@ -377,7 +388,7 @@ impl Session {
     /// [`Error::Verbs`], as a rule for want of lockable memory; [`Error::NoMemory`].
     pub async fn buffer(&self, capacity: usize) -> Result<Buffer, Error> {
         match &self.core.rdma {
-            Rdma::On(fabric) => fabric.buffer(capacity).await,
+            Rdma::On(fabric) => fabric.device().buffer(capacity).await,
             Rdma::Off(_) => Buffer::plain(capacity),
         }
     }
@@ -385,6 +396,30 @@ impl Session {
     /// Subscribes to what the server says unasked, from now on.
     pub fn events(&self) -> Events {
         self.core.events.subscribe()
+    }
+
+    /// How the session ended; absent while it lives.
+    pub fn loss(&self) -> Option<Loss> {
+        self.core.pins.loss()
+    }
+
+    /// What it has in common with its pins.
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// The device that it uses, for a session after this one.
+    pub(crate) fn device(&self) -> Option<Arc<LocalDevice>> {
+        self.core.rdma.fabric().map(|fabric| fabric.device().clone())
+    }
+
+    /// As [`close`](Self::close), while others may hold the session too.
+    pub(crate) async fn close_for_all(&self) {
+        // Fails when the session has ended already.
+        let _ = self.closing.send(true);
+        // Its task drops the sender when it has heard the server's last word.
+        let mut loss = self.core.control.loss.clone();
+        while loss.changed().await.is_ok() {}
     }
 
     /// The server's version.
@@ -454,7 +489,7 @@ impl Session {
             }
         };
         let pieces = vec![Piece { local: 0..remote.len, remote }];
-        let operation = Operation { direction, pieces, buffer, pin: None };
+        let operation = Operation { direction, pieces, buffer, transfer: None };
         match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) => Ok((own(buffer), status)),
             Err((Failure::Error(error), buffer)) => {
@@ -490,6 +525,23 @@ impl Kept {
 }
 
 impl Core {
+    /// Ends a pin of a session before this one, if the server still has it: what is left of it on
+    /// the way can land no more then. It may have: the server waits for a silent client for as long
+    /// as the client waits for a silent server.
+    pub(crate) async fn end_pin_of(&self, earlier: &Self, pin_id: u64) -> Result<(), Error> {
+        let session_id = earlier.control.session_id.clone();
+        let request = v1::UnpinRequest { session_id, pin_id };
+        let doing = || format!("end pin {pin_id} of the session before");
+        let answer = self.control.call(doing, async |mut client| client.unpin(request).await).await;
+        match answer {
+            Err(Error::Refused {
+                reason: Some(Reason::UnknownPin | Reason::UnknownSession),
+                ..
+            }) => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
     /// Gives a pin back. First whatever is still in flight on it (a caller may have stopped waiting)
     /// has to end: a key that died under it would take the queue pair along.
     pub(crate) async fn unpin(&self, pin_id: u64, cell: &PinCell) -> Result<(), Error> {
@@ -522,9 +574,9 @@ fn may_do_without(options: &ConnectOptions) -> bool {
 }
 
 /// Opens this host's device, or says why the session is to go without.
-async fn open_fabric(options: &ConnectOptions) -> Result<Result<Fabric, String>, Error> {
-    match Fabric::open(options).await {
-        Ok(Some(fabric)) => Ok(Ok(fabric)),
+async fn open_device(options: &ConnectOptions) -> Result<Result<Arc<LocalDevice>, String>, Error> {
+    match LocalDevice::open(options).await {
+        Ok(Some(device)) => Ok(Ok(Arc::new(device))),
         Ok(None) => Ok(Err("the session was opened without an RDMA device".to_owned())),
         Err(error) if may_do_without(options) => Ok(Err(with_causes(&error))),
         Err(error) => Err(error),
@@ -532,13 +584,13 @@ async fn open_fabric(options: &ConnectOptions) -> Result<Result<Fabric, String>,
 }
 
 /// Connects the first queue pair, or says why the session is to go without.
-async fn connect_fabric(
-    fabric: Result<Fabric, String>,
+async fn connect_device(
+    device: Result<Arc<LocalDevice>, String>,
     control: &Control,
     options: &ConnectOptions,
 ) -> Result<Rdma, Error> {
-    let fabric = match fabric {
-        Ok(fabric) => fabric,
+    let fabric = match device {
+        Ok(device) => Fabric::new(device, options.server_device.clone()),
         Err(because) => return Ok(Rdma::Off(because)),
     };
     match fabric.lane(control).await {

@@ -27,13 +27,30 @@ struct Log {
 impl Daemon {
     /// Starts one with the lab's soft NIC on a free port, and waits until it listens.
     pub fn start(exports: &[(&str, &Path)]) -> Self {
-        let device = std::env::var("PINFOLD_LAB_SERVER_DEVICE").unwrap_or_else(|_| device_name());
-        Self::start_with(exports, &["--rdma-device", &device])
+        Self::start_with(exports, &["--rdma-device", &Self::device()])
+    }
+
+    /// Starts one where another one listened that is gone now.
+    pub fn start_at(port: u16, exports: &[(&str, &Path)]) -> Self {
+        Self::start_on(port, exports, &["--rdma-device", &Self::device()])
+    }
+
+    fn device() -> String {
+        std::env::var("PINFOLD_LAB_SERVER_DEVICE").unwrap_or_else(|_| device_name())
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port in the URL")
     }
 
     /// Starts one with these arguments on a free port, and waits until it listens.
     pub fn start_with(exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
-        let mut command = on_storage_host();
+        Self::start_on(0, exports, arguments)
+    }
+
+    fn start_on(port: u16, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
+        let mut command = on_storage_host(port);
         command.args(["--log-format", "json"]).args(arguments);
         for (name, folder) in exports {
             command.arg("--export").arg(format!("{name}={}", folder.display()));
@@ -97,16 +114,16 @@ impl Daemon {
 
 /// `pinfoldd` where clients are to reach it: here, or in the network namespace that the lab has for
 /// the storage host.
-fn on_storage_host() -> Command {
+fn on_storage_host(port: u16) -> Command {
     let Ok(host) = std::env::var("PINFOLD_LAB_SERVER_HOST") else {
         let mut command = Command::new(tool("pinfoldd"));
-        command.args(["--listen", "127.0.0.1:0"]);
+        command.args(["--listen", &format!("127.0.0.1:{port}")]);
         return command;
     };
     let address = crate::required("PINFOLD_LAB_SERVER_ADDRESS");
     let mut command = Command::new("ip");
     command.args(["netns", "exec", &host]).arg(tool("pinfoldd"));
-    command.args(["--listen", &format!("{address}:0"), "--plaintext-on-network"]);
+    command.args(["--listen", &format!("{address}:{port}"), "--plaintext-on-network"]);
     command
 }
 

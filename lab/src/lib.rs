@@ -81,6 +81,11 @@ impl Lab {
         self.daemon = Daemon::start(&[(EXPORT, self.folder.path())]);
     }
 
+    /// As [`Lab::restart`], and clients find it where the old one was.
+    pub fn restart_at_same_address(&mut self) {
+        self.daemon = Daemon::start_at(self.daemon.port(), &[(EXPORT, self.folder.path())]);
+    }
+
     /// A file in the export.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)

@@ -1,6 +1,8 @@
 //! How a session begins, lives and ends, against a server that each test plays by hand. No device
 //! is needed: what needs one is tested in the lab.
+#![allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 
+mod kept;
 mod pieces;
 mod scripted;
 

@@ -407,3 +407,116 @@ async fn records_come_until_the_session_ends() {
     assert!(matches!(lost, Error::SessionLost { .. }), "{lost}");
     assert!(soon(records.next()).await.is_none());
 }
+
+/// Leaves a write of one byte behind, with its piece in the server's hands.
+async fn abandon(
+    stage: &mut Stage,
+    pin: &Pin,
+    offset: u64,
+) -> Asked<v1::WriteRequest, v1::WriteResponse> {
+    let buffer = stage.buffer(&[1]).await;
+    tokio::select! {
+        _ = pin.write(offset, buffer, 1) => panic!("it has no answer"),
+        inside = stage.server.write() => inside,
+    }
+}
+
+/// A transfer of other bytes goes out while the one under test has to wait: had that not waited, the
+/// server would have heard of it first.
+#[tokio::test]
+async fn an_abandoned_piece_can_not_overtake_a_later_transfer_of_the_same_bytes() {
+    let mut stage = Stage::open().await;
+    let pin = std::sync::Arc::new(stage.pin_all(1).await);
+    let inside = abandon(&mut stage, &pin, 40).await;
+    let buffers = (stage.buffer(&[2; 8]).await, stage.buffer(&[0; 8]).await);
+    let (writer, reader) = (pin.clone(), pin.clone());
+    let writing = tokio::spawn(async move { writer.write(35, buffers.0, 6).await });
+    let reading = tokio::spawn(async move { reader.read(40, 1, buffers.1).await });
+    // They have had their turn: one thread runs all of this test's tasks.
+    tokio::task::yield_now().await;
+    let buffer = stage.buffer(&[3; 2]).await;
+    let elsewhere = tokio::spawn({
+        let pin = pin.clone();
+        async move { pin.write(41, buffer, 2).await }
+    });
+    let asked = stage.server.write().await;
+    assert_eq!(asked.request.offset, 41, "the bytes next to it need not wait");
+    asked.answer(v1::WriteResponse {});
+    soon(elsewhere).await.unwrap().expect("written");
+    assert!(stage.server.is_quiet(), "a transfer beside the abandoned piece");
+    assert!(!writing.is_finished() && !reading.is_finished());
+
+    inside.answer(v1::WriteResponse {});
+    for _ in 0..2 {
+        match stage.server.call().await {
+            Call::Write(asked) => {
+                assert_eq!((asked.request.offset, asked.request.data.len()), (35, 6));
+                asked.answer(v1::WriteResponse {});
+            }
+            Call::Read(asked) => asked.answer(v1::ReadResponse { data: vec![2] }),
+            _ => panic!("neither of the two"),
+        }
+    }
+    soon(writing).await.unwrap().expect("written");
+    soon(reading).await.unwrap().expect("read");
+}
+
+#[tokio::test]
+async fn the_report_tells_which_bytes_are_durable_acknowledged_or_neither() {
+    let mut stage = Stage::open().await;
+    let (plain, _) = stage.pin(1, PinRequest::read_write("data", "file")).await;
+    assert_eq!(plain.write_fate(), None, "nobody asked for it");
+    let (pin, _) = stage.pin(2, PinRequest::read_write("data", "file").track_writes()).await;
+    let nothing = pin.write_fate().unwrap();
+    assert!(nothing.is_all_committed(), "{nothing:?}");
+
+    let buffer = stage.buffer(&pattern(20)).await;
+    let serving = async {
+        for _ in 0..2 {
+            stage.server.write().await.answer(v1::WriteResponse {});
+        }
+    };
+    let (written, ()) = tokio::join!(soon(pin.write(0, buffer, 20)), serving);
+    let (buffer, _) = written.expect("written");
+
+    // While the commit runs, a write returns.
+    let committing = async {
+        let Call::Commit(commit) = stage.server.call().await else { panic!("no commit") };
+        let writing = async {
+            stage.server.write().await.answer(v1::WriteResponse {});
+        };
+        let (written, ()) = tokio::join!(soon(pin.write(18, buffer, 2)), writing);
+        commit.answer(v1::CommitResponse { flush_us: 5 });
+        written.expect("written").0
+    };
+    let (committed, buffer) = tokio::join!(soon(pin.commit()), committing);
+    committed.unwrap();
+    drop(abandon(&mut stage, &pin, 40).await);
+    let inside = abandon(&mut stage, &pin, 5).await;
+
+    // A write that fails half-way, one that is refused before it begins, and one without an answer.
+    let serving = async {
+        stage.server.write().await.answer(v1::WriteResponse {});
+        stage.server.write().await.refuse(refusal(
+            Code::ResourceExhausted,
+            Reason::NoSpace,
+            "full",
+        ));
+    };
+    let (failed, ()) = tokio::join!(soon(pin.write(100, buffer, 20)), serving);
+    let failed = failed.unwrap_err();
+    let failed = pin.write(FILE_BYTES, failed.buffer.unwrap(), 1).await.unwrap_err();
+    assert!(matches!(failed.error, Error::OutsidePin { .. }), "{failed}");
+
+    stage.revoke(&[2]);
+    let mut events = stage.session.events();
+    if pin.check().is_ok() {
+        soon(events.next()).await;
+    }
+    assert!(matches!(pin.check(), Err(Error::Revoked { .. })));
+    let fate = pin.write_fate().unwrap();
+    assert_eq!(fate.committed, [0..5, 6..18]);
+    assert_eq!(fate.acknowledged, [18..20], "not by the commit that began before it returned");
+    assert_eq!(fate.unknown, [5..6, 40..41, 100..120]);
+    inside.answer(v1::WriteResponse {});
+}

@@ -115,6 +115,13 @@ impl Scripted {
     }
 }
 
+impl Scripted {
+    /// Whether no client has opened another session stream.
+    pub(crate) fn has_no_other_conversation(&mut self) -> bool {
+        self.conversations.try_recv().is_err()
+    }
+}
+
 impl Conversation {
     /// What the client says next; `None` when it has closed its half.
     pub(crate) async fn hear(&mut self) -> Option<Message> {
