@@ -272,6 +272,24 @@ mod tests {
     }
 
     #[test]
+    fn every_assumption_is_written_down() {
+        let tests = paths::root().join("leases/tests/on_each_kernel_assumptions.rs");
+        let tests = fs::read_to_string(tests).unwrap();
+        let text = fs::read_to_string(text_path()).unwrap();
+        let names = tests.lines().filter_map(|line| {
+            let (number, words) =
+                line.strip_prefix("fn a")?.strip_suffix("() {")?.split_once('_')?;
+            Some((number.parse::<u32>().ok()?, words.replace('_', " ")))
+        });
+        let rows: Vec<_> = names.map(|(n, words)| format!("| A{n} | {words} |\n")).collect();
+        assert!(rows.len() > 20, "{rows:?}");
+        assert_eq!(text.matches("| A").count(), rows.len());
+        for row in rows {
+            assert!(text.contains(&row), "docs/guarantees.md lacks {row}");
+        }
+    }
+
+    #[test]
     fn every_tier_has_its_column() {
         let json = fs::read_to_string(json_path()).unwrap();
         let results: Results = serde_json::from_str(&json).unwrap();
