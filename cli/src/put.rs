@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use indicatif::ProgressBar;
-use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Session};
+use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Reason, Session};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -84,7 +84,13 @@ async fn put(
         .transport(transport.into());
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
-    let pin = Arc::new(session.pin(request).await?);
+    let pin = match session.pin(request).await {
+        // Of a whole file only an empty one has no bytes to pin.
+        Err(error) if error.reason() == Some(Reason::BadRange) => {
+            return Err(changed_size(args, source.len, 0));
+        }
+        pinned => Arc::new(pinned?),
+    };
     check_size(args, source.len, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
     let copied = copy(session, args, &source, &pin, &progress).await;
@@ -114,13 +120,17 @@ fn check_size(args: &Put, made: u64, found: u64) -> Result<(), Failure> {
     if found == made {
         return Ok(());
     }
+    Err(changed_size(args, made, found))
+}
+
+fn changed_size(args: &Put, made: u64, found: u64) -> Failure {
     let what = format!(
         "cannot put {} into {}: a process on the storage host changed its size from {made} to \
          {found} bytes meanwhile",
         args.local.display(),
         args.file,
     );
-    Err(Failure::new(Exit::Revoked, what).or_hint(AGAIN))
+    Failure::new(Exit::Revoked, what).or_hint(AGAIN)
 }
 
 /// What is known about the bytes when a copy fails: the commit comes last.

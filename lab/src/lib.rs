@@ -17,12 +17,14 @@ mod random;
 mod screen;
 
 pub use command::{Finished, Running};
-pub use daemon::Daemon;
+pub use daemon::{Daemon, SystemCall};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
-pub use process::{Opener, Truncation, read_by_another_process, rewrite_by_another_process, tool};
+pub use process::{
+    Frozen, Opener, Truncation, read_by_another_process, rewrite_by_another_process, shell, tool,
+};
 pub use random::Random;
 pub use screen::{Screen, summary};
 

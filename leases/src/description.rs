@@ -56,6 +56,22 @@ impl fmt::Display for MappingKind {
     }
 }
 
+pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<MappingKind> {
+    if dax {
+        return Ok(MappingKind::FsDax);
+    }
+    let failed = |e: rustix::io::Errno| Error::File {
+        call: "fstatfs",
+        path: path.to_owned(),
+        source: e.into(),
+    };
+    match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
+        TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
+        magic if KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => Ok(MappingKind::PageCache),
+        magic => Err(Error::UnknownFileSystem { path: path.to_owned(), magic }),
+    }
+}
+
 /// An open file description (open(2)), for reading and writing. A guard is granted only while it is
 /// the file's single one, so it serves guard and mapping alike, is never duplicated and never
 /// leaves the process. Clones share it.
@@ -111,16 +127,7 @@ impl Description {
 
     /// What a mapping of the file would consist of.
     pub fn kind(&self) -> Result<MappingKind> {
-        if self.attributes()?.dax {
-            return Ok(MappingKind::FsDax);
-        }
-        let system =
-            rustix::fs::fstatfs(self.fd()).map_err(|e| self.failed("fstatfs", e.into()))?;
-        match system.f_type {
-            TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
-            magic if KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => Ok(MappingKind::PageCache),
-            magic => Err(Error::UnknownFileSystem { path: self.path().to_owned(), magic }),
-        }
+        kind_of(self.fd(), self.attributes()?.dax, self.path())
     }
 
     fn attributes(&self) -> Result<Attributes> {

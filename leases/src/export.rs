@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
-use crate::description::{Description, FileIdentity};
+use crate::description::{Description, FileIdentity, MappingKind, kind_of};
 use crate::error::{Error, Result};
 
 /// How much is zeroed with one write.
@@ -260,6 +260,12 @@ impl Located {
     /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
     pub fn dax(&self) -> bool {
         self.attributes.dax
+    }
+
+    /// What a mapping of the file would consist of, before it is opened: on an overlay opening for
+    /// writing alone copies the file.
+    pub fn kind(&self) -> Result<MappingKind> {
+        kind_of(self.fd.as_fd(), self.attributes.dax, &self.path)
     }
 
     /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not

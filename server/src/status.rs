@@ -46,8 +46,10 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
         Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
-        Error::StillDraining { .. } => (Code::Unavailable, Reason::FileDraining),
-        Error::Verbs(error) => of_verbs(error),
+        Error::StillDraining { .. } | Error::WrittenLate { .. } => {
+            (Code::Unavailable, Reason::FileDraining)
+        }
+        Error::Verbs(error) | Error::Registration { source: error, .. } => of_verbs(error),
         Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
     }
 }

@@ -67,7 +67,12 @@ impl Drop for Turn {
 impl Inode {
     pub(super) fn is_unused(&self) -> bool {
         let closed = self.description.as_ref().is_none_or(|weak| weak.upgrade().is_none());
-        closed && Arc::strong_count(&self.turn) == 1
+        closed && !self.is_written_late() && Arc::strong_count(&self.turn) == 1
+    }
+
+    /// Whether a stream write of an earlier guarding may still land.
+    fn is_written_late(&self) -> bool {
+        self.left_behind.iter().any(|gate| !gate.is_empty_for_good())
     }
 }
 
@@ -149,7 +154,9 @@ impl Engine {
         // our own last guarding is closed on another thread, and passes.
         let give_up = Instant::now() + PATIENCE;
         loop {
-            match description.arm(&self.watcher).map_err(Error::from) {
+            let armed =
+                self.demand_quiet(located).and_then(|()| Ok(description.arm(&self.watcher)?));
+            match armed {
                 Err(error) if passes(&error) && Instant::now() < give_up => {
                     std::thread::sleep(TRY_AGAIN);
                 }
@@ -369,6 +376,25 @@ impl Engine {
         let mut inodes = locked(&self.inodes);
         inodes.entry(identity).or_default().description = Some(description.downgrade());
         Ok(description)
+    }
+
+    /// Remembers a file that is let go although stream writes are inside the kernel.
+    pub(super) fn leave_behind(&self, file: &HeldFile) {
+        let mut inodes = locked(&self.inodes);
+        let inode = inodes.entry(file.description().identity()).or_default();
+        inode.left_behind.push(Arc::clone(file.gate()));
+    }
+
+    /// A file is guarded, cut or lengthened anew only when no stream write of an earlier guarding can
+    /// land in it any more.
+    pub(super) fn demand_quiet(&self, located: &Located) -> Result<()> {
+        let mut inodes = locked(&self.inodes);
+        let Some(inode) = inodes.get_mut(&located.identity()) else { return Ok(()) };
+        inode.left_behind.retain(|gate| !gate.is_empty_for_good());
+        if inode.left_behind.is_empty() {
+            return Ok(());
+        }
+        Err(Error::WrittenLate { path: located.path().to_owned() })
     }
 
     pub(super) fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {
