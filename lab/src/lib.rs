@@ -6,6 +6,7 @@
 //! truncates a file is another process than the one that guards it.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod command;
 mod daemon;
 mod foreign;
@@ -16,6 +17,7 @@ mod process;
 mod random;
 mod screen;
 
+pub use answer::Answer;
 pub use command::{Finished, Running};
 pub use daemon::{Daemon, SystemCall};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
@@ -23,7 +25,8 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
 pub use process::{
-    Frozen, Opener, Truncation, read_by_another_process, rewrite_by_another_process, shell, tool,
+    Frozen, Mounted, Opener, Truncation, read_by_another_process, rewrite_by_another_process,
+    shell, tool,
 };
 pub use random::Random;
 pub use screen::{Screen, summary};

@@ -33,6 +33,35 @@ pub fn shell(line: &str) {
     assert!(status.success(), "{line}: {status}");
 }
 
+/// A file system that is mounted; until it is dropped.
+#[derive(Debug)]
+pub struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    /// Mounts one without a device of its own (mount(8)).
+    pub fn new(kind: &str, options: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("mount");
+        command.args(["-t", kind, "-o", options, kind]).arg(folder.path());
+        let status = command.status().unwrap();
+        assert!(status.success(), "mounting {kind} with {options}: {status}");
+        Self(folder)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Whoever still has a file of it open keeps it, out of sight.
+        let status = Command::new("umount").arg("-l").arg(self.path()).status().unwrap();
+        assert!(status.success(), "umount {}: {status}", self.path().display());
+    }
+}
+
 /// A file system on which nothing can be written; until it is dropped.
 #[derive(Debug)]
 pub struct Frozen(PathBuf);

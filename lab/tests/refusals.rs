@@ -9,10 +9,10 @@ use std::process::Command;
 use memmap2::MmapOptions;
 use nix::sys::stat::Mode;
 use nix::sys::statvfs::statvfs;
-use pinfold_client::{Code, Error, IfExists, PinRequest, Reason, Session};
+use pinfold_client::{Code, IfExists, PinRequest, Reason, Session};
 use pinfold_lab::{
-    EXPORT, ForeignClient, Lab, Opener, Pattern, eventually, on_each_file_system,
-    read_by_another_process, reason_of,
+    Answer, EXPORT, ForeignClient, Lab, Opener, Pattern, eventually, on_each_file_system,
+    read_by_another_process,
 };
 use pinfold_proto::v1;
 use tonic::Status;
@@ -20,64 +20,6 @@ use tonic::Status;
 const PAGE: usize = 4096;
 /// More than there is anywhere.
 const HUGE: u64 = 1 << 40;
-
-/// What a bad request is answered with.
-#[derive(Clone, Copy)]
-struct Answer<'a> {
-    code: Code,
-    reason: Reason,
-    /// Of the command.
-    exit: i32,
-    /// What the message must hold.
-    says: &'a [&'a str],
-}
-
-impl Answer<'_> {
-    fn check(&self, refused: Error) {
-        let Error::Refused { reason, code, message, .. } = refused else { panic!("{refused:?}") };
-        assert_eq!((code, reason), (self.code, Some(self.reason)), "{message}");
-        self.check_words(&message);
-    }
-
-    fn check_status(&self, refused: &Status) {
-        assert_eq!(
-            (refused.code(), reason_of(refused).as_str()),
-            (self.code, self.reason.as_str())
-        );
-        self.check_words(refused.message());
-    }
-
-    fn check_words(&self, text: &str) {
-        for word in self.says {
-            assert!(text.contains(word), "{word:?} is not in {text:?}");
-        }
-    }
-
-    async fn check_command(&self, lab: &Lab, arguments: &[&str]) {
-        let command = lab.pinfold(arguments).await;
-        assert_eq!(command.code, self.exit, "{arguments:?}: {}", command.stderr);
-        assert_eq!(command.stdout, "", "{arguments:?}");
-        assert!(command.stderr.starts_with("pinfold: "), "{}", command.stderr);
-        self.check_words(&command.stderr);
-    }
-
-    /// A pin by the library and by the command.
-    async fn check_pin(&self, lab: &Lab, session: &Session, file: &str, range: Option<Range<u64>>) {
-        let (export, path) = file.split_once('/').unwrap();
-        let request = PinRequest::read_write(export, path);
-        let (request, range) = match range {
-            Some(range) => {
-                let text = format!("{}..{}", range.start, range.end);
-                (request.range(range), Some(text))
-            }
-            None => (request, None),
-        };
-        self.check(session.pin(request).await.unwrap_err());
-        let mut arguments = vec!["pin", file];
-        arguments.extend(range.iter().flat_map(|range| ["--range", range]));
-        self.check_command(lab, &arguments).await;
-    }
-}
 
 /// One write and commit, and nothing left open.
 async fn the_server_still_serves(lab: &Lab, session: &Session) {
@@ -270,6 +212,40 @@ on_each_file_system! {
         // ext4 keeps a block of an extent tree that was larger once.
         eventually("its blocks are free", async || free() + 1 >= before).await;
         the_server_still_serves(&lab, &session).await;
+    }
+
+    async fn a_queue_pair_outlives_the_try_to_connect_another(lab in Lab) {
+        lab.make_file("file", PAGE as u64);
+        let mut client = ForeignClient::open(&lab.daemon.url).await;
+        let lane = client.connect().await;
+        let pin = client.pin("file").await;
+        let end = v1::Endpoint {
+            queue_pair_number: 17,
+            packet_sequence_number: 1,
+            gid: vec![1; 16],
+            lid: 0,
+            max_path_mtu_bytes: 4096,
+        };
+        let failed = Answer {
+            code: Code::FailedPrecondition,
+            reason: Reason::QueuePairFailed,
+            exit: 0,
+            says: &["could not be connected"],
+        };
+        let malformed =
+            Answer { code: Code::InvalidArgument, reason: Reason::MalformedRequest, ..failed };
+        for (garbage, answer) in [
+            (end.clone(), failed),
+            (v1::Endpoint { max_path_mtu_bytes: 256, ..end.clone() }, failed),
+            (v1::Endpoint { gid: vec![1; 15], ..end }, Answer { says: &["gid"], ..malformed }),
+        ] {
+            answer.check_status(&client.connect_end(garbage).await.unwrap_err());
+        }
+        let bytes = Pattern(4).bytes(0, PAGE);
+        assert!(lane.write(&pin.segments[0], 0, &bytes).await.is_success());
+        client.commit(pin.pin_id, pin.generation).await.unwrap();
+        client.unpin(pin.pin_id).await.unwrap();
+        Pattern(4).check(0, &read_by_another_process(&lab.path("file")), "by the first one");
     }
 
     async fn what_belongs_to_nobody_or_to_another_session(lab in Lab) {
