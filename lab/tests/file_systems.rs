@@ -18,17 +18,21 @@ fn unsupported<'a>(says: &'a [&'a str]) -> Answer<'a> {
 }
 
 /// A pin on `file` of this folder, by the library and by the command.
-async fn refused(folder: &Path, file: &str, kind: &str) {
+async fn refused(folder: &Path, file: &str, answer: Answer<'_>) {
     let daemon = Daemon::start(&[(EXPORT, folder)]);
     let options = ConnectOptions::new(&daemon.url).rdma_device(RdmaDevice::Named(device_name()));
     let session = Session::connect(options).await.unwrap();
-    let path = folder.join(file);
-    let says = [path.to_str().unwrap(), &format!("({kind})"), "export a directory on ext4, XFS"];
-    let answer = unsupported(&says);
     answer.check(session.pin(PinRequest::read_write(EXPORT, file)).await.unwrap_err());
     let arguments = ["pin", &format!("{EXPORT}/{file}")];
     answer.check_finished(&daemon.pinfold(&device_name(), &arguments).await, &arguments);
     assert_eq!(daemon.files_open_beneath(folder), 0, "nothing is left open");
+}
+
+/// The file lies where a lease is worth nothing, or nobody knows.
+async fn refused_on(kind: &str, folder: &Path, file: &str) {
+    let path = folder.join(file);
+    let says = [path.to_str().unwrap(), &format!("({kind})"), "export a directory on ext4, XFS"];
+    refused(folder, file, unsupported(&says)).await;
 }
 
 #[tokio::test]
@@ -41,8 +45,11 @@ async fn an_overlay_is_refused_before_it_copies_the_file() {
     std::fs::write(layer("lower").join("file"), [7; LEN]).unwrap();
     let options = ["lower", "upper", "work"].map(|n| format!("{n}dir={}", layer(n).display()));
     let overlay = Mounted::new("overlay", &options.join(","));
-    refused(overlay.path(), "file", "overlay").await;
+    refused_on("overlay", overlay.path(), "file").await;
     assert!(!layer("upper").join("file").exists(), "the refused pin has copied the file");
+    // One that need not be copied; whoever opens it in the upper layer would not meet a lease.
+    std::fs::write(overlay.path().join("new"), [8; LEN]).unwrap();
+    refused_on("overlay", overlay.path(), "new").await;
     assert_eq!(read_by_another_process(&overlay.path().join("file")), [7; LEN]);
 }
 
@@ -53,14 +60,18 @@ async fn ramfs_and_hugetlbfs() {
         let file = std::fs::File::create(mounted.path().join("file")).unwrap();
         file.set_len(2 << 20).unwrap();
         drop(file);
-        refused(mounted.path(), "file", kind).await;
+        refused_on(kind, mounted.path(), "file").await;
     }
 }
 
-/// The lab's own root.
+/// The lab's own root. It is 9p, and says that it is what it is on the other side.
 #[tokio::test]
-async fn a_network_file_system() {
-    refused(&std::env::current_dir().unwrap(), "Cargo.toml", "9p").await;
+async fn one_that_is_mounted_for_reading() {
+    let folder = std::env::current_dir().unwrap();
+    let path = folder.join("Cargo.toml");
+    let says = [path.to_str().unwrap(), "Read-only file system", "mounted for writing"];
+    let (code, reason) = (Code::PermissionDenied, Reason::PermissionDenied);
+    refused(&folder, "Cargo.toml", Answer { code, reason, exit: 9, says: &says }).await;
 }
 
 /// A setting of the kernel; back to what it was when dropped.

@@ -56,10 +56,8 @@ impl fmt::Display for MappingKind {
     }
 }
 
+/// The file system is asked first: an overlay says of its files that they are DAX if those below are.
 pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<MappingKind> {
-    if dax {
-        return Ok(MappingKind::FsDax);
-    }
     let failed = |e: rustix::io::Errno| Error::File {
         call: "fstatfs",
         path: path.to_owned(),
@@ -67,8 +65,11 @@ pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<Mapp
     };
     match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
         TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
-        magic if KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => Ok(MappingKind::PageCache),
-        magic => Err(Error::UnknownFileSystem { path: path.to_owned(), magic }),
+        magic if !KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => {
+            Err(Error::UnknownFileSystem { path: path.to_owned(), magic })
+        }
+        _ if dax => Ok(MappingKind::FsDax),
+        _ => Ok(MappingKind::PageCache),
     }
 }
 

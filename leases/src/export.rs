@@ -376,7 +376,8 @@ fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &P
 pub(crate) fn denied_or_failed(source: io::Error, call: &'static str, path: &Path) -> Error {
     let path = path.to_owned();
     let capability = match source.raw_os_error() {
-        Some(libc::EACCES | libc::EROFS) => "write permission on the file and its folder",
+        Some(libc::EACCES) => "write permission on the file and its folder",
+        Some(libc::EROFS) => "the file system mounted for writing (mount -o remount,rw)",
         // Root gets it too, and then these flags are why.
         Some(libc::EPERM) => "its immutable and append-only flags cleared (chattr -i -a)",
         _ => return Error::File { call, path, source },
