@@ -84,13 +84,8 @@ async fn put(
         .transport(transport.into());
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
-    let pin = match session.pin(request).await {
-        // Of a whole file only an empty one has no bytes to pin.
-        Err(error) if error.reason() == Some(Reason::BadRange) => {
-            return Err(changed_size(args, source.len, 0));
-        }
-        pinned => Arc::new(pinned?),
-    };
+    let pinned = session.pin(request).await;
+    let pin = Arc::new(pinned.map_err(|error| not_pinned(args, source.len, error))?);
     check_size(args, source.len, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
     let copied = copy(session, args, &source, &pin, &progress).await;
@@ -112,6 +107,14 @@ async fn put(
         let _ = pin.unpin().await;
     }
     Ok(Report::new(args, made.created, carried, flush))
+}
+
+/// Of a whole file only an empty one has no bytes to pin, and this one was made with some.
+fn not_pinned(args: &Put, made: u64, error: Error) -> Failure {
+    match error.reason() {
+        Some(Reason::BadRange) => changed_size(args, made, 0),
+        _ => error.into(),
+    }
 }
 
 /// Between its making and its pin the file is anybody's: one that was cut takes only a part of the
@@ -291,5 +294,35 @@ impl fmt::Display for Report {
         };
         writeln!(f, "{}: {}, {durable}", self.file, self.carried)?;
         f.write_str(&self.carried.explanation())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pinfold_client::Code;
+
+    use super::*;
+    use crate::args::FileArg;
+
+    #[test]
+    fn a_file_that_was_cut_to_nothing_is_told_like_any_other_size() {
+        let args = Put {
+            local: "app.log".into(),
+            file: FileArg { export: "data".to_owned(), path: "log".to_owned() },
+            json: false,
+            chunk: 1 << 20,
+            window: 8,
+        };
+        let refused = |reason| Error::Refused {
+            doing: "pin data/log".to_owned(),
+            reason: Some(reason),
+            code: Code::InvalidArgument,
+            message: "bytes 0..0 hold nothing: the file is empty".to_owned(),
+        };
+        let cut = not_pinned(&args, 10, refused(Reason::BadRange));
+        assert_eq!(cut.exit, Exit::Revoked);
+        assert_eq!(cut.to_string(), changed_size(&args, 10, 0).to_string());
+        assert!(cut.to_string().contains("its size from 10 to 0 bytes"), "{cut}");
+        assert_eq!(not_pinned(&args, 10, refused(Reason::FileBusy)).exit, Exit::Busy);
     }
 }

@@ -97,14 +97,6 @@ pub enum Error {
         /// `f_type`, statfs(2).
         magic: i64,
     },
-    /// A folder that is too large to be listed at once.
-    #[error("{} holds more than {limit} names; list a folder below it", path.display())]
-    TooManyEntries {
-        /// The folder.
-        path: PathBuf,
-        /// How many would do.
-        limit: usize,
-    },
     /// The file system has no room, or a quota is used up.
     #[error("no room for {} bytes in {}; free space or raise the quota", bytes, path.display())]
     NoSpace {

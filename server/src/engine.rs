@@ -34,6 +34,7 @@ use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
 use sessions::random;
 
+pub(crate) use files::PageOrder;
 pub(crate) use pins::{Granted, PinOrder, StreamPiece, TransportWish};
 
 /// How long a new pin waits for the revocation of an earlier guarding.

@@ -91,7 +91,6 @@ fn of_file(error: &FileError) -> (Code, Reason) {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
         FileError::NoSpace { .. } => (Code::ResourceExhausted, Reason::NoSpace),
-        FileError::TooManyEntries { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
         FileError::Broken | FileError::AlreadyFenced => (Code::Unavailable, Reason::FileDraining),
         FileError::OutOfMapping { .. } => (Code::OutOfRange, Reason::RangePastEnd),
         _ => (Code::Internal, Reason::Internal),

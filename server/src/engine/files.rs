@@ -1,12 +1,13 @@
 //! Files as clients see them: finding, creating, resizing, removing, listing; and whose turn it is
 //! to open or guard one.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pinfold_leases::{
-    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located,
+    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located, Page,
     RelativePath,
 };
 use pinfold_proto::v1;
@@ -19,12 +20,19 @@ use crate::ids::{PinId, SessionId};
 use crate::registry::{Reason, Refusal, Standing};
 use crate::wire;
 
-/// Names in one listing.
-const LONGEST_LISTING: usize = 10_000;
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
 /// Stands in a gate for work of the server's own; no pin has it.
 const NO_PIN: PinId = PinId(0);
+
+/// Which part of a folder to list.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct PageOrder {
+    /// The last name of the page before.
+    pub(crate) after: Vec<u8>,
+    /// At most so many names.
+    pub(crate) size: NonZeroUsize,
+}
 
 /// In which direction a file's size may change.
 #[derive(Clone, Copy, Debug)]
@@ -258,22 +266,24 @@ impl Engine {
         }
     }
 
-    /// Lists a folder, with the number of pins on each file.
+    /// Lists a page of a folder, with the number of pins on each file, and where the next starts.
     pub(crate) async fn list(
         &self,
         export: String,
         path: Option<RelativePath>,
-    ) -> Result<Vec<(Entry, usize)>> {
+        order: PageOrder,
+    ) -> Result<(Vec<(Entry, usize)>, Option<Vec<u8>>)> {
         self.blocking(move |engine| {
-            let entries = engine.export(&export)?.list(path.as_ref(), LONGEST_LISTING)?;
+            let page = Page { after: &order.after, size: order.size };
+            let listing = engine.export(&export)?.list(path.as_ref(), &page)?;
             let with_pins = |entry: Entry| {
                 let pins = match engine.standing(entry.identity) {
-                    Some(Standing::Held { pins, .. }) => pins,
+                    Some(Standing::Held { granted, .. }) => granted,
                     Some(Standing::Going) | None => 0,
                 };
                 (entry, pins)
             };
-            Ok(entries.into_iter().map(with_pins).collect())
+            Ok((listing.entries.into_iter().map(with_pins).collect(), listing.next))
         })
         .await
     }
