@@ -256,7 +256,7 @@ on_each_file_system! {
         let (code, reason) = (Code::ResourceExhausted, Reason::QuotaExceeded);
         let quota = Answer { code, reason, exit: 11, says: &says };
         quota.check(session.pin(request().reserve_end(HUGE)).await.unwrap_err());
-        quota.check_command(&lab, &["pin", "lab/file", "--reserve", "1T"]).await;
+        quota.check_command(&lab, &["pin", "lab/file", "--reserve", "1024G"]).await;
         the_server_still_serves(&lab, &session).await;
     }
 
@@ -285,7 +285,7 @@ on_each_file_system! {
         };
         let pin = client.stub.pin(even).await.unwrap().into_inner();
         assert_eq!(pin.quirks.as_ref().unwrap().start_alignment_bytes, PAGE as u32);
-        for offset in [1, 100, 2 * PAGE as u64 + 4095] {
+        for offset in [1, 100, 2 * PAGE as u64 + 4000] {
             let status = lane.write(&pin.segments[0], offset, &[0xee; 64]).await;
             println!("64 bytes at {offset}: {status}");
         }
