@@ -11,23 +11,40 @@ use pinfold_proto::v1;
 
 /// Longer than what enters the kernel at a time.
 const LEN: usize = 256 << 10;
+const PAGE: usize = 4096;
 /// What enters the kernel at a time.
 const CALL: usize = 64 << 10;
 
-async fn a_write_hangs(lab: &Lab) {
-    let hangs = async || lab.daemon.threads_in(SystemCall::Pwrite) == 1;
-    eventually("a stream write is inside the kernel", hangs).await;
-}
-
-async fn no_write_hangs(lab: &Lab) {
-    let none = async || lab.daemon.threads_in(SystemCall::Pwrite) == 0;
-    eventually("no stream write is inside the kernel", none).await;
+async fn stream_writes_hang(lab: &Lab, number: usize) {
+    let hang = async || lab.daemon.threads_in(SystemCall::Pwrite) == number;
+    eventually("the stream writes are inside the kernel", hang).await;
 }
 
 /// Another process opens the file, which takes as long as the kernel makes it wait.
 fn reader(lab: &Lab) -> tokio::task::JoinHandle<Opener> {
     let path = lab.path("file");
     tokio::task::spawn_blocking(move || Opener::reading(&path))
+}
+
+/// A pin of a foreign client by the stream path, and a write to it, of one byte many times.
+async fn foreign_write(
+    lab: &Lab,
+    offset: u64,
+    byte: u8,
+    len: usize,
+) -> (ForeignClient, u64, v1::WriteRequest) {
+    let mut client = ForeignClient::open(&lab.daemon.url).await;
+    let transport = v1::Transport::Stream.into();
+    let request = v1::PinRequest { transport, ..client.pin_request("file") };
+    let pin = client.stub.pin(request).await.unwrap().into_inner();
+    let write = v1::WriteRequest {
+        session_id: client.session_id(),
+        pin_id: pin.pin_id,
+        generation: pin.generation,
+        offset,
+        data: vec![byte; len],
+    };
+    (client, pin.pin_id, write)
 }
 
 fn by_stream() -> PinRequest {
@@ -37,27 +54,15 @@ fn by_stream() -> PinRequest {
 on_each_file_system! {
     async fn one_that_ends_in_time_is_waited_for(lab in Lab) {
         lab.make_file("file", LEN as u64);
-        let mut client = ForeignClient::open(&lab.daemon.url).await;
-        let request = v1::PinRequest {
-            transport: v1::Transport::Stream.into(),
-            ..client.pin_request("file")
-        };
-        let pin = client.stub.pin(request).await.unwrap().into_inner();
+        let (mut client, pin, write) = foreign_write(&lab, 0, b'W', LEN).await;
         let frozen = Frozen::start(lab.file_system.mount_point());
-        let write = v1::WriteRequest {
-            session_id: client.session_id(),
-            pin_id: pin.pin_id,
-            generation: pin.generation,
-            offset: 0,
-            data: vec![b'W'; LEN],
-        };
         let mut stub = client.stub.clone();
         let writing = tokio::spawn(async move { stub.write(write).await });
-        a_write_hangs(&lab).await;
+        stream_writes_hang(&lab, 1).await;
         let reader = reader(&lab);
         client.next_draining().await;
         // It lies: what it has sent is not back yet. Only the gate knows.
-        client.say_drained(&[pin.pin_id]);
+        client.say_drained(&[pin]);
         frozen.thaw();
         writing.await.unwrap().unwrap();
         let opened = reader.await.unwrap();
@@ -71,28 +76,32 @@ on_each_file_system! {
     }
 
     async fn one_that_hangs_on_is_left_behind_and_keeps_out_of_the_files_next_life(lab in Lab) {
-        lab.make_file("file", LEN as u64);
+        lab.make_file("file", (LEN + PAGE) as u64);
         let path = lab.path("file");
         let session = lab.session().await;
         let mut events = session.events();
         let pin = session.pin(by_stream()).await.unwrap();
         let mut buffer = session.buffer(LEN).await.unwrap();
         buffer.as_mut_slice().fill(b'O');
+        // One whose last call into the kernel is its first.
+        let (client, _, short) = foreign_write(&lab, LEN as u64, b'S', PAGE).await;
         let frozen = Frozen::start(lab.file_system.mount_point());
+        let mut stub = client.stub.clone();
+        let short = tokio::spawn(async move { stub.write(short).await });
         let writing = async { pin.write(0, buffer, LEN).await.unwrap_err().error };
         let breaking = async {
-            a_write_hangs(&lab).await;
+            stream_writes_hang(&lab, 2).await;
             let reader = reader(&lab);
             assert!(matches!(events.next().await, Some(Event::Draining { .. })));
             // Nobody thaws it: the reader gets through because we let go.
             let opened = reader.await.unwrap();
-            assert_eq!(lab.daemon.threads_in(SystemCall::Pwrite), 1, "it hangs on");
+            assert_eq!(lab.daemon.threads_in(SystemCall::Pwrite), 2, "they hang on");
             let timings = next_revocation(&mut events).await.timings.unwrap();
             println!("{timings:?}");
             assert_eq!(timings.drained, None, "the budget ran out");
             assert!(timings.break_pending_at_release);
             let record = lab.daemon.audit_record(&path);
-            assert_eq!(record["late_stream_writes"], 1);
+            assert_eq!(record["late_stream_writes"], 2);
             let error = lab.daemon.logged_error("released with stream writes inside");
             assert_eq!(error["path"], path.to_str().unwrap());
             drop(opened);
@@ -104,24 +113,33 @@ on_each_file_system! {
             let (new, ()) = tokio::join!(waiting, thawing);
             let new = new.unwrap();
             assert_ne!(new.grant().generation, pin.grant().generation);
-            no_write_hangs(&lab).await;
+            stream_writes_hang(&lab, 0).await;
             new
         };
         let (refused, new) = tokio::join!(writing, breaking);
         assert!(matches!(refused, Error::Draining { .. } | Error::Revoked { .. }), "{refused}");
+        // It has landed, but in whose file? So it is not acknowledged.
+        let draining = Answer {
+            code: Code::Unavailable,
+            reason: Reason::FileDraining,
+            exit: 0,
+            says: &["is being taken back"],
+        };
+        draining.check_status(&short.await.unwrap().unwrap_err());
 
-        let buffer = session.buffer(LEN).await.unwrap();
-        let (buffer, _) = new.read(0, LEN, buffer).await.unwrap();
+        let buffer = session.buffer(LEN + PAGE).await.unwrap();
+        let (buffer, _) = new.read(0, LEN + PAGE, buffer).await.unwrap();
         let late = buffer.as_slice().iter().take_while(|byte| **byte == b'O').count();
         assert_eq!(late, CALL, "of the old write only what was in the kernel has landed");
-        assert!(buffer.as_slice()[late..].iter().all(|byte| *byte == 0));
+        assert!(buffer.as_slice()[late..LEN].iter().all(|byte| *byte == 0));
 
         let mut buffer = buffer;
         buffer.as_mut_slice().fill(b'N');
-        new.write(0, buffer, LEN).await.unwrap();
+        new.write(0, buffer, LEN + PAGE).await.unwrap();
         new.commit().await.unwrap();
         new.unpin().await.unwrap();
-        assert!(read_by_another_process(&path) == [b'N'; LEN], "nothing old over the new");
+        let content = read_by_another_process(&path);
+        assert!(content == [b'N'; LEN + PAGE], "nothing old over the new");
         lab.nothing_is_held().await;
     }
 }
