@@ -67,12 +67,14 @@ async fn a_server_that_wants_none() {
     }
 }
 
-/// The lab without its soft NIC; until it is dropped.
+/// The lab without its soft NIC, and without any that another test has left; until it is dropped.
 struct NoNic;
 
 impl NoNic {
     fn start() -> Self {
-        shell(&format!("rdma link delete {}", device_name()));
+        for device in std::fs::read_dir("/sys/class/infiniband").unwrap() {
+            shell(&format!("rdma link delete {}", device.unwrap().file_name().display()));
+        }
         Self
     }
 }
