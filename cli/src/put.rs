@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use indicatif::ProgressBar;
-use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Session};
+use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Reason, Session};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -84,7 +84,8 @@ async fn put(
         .transport(transport.into());
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
-    let pin = Arc::new(session.pin(request).await?);
+    let pinned = session.pin(request).await;
+    let pin = Arc::new(pinned.map_err(|error| not_pinned(args, source.len, error))?);
     check_size(args, source.len, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
     let copied = copy(session, args, &source, &pin, &progress).await;
@@ -108,19 +109,31 @@ async fn put(
     Ok(Report::new(args, made.created, carried, flush))
 }
 
+/// Of a whole file only an empty one has no bytes to pin, and this one was made with some.
+fn not_pinned(args: &Put, made: u64, error: Error) -> Failure {
+    match error.reason() {
+        Some(Reason::BadRange) => changed_size(args, made, 0),
+        _ => error.into(),
+    }
+}
+
 /// Between its making and its pin the file is anybody's: one that was cut takes only a part of the
 /// bytes, and one that grew would keep more behind them.
 fn check_size(args: &Put, made: u64, found: u64) -> Result<(), Failure> {
     if found == made {
         return Ok(());
     }
+    Err(changed_size(args, made, found))
+}
+
+fn changed_size(args: &Put, made: u64, found: u64) -> Failure {
     let what = format!(
         "cannot put {} into {}: a process on the storage host changed its size from {made} to \
          {found} bytes meanwhile",
         args.local.display(),
         args.file,
     );
-    Err(Failure::new(Exit::Revoked, what).or_hint(AGAIN))
+    Failure::new(Exit::Revoked, what).or_hint(AGAIN)
 }
 
 /// What is known about the bytes when a copy fails: the commit comes last.
@@ -281,5 +294,35 @@ impl fmt::Display for Report {
         };
         writeln!(f, "{}: {}, {durable}", self.file, self.carried)?;
         f.write_str(&self.carried.explanation())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pinfold_client::Code;
+
+    use super::*;
+    use crate::args::FileArg;
+
+    #[test]
+    fn a_file_that_was_cut_to_nothing_is_told_like_any_other_size() {
+        let args = Put {
+            local: "app.log".into(),
+            file: FileArg { export: "data".to_owned(), path: "log".to_owned() },
+            json: false,
+            chunk: 1 << 20,
+            window: 8,
+        };
+        let refused = |reason| Error::Refused {
+            doing: "pin data/log".to_owned(),
+            reason: Some(reason),
+            code: Code::InvalidArgument,
+            message: "bytes 0..0 hold nothing: the file is empty".to_owned(),
+        };
+        let cut = not_pinned(&args, 10, refused(Reason::BadRange));
+        assert_eq!(cut.exit, Exit::Revoked);
+        assert_eq!(cut.to_string(), changed_size(&args, 10, 0).to_string());
+        assert!(cut.to_string().contains("its size from 10 to 0 bytes"), "{cut}");
+        assert_eq!(not_pinned(&args, 10, refused(Reason::FileBusy)).exit, Exit::Busy);
     }
 }

@@ -505,6 +505,21 @@ fn ls_and_stat_show_what_is_there() {
     assert_eq!(holding.finish().code, 130);
 }
 
+/// More than a page of the protocol.
+#[test]
+fn a_large_folder_is_listed_to_its_end() {
+    let host = Host::start();
+    fs::create_dir(host.path("many")).unwrap();
+    let expected: Vec<String> = (0..10_001).map(|number| format!("{number:05}")).collect();
+    // The file system gives them back in an order of its own.
+    for name in &expected {
+        fs::write(host.path("many").join(name), b"").unwrap();
+    }
+    let listed = host.run(&["ls", "data/many"]);
+    assert_eq!(listed.code, 0, "{}", listed.stderr);
+    assert!(listed.stdout.lines().eq(expected.iter().map(String::as_str)), "each once, in order");
+}
+
 #[test]
 fn ps_shows_who_holds_what() {
     let host = Host::start();

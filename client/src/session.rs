@@ -213,7 +213,8 @@ impl Session {
     }
 
     /// Lists a folder of an export, ordered by name; an empty path is the export's top folder, an
-    /// empty export lists the exports. Opens no file, so it disturbs nobody.
+    /// empty export lists the exports. Opens no file, so it disturbs nobody. A large folder comes page by
+    /// page: a name that comes or goes meanwhile is in the list or not.
     ///
     /// # Errors
     ///
@@ -224,14 +225,24 @@ impl Session {
             (export, "") => format!("list {export}"),
             (export, path) => format!("list {}", FileName::new(export, path)),
         };
-        let request = v1::ListRequest {
-            session_id: self.core.control.session_id.clone(),
-            export: export.to_owned(),
-            path: path.to_owned(),
-        };
-        let answer =
-            self.core.control.call(doing, async |mut client| client.list(request).await).await?;
-        Ok(answer.entries.into_iter().map(Entry::from).collect())
+        let mut entries = Vec::new();
+        let mut page_token = Vec::new();
+        loop {
+            let request = v1::ListRequest {
+                session_id: self.core.control.session_id.clone(),
+                export: export.to_owned(),
+                path: path.to_owned(),
+                page_size: 0,
+                page_token,
+            };
+            let call = self.core.control.call(doing, async |mut client| client.list(request).await);
+            let answer = call.await?;
+            entries.extend(answer.entries.into_iter().map(Entry::from));
+            if answer.next_page_token.is_empty() {
+                return Ok(entries);
+            }
+            page_token = answer.next_page_token;
+        }
     }
 
     /// Makes a file longer, and returns its end. Its pins stay; one that

@@ -1,12 +1,13 @@
 //! The command `pinfold` as a process, as people and scripts use it.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{Lab, device_name, tool};
+use crate::process::{memlock_prefix, prefixed};
+use crate::{Daemon, Lab, device_name, tool};
 
 /// What a command that has ended leaves.
 #[derive(Debug)]
@@ -34,16 +35,34 @@ impl Lab {
 
     /// Starts `pinfold` against this lab's daemon.
     pub fn start_pinfold(&self, arguments: &[&str]) -> Running {
-        let mut command = Command::new(tool("pinfold"));
-        command.args(["--server", &self.daemon.url, "--rdma-device", &device_name()]);
-        command.args(arguments).stdin(Stdio::null());
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        Running { child, stdout }
+        Running::pinfold(&self.daemon.url, &[], &device_name(), arguments)
+    }
+
+    /// Runs `pinfold` where it may lock only so many bytes of memory.
+    pub async fn pinfold_with_memlock(&self, bytes: usize, arguments: &[&str]) -> Finished {
+        let prefix = memlock_prefix(bytes);
+        let prefix: Vec<&str> = prefix.iter().map(String::as_str).collect();
+        Running::pinfold(&self.daemon.url, &prefix, &device_name(), arguments).finish().await
+    }
+}
+
+impl Daemon {
+    /// Runs `pinfold` against this daemon with a device of the client's, to its end.
+    pub async fn pinfold(&self, device: &str, arguments: &[&str]) -> Finished {
+        Running::pinfold(&self.url, &[], device, arguments).finish().await
     }
 }
 
 impl Running {
+    fn pinfold(url: &str, prefix: &[&str], device: &str, arguments: &[&str]) -> Self {
+        let mut command = prefixed(prefix, &tool("pinfold"));
+        command.args(["--server", url, "--rdma-device", device]);
+        command.args(arguments).stdin(Stdio::null());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Self { child, stdout }
+    }
+
     /// Reads up to a line that starts so; gives that line.
     pub fn wait_for_line(&mut self, start: &str) -> String {
         loop {

@@ -7,7 +7,18 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use serde_json::Value;
 
-use crate::{DEADLINE, device_name, tool};
+use crate::process::{memlock_prefix, prefixed};
+use crate::{DEADLINE, Finished, device_name, tool};
+
+/// A system call, by its number on x86-64.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u32)]
+pub enum SystemCall {
+    /// pwrite(2)
+    Pwrite = 18,
+    /// openat(2)
+    Openat = 257,
+}
 
 /// A running daemon; ended when dropped.
 #[derive(Debug)]
@@ -50,11 +61,28 @@ impl Daemon {
     }
 
     fn start_on(port: u16, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
-        let mut command = on_storage_host(port);
-        command.args(["--log-format", "json"]).args(arguments);
-        for (name, folder) in exports {
-            command.arg("--export").arg(format!("{name}={}", folder.display()));
-        }
+        Self::started(on_storage_host(&[], port), exports, arguments)
+    }
+
+    /// Starts one with the lab's soft NIC that may lock only so many bytes of memory.
+    pub fn start_with_memlock(exports: &[(&str, &Path)], bytes: usize) -> Self {
+        let prefix = memlock_prefix(bytes);
+        let prefix: Vec<&str> = prefix.iter().map(String::as_str).collect();
+        Self::started(on_storage_host(&prefix, 0), exports, &["--rdma-device", &device_name()])
+    }
+
+    /// Runs one that does not start, to its end.
+    pub fn refused(exports: &[(&str, &Path)], arguments: &[&str]) -> Finished {
+        let mut command = on_storage_host(&[], 0);
+        configure(&mut command, exports, arguments);
+        let output = command.output().unwrap();
+        let code = output.status.code().unwrap_or_else(|| panic!("it died: {}", output.status));
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        Finished { code, stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+
+    fn started(mut command: Command, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
+        configure(&mut command, exports, arguments);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let stderr = BufReader::new(child.stderr.take().unwrap());
@@ -81,6 +109,23 @@ impl Daemon {
     pub fn audit_record(&self, path: &Path) -> Value {
         let path = path.to_str().unwrap();
         self.log.wait_for(|line| line["target"] == "pinfold::audit" && line["path"] == path)
+    }
+
+    /// Waits until it has logged an error with these words.
+    pub fn logged_error(&self, words: &str) -> Value {
+        self.log.wait_for(|line| {
+            line["level"] == "ERROR" && line["message"].as_str().is_some_and(|m| m.contains(words))
+        })
+    }
+
+    /// How many of its threads are inside this system call now.
+    pub fn threads_in(&self, call: SystemCall) -> usize {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let inside = format!("{} ", call as u32);
+        threads
+            .filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("syscall")).ok())
+            .filter(|words| words.starts_with(&inside))
+            .count()
     }
 
     /// Ends it without a chance to clean up, and waits until it is gone.
@@ -114,17 +159,24 @@ impl Daemon {
 
 /// `pinfoldd` where clients are to reach it: here, or in the network namespace that the lab has for
 /// the storage host.
-fn on_storage_host(port: u16) -> Command {
+fn on_storage_host(prefix: &[&str], port: u16) -> Command {
     let Ok(host) = std::env::var("PINFOLD_LAB_SERVER_HOST") else {
-        let mut command = Command::new(tool("pinfoldd"));
+        let mut command = prefixed(prefix, &tool("pinfoldd"));
         command.args(["--listen", &format!("127.0.0.1:{port}")]);
         return command;
     };
     let address = crate::required("PINFOLD_LAB_SERVER_ADDRESS");
-    let mut command = Command::new("ip");
-    command.args(["netns", "exec", &host]).arg(tool("pinfoldd"));
+    let mut command =
+        prefixed(&[&["ip", "netns", "exec", &host], prefix].concat(), &tool("pinfoldd"));
     command.args(["--listen", &format!("{address}:{port}"), "--plaintext-on-network"]);
     command
+}
+
+fn configure(command: &mut Command, exports: &[(&str, &Path)], arguments: &[&str]) {
+    command.args(["--log-format", "json"]).args(arguments);
+    for (name, folder) in exports {
+        command.arg("--export").arg(format!("{name}={}", folder.display()));
+    }
 }
 
 impl Drop for Daemon {

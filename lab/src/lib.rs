@@ -6,6 +6,7 @@
 //! truncates a file is another process than the one that guards it.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod command;
 mod daemon;
 mod foreign;
@@ -17,13 +18,17 @@ mod process;
 mod random;
 mod screen;
 
+pub use answer::Answer;
 pub use command::{Finished, Running};
-pub use daemon::Daemon;
+pub use daemon::{Daemon, SystemCall};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
-pub use process::{Opener, Truncation, read_by_another_process, rewrite_by_another_process, tool};
+pub use process::{
+    Frozen, Mounted, Opener, Truncation, read_by_another_process, rewrite_by_another_process,
+    shell, tool,
+};
 pub use random::Random;
 pub use screen::{Screen, summary};
 

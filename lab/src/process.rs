@@ -11,6 +11,84 @@ pub fn tool(name: &str) -> PathBuf {
     Path::new(&required("PINFOLD_BIN_DIR")).join(name)
 }
 
+/// A command that other commands start.
+pub(crate) fn prefixed(prefix: &[&str], program: &Path) -> Command {
+    let Some((first, rest)) = prefix.split_first() else { return Command::new(program) };
+    let mut command = Command::new(first);
+    command.args(rest).arg(program);
+    command
+}
+
+/// Starts a program as root has it that may lock only so many bytes of memory, as others do.
+pub(crate) fn memlock_prefix(bytes: usize) -> Vec<String> {
+    let limit = format!("--memlock={bytes}:{bytes}");
+    ["setpriv", "--bounding-set=-ipc_lock", "--", "prlimit", &limit, "--"]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Runs a line of a shell, as root on the storage host.
+pub fn shell(line: &str) {
+    let status = Command::new("sh").args(["-ec", line]).status().unwrap();
+    assert!(status.success(), "{line}: {status}");
+}
+
+/// A file system that is mounted; until it is dropped.
+#[derive(Debug)]
+pub struct Mounted(tempfile::TempDir);
+
+impl Mounted {
+    /// Mounts one without a device of its own (mount(8)).
+    pub fn new(kind: &str, options: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new("mount");
+        command.args(["-t", kind, "-o", options, kind]).arg(folder.path());
+        let status = command.status().unwrap();
+        assert!(status.success(), "mounting {kind} with {options}: {status}");
+        Self(folder)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Whoever still has a file of it open keeps it, out of sight.
+        let status = Command::new("umount").arg("-l").arg(self.path()).status().unwrap();
+        assert!(status.success(), "umount {}: {status}", self.path().display());
+    }
+}
+
+/// A file system on which nothing can be written; until it is dropped.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// Freezes it (fsfreeze(8)); what is being written comes to its end first.
+    pub fn start(mount_point: PathBuf) -> Self {
+        let frozen = Self(mount_point);
+        frozen.call("-f");
+        frozen
+    }
+
+    /// Lets it go on.
+    pub fn thaw(self) {}
+
+    fn call(&self, what: &str) {
+        let status = Command::new("fsfreeze").arg(what).arg(&self.0).status().unwrap();
+        assert!(status.success(), "fsfreeze {what} {}: {status}", self.0.display());
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.call("-u");
+    }
+}
+
 /// What another process finds in a file, by CPU loads: a READ by the NIC could repeat a mistake of
 /// the NIC's WRITE.
 pub fn read_by_another_process(path: &Path) -> Vec<u8> {

@@ -9,10 +9,12 @@ use std::process::Command;
 use memmap2::MmapOptions;
 use nix::sys::stat::Mode;
 use nix::sys::statvfs::statvfs;
-use pinfold_client::{Code, Error, IfExists, PinRequest, Reason, Session};
+use pinfold_client::{
+    Code, CompletionStatus, Error, IfExists, PinRequest, Reason, Session, Transport,
+};
 use pinfold_lab::{
-    EXPORT, ForeignClient, Lab, Opener, Pattern, eventually, on_each_file_system,
-    read_by_another_process, reason_of,
+    Answer, EXPORT, ForeignClient, Lab, Opener, Pattern, eventually, next_revocation,
+    on_each_file_system, read_by_another_process, remote_slice,
 };
 use pinfold_proto::v1;
 use tonic::Status;
@@ -20,64 +22,6 @@ use tonic::Status;
 const PAGE: usize = 4096;
 /// More than there is anywhere.
 const HUGE: u64 = 1 << 40;
-
-/// What a bad request is answered with.
-#[derive(Clone, Copy)]
-struct Answer<'a> {
-    code: Code,
-    reason: Reason,
-    /// Of the command.
-    exit: i32,
-    /// What the message must hold.
-    says: &'a [&'a str],
-}
-
-impl Answer<'_> {
-    fn check(&self, refused: Error) {
-        let Error::Refused { reason, code, message, .. } = refused else { panic!("{refused:?}") };
-        assert_eq!((code, reason), (self.code, Some(self.reason)), "{message}");
-        self.check_words(&message);
-    }
-
-    fn check_status(&self, refused: &Status) {
-        assert_eq!(
-            (refused.code(), reason_of(refused).as_str()),
-            (self.code, self.reason.as_str())
-        );
-        self.check_words(refused.message());
-    }
-
-    fn check_words(&self, text: &str) {
-        for word in self.says {
-            assert!(text.contains(word), "{word:?} is not in {text:?}");
-        }
-    }
-
-    async fn check_command(&self, lab: &Lab, arguments: &[&str]) {
-        let command = lab.pinfold(arguments).await;
-        assert_eq!(command.code, self.exit, "{arguments:?}: {}", command.stderr);
-        assert_eq!(command.stdout, "", "{arguments:?}");
-        assert!(command.stderr.starts_with("pinfold: "), "{}", command.stderr);
-        self.check_words(&command.stderr);
-    }
-
-    /// A pin by the library and by the command.
-    async fn check_pin(&self, lab: &Lab, session: &Session, file: &str, range: Option<Range<u64>>) {
-        let (export, path) = file.split_once('/').unwrap();
-        let request = PinRequest::read_write(export, path);
-        let (request, range) = match range {
-            Some(range) => {
-                let text = format!("{}..{}", range.start, range.end);
-                (request.range(range), Some(text))
-            }
-            None => (request, None),
-        };
-        self.check(session.pin(request).await.unwrap_err());
-        let mut arguments = vec!["pin", file];
-        arguments.extend(range.iter().flat_map(|range| ["--range", range]));
-        self.check_command(lab, &arguments).await;
-    }
-}
 
 /// One write and commit, and nothing left open.
 async fn the_server_still_serves(lab: &Lab, session: &Session) {
@@ -272,6 +216,120 @@ on_each_file_system! {
         the_server_still_serves(&lab, &session).await;
     }
 
+    async fn what_reaches_past_what_was_reserved(lab in Lab) {
+        lab.make_file("file", PAGE as u64);
+        let session = lab.session().await;
+        let request = || PinRequest::read_write(EXPORT, "file").transport(Transport::Rdma);
+        let reserved = 4 * PAGE as u64;
+        let pin = session.pin(request().reserve_end(reserved)).await.unwrap();
+        let key = pin.grant().segments[0];
+        assert_eq!(key.length, reserved);
+        let end = session.grow(EXPORT, "file", 8 * PAGE as u64).await.unwrap();
+        pin.extend_to(end);
+        let buffer = session.buffer(PAGE).await.unwrap();
+        let refused = pin.write(reserved, buffer, PAGE).await.unwrap_err();
+        let says = refused.to_string();
+        let Error::OutsidePin { wanted, pinned, .. } = refused.error else { panic!("{says}") };
+        assert_eq!((wanted, pinned), (reserved..reserved + PAGE as u64, 0..reserved));
+        for word in ["bytes 16384..20480 of lab/file", "the pin covers 0..16384"] {
+            assert!(says.contains(word), "{word:?} is not in {says:?}");
+        }
+        // The key itself reaches no further, whatever the client's library thinks.
+        let buffer = session.buffer(PAGE).await.unwrap();
+        let slice = remote_slice(&key, reserved - 1, PAGE);
+        let (_, status) = session.raw_write(slice, buffer).await.unwrap();
+        assert_eq!(status, CompletionStatus::RemoteAccess);
+        let content = content_after_taking_it_back(&lab, &session).await;
+        assert!(content.iter().all(|byte| *byte == 0), "something was written");
+
+        // More than is mapped, while somebody has it pinned.
+        let pin = session.pin(request()).await.unwrap();
+        let says = ["bytes 32768..3145728", "past 2097152", "while others have it pinned",
+            "wait until it has no pins"];
+        let (code, reason) = (Code::OutOfRange, Reason::RangePastEnd);
+        let past = Answer { code, reason, exit: 5, says: &says };
+        past.check(session.pin(request().reserve_end(3 << 20)).await.unwrap_err());
+        past.check_command(&lab, &["pin", "lab/file", "--reserve", "3M"]).await;
+        pin.unpin().await.unwrap();
+        // More than anybody may.
+        let says = ["may reserve past the end of a file", "limited to"];
+        let (code, reason) = (Code::ResourceExhausted, Reason::QuotaExceeded);
+        let quota = Answer { code, reason, exit: 11, says: &says };
+        quota.check(session.pin(request().reserve_end(HUGE)).await.unwrap_err());
+        quota.check_command(&lab, &["pin", "lab/file", "--reserve", "1024G"]).await;
+        the_server_still_serves(&lab, &session).await;
+    }
+
+    async fn a_quirk_that_a_foreign_client_breaks(lab in Lab) {
+        let pattern = Pattern(6);
+        std::fs::write(lab.path("file"), pattern.bytes(0, 5 * PAGE)).unwrap();
+        let mut client = ForeignClient::open(&lab.daemon.url).await;
+        let lane = client.connect().await;
+        let range = |start| v1::ByteRange { start, end: 4 * PAGE as u64 };
+        // A pin that can be had by RDMA only where data would be misplaced can't be had.
+        let odd = v1::PinRequest { range: Some(range(100)), ..client.pin_request("file") };
+        let answer = Answer {
+            code: Code::InvalidArgument,
+            reason: Reason::BadRange,
+            exit: 5,
+            says: &["starts at byte 100", "multiples of 4096", "start the pin at one"],
+        };
+        answer.check_status(&client.stub.pin(odd).await.unwrap_err());
+        let arguments = ["--transport", "rdma", "pin", "lab/file", "--range", "100..4096"];
+        answer.check_command(&lab, &arguments).await;
+
+        // Who starts a request elsewhere harms nothing but the own pin: the device takes it.
+        let even = v1::PinRequest {
+            range: Some(range(PAGE as u64)),
+            ..client.pin_request("file")
+        };
+        let pin = client.stub.pin(even).await.unwrap().into_inner();
+        assert_eq!(pin.quirks.as_ref().unwrap().start_alignment_bytes, PAGE as u32);
+        for offset in [1, 100, 2 * PAGE as u64 + 4000] {
+            let status = lane.write(&pin.segments[0], offset, &[0xee; 64]).await;
+            println!("64 bytes at {offset}: {status}");
+        }
+        client.unpin(pin.pin_id).await.unwrap();
+        let content = read_by_another_process(&lab.path("file"));
+        pattern.check(0, &content[..PAGE], "before the pin");
+        pattern.check(4 * PAGE as u64, &content[4 * PAGE..], "behind the pin");
+        the_server_still_serves(&lab, &lab.session().await).await;
+    }
+
+    async fn a_queue_pair_outlives_the_try_to_connect_another(lab in Lab) {
+        lab.make_file("file", PAGE as u64);
+        let mut client = ForeignClient::open(&lab.daemon.url).await;
+        let lane = client.connect().await;
+        let pin = client.pin("file").await;
+        let end = v1::Endpoint {
+            queue_pair_number: 17,
+            packet_sequence_number: 1,
+            gid: vec![1; 16],
+            lid: 0,
+            max_path_mtu_bytes: 4096,
+        };
+        let failed = Answer {
+            code: Code::FailedPrecondition,
+            reason: Reason::QueuePairFailed,
+            exit: 0,
+            says: &["could not be connected"],
+        };
+        let malformed =
+            Answer { code: Code::InvalidArgument, reason: Reason::MalformedRequest, ..failed };
+        for (garbage, answer) in [
+            (end.clone(), failed),
+            (v1::Endpoint { max_path_mtu_bytes: 256, ..end.clone() }, failed),
+            (v1::Endpoint { gid: vec![1; 15], ..end }, Answer { says: &["gid"], ..malformed }),
+        ] {
+            answer.check_status(&client.connect_end(garbage).await.unwrap_err());
+        }
+        let bytes = Pattern(4).bytes(0, PAGE);
+        assert!(lane.write(&pin.segments[0], 0, &bytes).await.is_success());
+        client.commit(pin.pin_id, pin.generation).await.unwrap();
+        client.unpin(pin.pin_id).await.unwrap();
+        Pattern(4).check(0, &read_by_another_process(&lab.path("file")), "by the first one");
+    }
+
     async fn what_belongs_to_nobody_or_to_another_session(lab in Lab) {
         lab.make_file("file", PAGE as u64);
         let mut owner = ForeignClient::open(&lab.daemon.url).await;
@@ -343,6 +401,15 @@ on_each_file_system! {
         Pattern(3).check(0, &read_by_another_process(&lab.path("file")), "by the owner");
         the_server_still_serves(&lab, &lab.session().await).await;
     }
+}
+
+/// What is in the file now; whoever has it pinned loses that.
+async fn content_after_taking_it_back(lab: &Lab, session: &Session) -> Vec<u8> {
+    let mut events = session.events();
+    let path = lab.path("file");
+    let reading = tokio::task::spawn_blocking(move || read_by_another_process(&path));
+    next_revocation(&mut events).await;
+    reading.await.unwrap()
 }
 
 /// Each call but the session's own, under this session id.

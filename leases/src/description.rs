@@ -56,6 +56,23 @@ impl fmt::Display for MappingKind {
     }
 }
 
+/// The file system is asked first: an overlay says of its files that they are DAX if those below are.
+pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<MappingKind> {
+    let failed = |e: rustix::io::Errno| Error::File {
+        call: "fstatfs",
+        path: path.to_owned(),
+        source: e.into(),
+    };
+    match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
+        TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
+        magic if !KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => {
+            Err(Error::UnknownFileSystem { path: path.to_owned(), magic })
+        }
+        _ if dax => Ok(MappingKind::FsDax),
+        _ => Ok(MappingKind::PageCache),
+    }
+}
+
 /// An open file description (open(2)), for reading and writing. A guard is granted only while it is
 /// the file's single one, so it serves guard and mapping alike, is never duplicated and never
 /// leaves the process. Clones share it.
@@ -111,16 +128,7 @@ impl Description {
 
     /// What a mapping of the file would consist of.
     pub fn kind(&self) -> Result<MappingKind> {
-        if self.attributes()?.dax {
-            return Ok(MappingKind::FsDax);
-        }
-        let system =
-            rustix::fs::fstatfs(self.fd()).map_err(|e| self.failed("fstatfs", e.into()))?;
-        match system.f_type {
-            TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
-            magic if KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => Ok(MappingKind::PageCache),
-            magic => Err(Error::UnknownFileSystem { path: self.path().to_owned(), magic }),
-        }
+        kind_of(self.fd(), self.attributes()?.dax, self.path())
     }
 
     fn attributes(&self) -> Result<Attributes> {

@@ -88,22 +88,14 @@ pub enum Error {
     },
     /// Nobody has checked what a lease on this file system is worth.
     #[error(
-        "{} lies on a file system (type {magic:#x}) of which it is not known that leases hold its \
-         files still; use ext4, XFS, btrfs, f2fs or tmpfs", path.display()
+        "{} lies on a file system ({}) of which it is not known that leases hold its files still; \
+         export a directory on ext4, XFS, btrfs, f2fs or tmpfs", path.display(), Named(*magic)
     )]
     UnknownFileSystem {
         /// The file.
         path: PathBuf,
         /// `f_type`, statfs(2).
         magic: i64,
-    },
-    /// A folder that is too large to be listed at once.
-    #[error("{} holds more than {limit} names; list a folder below it", path.display())]
-    TooManyEntries {
-        /// The folder.
-        path: PathBuf,
-        /// How many would do.
-        limit: usize,
     },
     /// The file system has no room, or a quota is used up.
     #[error("no room for {} bytes in {}; free space or raise the quota", bytes, path.display())]
@@ -165,6 +157,26 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+}
+
+/// A file system by its `f_type` (linux/magic.h): those that people export by mistake have names.
+struct Named(i64);
+
+impl std::fmt::Display for Named {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match self.0 {
+            0x794c_7630 => "overlay",
+            0x8584_58f6 => "ramfs",
+            0x9584_58f6 => "hugetlbfs",
+            0x0102_1997 => "9p",
+            0x6573_5546 => "FUSE",
+            0x6969 => "NFS",
+            0x4d44 => "FAT",
+            0x7371_7368 => "squashfs",
+            other => return write!(f, "type {other:#x}"),
+        };
+        f.write_str(name)
+    }
 }
 
 /// Joins openers for a message.

@@ -1,13 +1,15 @@
 //! A directory beneath which files are reached, and nothing outside it.
 
-use std::ffi::OsStr;
+use std::collections::BinaryHeap;
+use std::ffi::{CStr, CString, OsStr};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
-use crate::description::{Description, FileIdentity};
+use crate::description::{Description, FileIdentity, MappingKind, kind_of};
 use crate::error::{Error, Result};
 
 /// How much is zeroed with one write.
@@ -127,9 +129,9 @@ impl Export {
         made
     }
 
-    /// Lists a folder, or the export itself where `path` is `None`, ordered by name. Opens no file.
-    /// Refused where there are more than `limit` names.
-    pub fn list(&self, path: Option<&RelativePath>, limit: usize) -> Result<Vec<Entry>> {
+    /// Lists a page of a folder, or of the export itself where `path` is `None`, ordered by name.
+    /// Opens no file. Holds no more than a page's names, however large the folder is.
+    pub fn list(&self, path: Option<&RelativePath>, page: &Page<'_>) -> Result<Listing> {
         let here = RelativePath(PathBuf::from("."));
         let path = path.unwrap_or(&here);
         let full = self.path.join(path.as_path());
@@ -138,22 +140,20 @@ impl Export {
             let full = full.clone();
             move |e: rustix::io::Errno| Error::File { call, path: full, source: e.into() }
         };
-        let mut entries = Vec::new();
+        let mut first = FirstNames::of(page);
         for entry in rustix::fs::Dir::read_from(&folder).map_err(failed("opendir"))? {
-            let name = entry.map_err(failed("readdir"))?.file_name().to_owned();
-            if name.as_c_str() == c"." || name.as_c_str() == c".." {
-                continue;
-            }
-            if entries.len() >= limit {
-                return Err(Error::TooManyEntries { path: full, limit });
-            }
-            // Gone since it was read: not there.
-            if let Ok(attributes) = Attributes::at(&folder, &name) {
-                entries.push(Entry::new(name.to_string_lossy().into_owned(), &attributes));
+            let entry = entry.map_err(failed("readdir"))?;
+            if entry.file_name() != c"." && entry.file_name() != c".." {
+                first.add(entry.file_name());
             }
         }
-        entries.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(entries)
+        let (names, next) = first.into_sorted();
+        let entry = |name: CString| {
+            // Gone since it was read: not there.
+            let attributes = Attributes::at(&folder, &name).ok()?;
+            Some(Entry::new(name.to_string_lossy().into_owned(), &attributes))
+        };
+        Ok(Listing { entries: names.into_iter().filter_map(entry).collect(), next })
     }
 
     /// Removes a file's name and makes that durable. Who holds the file guarded must let it go
@@ -188,6 +188,56 @@ fn sync_folder(folder: &OwnedFd, path: &Path) -> Result<()> {
         path: path.to_owned(),
         source: e.into(),
     })
+}
+
+/// Which part of a folder's names to list.
+#[derive(Clone, Copy, Debug)]
+pub struct Page<'a> {
+    /// Those behind this one in order; empty: from the first on.
+    pub after: &'a [u8],
+    /// At most so many.
+    pub size: NonZeroUsize,
+}
+
+/// A page of a folder.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Listing {
+    /// Ordered by name.
+    pub entries: Vec<Entry>,
+    /// [`Page::after`] of the next page; `None`: there is none.
+    pub next: Option<Vec<u8>>,
+}
+
+/// The first names behind a given one, of those that are added in any order.
+struct FirstNames<'a> {
+    page: &'a Page<'a>,
+    /// The last one on top.
+    names: BinaryHeap<CString>,
+    more: bool,
+}
+
+impl<'a> FirstNames<'a> {
+    fn of(page: &'a Page<'a>) -> Self {
+        Self { page, names: BinaryHeap::new(), more: false }
+    }
+
+    fn add(&mut self, name: &CStr) {
+        if name.to_bytes() <= self.page.after {
+            return;
+        }
+        self.names.push(name.to_owned());
+        if self.names.len() > self.page.size.get() {
+            self.names.pop();
+            self.more = true;
+        }
+    }
+
+    /// And the last of them, if there are more.
+    fn into_sorted(self) -> (Vec<CString>, Option<Vec<u8>>) {
+        let names = self.names.into_sorted_vec();
+        let next = names.last().filter(|_| self.more).map(|name| name.to_bytes().to_vec());
+        (names, next)
+    }
 }
 
 /// What a folder holds.
@@ -260,6 +310,12 @@ impl Located {
     /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
     pub fn dax(&self) -> bool {
         self.attributes.dax
+    }
+
+    /// What a mapping of the file would consist of, before it is opened: on an overlay opening for
+    /// writing alone copies the file.
+    pub fn kind(&self) -> Result<MappingKind> {
+        kind_of(self.fd.as_fd(), self.attributes.dax, &self.path)
     }
 
     /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not
@@ -370,7 +426,8 @@ fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &P
 pub(crate) fn denied_or_failed(source: io::Error, call: &'static str, path: &Path) -> Error {
     let path = path.to_owned();
     let capability = match source.raw_os_error() {
-        Some(libc::EACCES | libc::EROFS) => "write permission on the file and its folder",
+        Some(libc::EACCES) => "write permission on the file and its folder",
+        Some(libc::EROFS) => "the file system mounted for writing (mount -o remount,rw)",
         // Root gets it too, and then these flags are why.
         Some(libc::EPERM) => "its immutable and append-only flags cleared (chattr -i -a)",
         _ => return Error::File { call, path, source },
@@ -389,6 +446,37 @@ mod tests {
             let refused = RelativePath::parse(path);
             assert!(matches!(refused, Err(Error::OutsideExport { .. })), "{path:?}");
         }
+    }
+
+    #[test]
+    fn the_pages_of_a_folder_are_all_its_names_in_order() {
+        let names = [c"d", c"a", c"c", c"\xff", c"b", c"aa", c"e"];
+        let mut found = Vec::new();
+        let mut after = Vec::new();
+        for pages in 1.. {
+            let page = Page { after: &after, size: NonZeroUsize::new(3).unwrap() };
+            let mut first = FirstNames::of(&page);
+            names.iter().for_each(|name| first.add(name));
+            let (some, next) = first.into_sorted();
+            assert!(some.len() <= 3);
+            found.extend(some);
+            let Some(next) = next else {
+                assert_eq!(pages, 3);
+                break;
+            };
+            after = next;
+        }
+        let mut sorted = names.map(CStr::to_owned);
+        sorted.sort();
+        assert_eq!(found, sorted);
+    }
+
+    #[test]
+    fn a_page_that_is_just_full_is_the_last() {
+        let page = Page { after: b"", size: NonZeroUsize::new(2).unwrap() };
+        let mut first = FirstNames::of(&page);
+        [c"b", c"a"].into_iter().for_each(|name| first.add(name));
+        assert_eq!(first.into_sorted(), (vec![c"a".to_owned(), c"b".to_owned()], None));
     }
 
     #[test]

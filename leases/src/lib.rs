@@ -74,7 +74,7 @@ mod watch;
 
 pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
 pub use error::{Error, Result};
-pub use export::{Create, Entry, EntryKind, Export, Located, RelativePath};
+pub use export::{Create, Entry, EntryKind, Export, Listing, Located, Page, RelativePath};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};

@@ -23,16 +23,18 @@ use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
-use crate::config::Config;
+use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::fabric::{Fabric, Link};
 use crate::fence::{self, Order};
+use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
 use sessions::random;
 
+pub(crate) use files::PageOrder;
 pub(crate) use pins::{Granted, PinOrder, StreamPiece, TransportWish};
 
 /// How long a new pin waits for the revocation of an earlier guarding.
@@ -57,9 +59,12 @@ pub(crate) struct Engine {
     lease_break_time: LeaseBreakTime,
     exports: HashMap<String, Export>,
     fabrics: Vec<Arc<Fabric>>,
+    /// The operator wants no device.
+    rdma_declined: bool,
     watcher: Watcher,
     fences: Sender<Order>,
     teardowns: Sender<Retired>,
+    severances: Sender<SessionId>,
     /// Of the threads that may block, so many at most work for clients: the rest is for ending
     /// sessions, which must not wait for other clients' slow calls.
     client_work: Arc<Semaphore>,
@@ -82,6 +87,8 @@ struct Inode {
     description: Option<WeakDescription>,
     /// The last guarding ended by a break: somebody may still be on their way in.
     broken: bool,
+    /// Of earlier guardings that were let go while stream writes were inside the kernel.
+    left_behind: Vec<Arc<Gate>>,
 }
 
 #[derive(Debug)]
@@ -114,6 +121,7 @@ impl Engine {
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
         let (teardowns, retired_files) = channel();
+        let (severances, severed) = channel();
         let lease_break_time = LeaseBreakTime::open()?;
         let engine = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
@@ -121,9 +129,11 @@ impl Engine {
             lease_break_time,
             exports,
             fabrics,
+            rdma_declined: config.rdma_devices.iter().all(|choice| *choice == DeviceChoice::None),
             watcher,
             fences,
             teardowns,
+            severances,
             client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),
             stream_work: Arc::new(Semaphore::new(STREAM_WORK_AT_A_TIME)),
             limits: config.limits,
@@ -145,6 +155,12 @@ impl Engine {
         fence::vital("pinfold-teardown", move || {
             for retired in retired_files {
                 with(&this, |engine| engine.take_down(retired));
+            }
+        })?;
+        let this = Weak::clone(&engine.me);
+        fence::vital("pinfold-sever", move || {
+            for session in severed {
+                with(&this, |engine| engine.sever(session));
             }
         })?;
         Ok(engine)
@@ -187,8 +203,8 @@ impl Engine {
             Action::DropRegions { guard, pin, session } => self.drop_regions(guard, pin, session),
             Action::DropSession { session } => {
                 let parts = locked(&self.sessions).remove(&session);
-                if let Some(mut link) = parts.and_then(|parts| locked(&parts.link).take()) {
-                    link.disconnect();
+                if let Some(parts) = parts {
+                    parts.disconnect();
                 }
             }
         }

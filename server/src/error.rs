@@ -1,6 +1,6 @@
 //! What can go wrong in the server, in words for the one who asked.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::registry::Refusal;
@@ -136,6 +136,22 @@ pub enum Error {
         /// How long we waited.
         waited: Duration,
     },
+    /// A stream write from before the last release has not come out of the kernel yet.
+    #[error("{} can't be used yet: a stream write that began before it was taken back is still inside \
+             the kernel, and may land; try again when it is out (is the file system frozen, or its \
+             device stuck?)", path.display())]
+    WrittenLate {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The device or the kernel refused a memory region.
+    #[error("{} can't be registered", path.display())]
+    Registration {
+        /// The file.
+        path: PathBuf,
+        /// The device, the limit and the remedy.
+        source: pinfold_verbs::Error,
+    },
     /// A thread of ours died.
     #[error("a task of the server failed; its log has the details")]
     Task,
@@ -147,6 +163,16 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    /// The same error with the file whose registration ran into it.
+    pub(crate) fn registering(self, path: &Path) -> Self {
+        match self {
+            Self::Verbs(source) => Self::Registration { path: path.to_owned(), source },
+            other => other,
+        }
+    }
 }
 
 fn counted(pins: usize) -> String {

@@ -127,11 +127,24 @@ pub(crate) struct Link {
     queue_pair: Option<QueuePair<Connected>>,
 }
 
+/// A queue pair on its way into a [`Link`].
+#[derive(Debug)]
+pub(crate) struct Connection {
+    queue_pair: QueuePair<Connected>,
+    /// For the client: our end, and the path MTU to use.
+    pub(crate) answer: (Endpoint, Mtu),
+}
+
 impl Link {
     /// An unconnected one.
     pub(crate) fn new(fabric: Arc<Fabric>) -> Result<Self> {
         let domain = ProtectionDomain::new(&fabric.device)?;
         Ok(Self { fabric, domain, queue_pair: None })
+    }
+
+    /// The same session's without a queue pair, to connect one with while others use this.
+    pub(crate) fn beside(&self) -> Self {
+        Self { fabric: Arc::clone(&self.fabric), domain: self.domain.clone(), queue_pair: None }
     }
 
     /// The device that it is on.
@@ -144,25 +157,39 @@ impl Link {
         self.queue_pair.as_ref().map(|_| &self.domain)
     }
 
-    /// Connects a new queue pair to the client's. One that was there is destroyed first. Address
-    /// resolution in the kernel may block for a second.
-    pub(crate) fn connect(&mut self, client: &Endpoint) -> Result<(Endpoint, Mtu)> {
-        self.disconnect();
+    /// Connects a new queue pair to the client's. Address resolution in the kernel may block for a
+    /// second.
+    pub(crate) fn connect(&self, client: &Endpoint) -> Result<Connection> {
         let queue_pair = QueuePairBuilder::new(&self.domain).build()?;
         let server = queue_pair.endpoint();
         let mtu = self.fabric.path_mtu(client, &server)?;
         let connected = queue_pair.connect(client, mtu).map_err(|failed| Error::QueuePair {
             why: with_causes(&pinfold_verbs::Error::from(failed)),
         })?;
-        self.queue_pair = Some(connected);
-        Ok((server, mtu))
+        Ok(Connection { queue_pair: connected, answer: (server, mtu) })
     }
 
+    /// Takes a new queue pair in. The one before is to be destroyed before the client is answered.
+    pub(crate) fn take_in(&mut self, connection: Connection) -> Severed {
+        Severed(self.queue_pair.replace(connection.queue_pair))
+    }
+
+    /// Takes the queue pair out, to be destroyed where nobody waits for a lock on this.
+    pub(crate) fn sever(&mut self) -> Severed {
+        Severed(self.queue_pair.take())
+    }
+}
+
+/// A queue pair that belongs to no session any more, if there was one.
+#[derive(Debug)]
+#[must_use = "it transfers until it is destroyed"]
+pub(crate) struct Severed(Option<QueuePair<Connected>>);
+
+impl Severed {
     /// Destroys the queue pair: when this returns, no request of the session lands any more.
-    pub(crate) fn disconnect(&mut self) {
-        if let Some(queue_pair) = self.queue_pair.take()
-            && let Err(error) = queue_pair.destroy()
-        {
+    pub(crate) fn destroy(self) {
+        let Some(queue_pair) = self.0 else { return };
+        if let Err(error) = queue_pair.destroy() {
             tracing::error!(error = with_causes(&error), "a queue pair could not be destroyed");
         }
     }

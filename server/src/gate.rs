@@ -19,6 +19,8 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct State {
     closed: bool,
+    /// The file is let go whatever is inside.
+    cut: bool,
     /// Everybody, for who waits until a pin is out.
     inside: HashMap<PinId, usize>,
     /// Those that a fence waits for: a read changes nothing.
@@ -53,6 +55,15 @@ impl Gate {
         state.writing
     }
 
+    /// The file is about to be let go. From here on nobody inside begins another call into the
+    /// kernel. Returns how many writes may still be in one.
+    pub(crate) fn cut(&self) -> usize {
+        let mut state = self.state();
+        state.closed = true;
+        state.cut = true;
+        state.writing
+    }
+
     /// Whether it is closed and no write is inside: what a fence waits for.
     pub(crate) fn is_empty_for_good(&self) -> bool {
         let state = self.state();
@@ -69,6 +80,13 @@ impl Gate {
     fn state(&self) -> MutexGuard<'_, State> {
         // Counting can't leave the state half-changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inside<'_> {
+    /// Whether the file is still ours, so that another call into the kernel may begin.
+    pub(crate) fn may_go_on(&self) -> bool {
+        !self.gate.state().cut
     }
 }
 
@@ -108,6 +126,26 @@ mod tests {
     #[test]
     fn an_open_gate_is_never_empty_for_good() {
         assert!(!Gate::default().is_empty_for_good());
+    }
+
+    #[test]
+    fn who_is_inside_a_closed_gate_goes_on_until_it_is_cut() {
+        let gate = Gate::default();
+        let writer = gate.enter(PinId(1), true).unwrap();
+        gate.close();
+        assert!(writer.may_go_on(), "it may end while clients drain");
+        assert_eq!(gate.cut(), 1);
+        assert!(!writer.may_go_on());
+        assert!(!gate.is_empty_for_good(), "its last call may still be under way");
+        drop(writer);
+        assert!(gate.is_empty_for_good());
+    }
+
+    #[test]
+    fn a_gate_that_is_cut_is_closed() {
+        let gate = Gate::default();
+        assert_eq!(gate.cut(), 0);
+        assert!(gate.enter(PinId(1), true).is_none());
     }
 
     #[test]

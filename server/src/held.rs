@@ -33,7 +33,7 @@ pub(crate) struct HeldFile {
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
     failed: Mutex<Vec<Segment>>,
     fence_failures: AtomicU32,
-    gate: Gate,
+    gate: Arc<Gate>,
     released: watch::Sender<bool>,
 }
 
@@ -57,7 +57,7 @@ impl HeldFile {
             segments: Mutex::default(),
             failed: Mutex::default(),
             fence_failures: AtomicU32::new(0),
-            gate: Gate::default(),
+            gate: Arc::default(),
             released: watch::Sender::new(false),
         }
     }
@@ -98,7 +98,7 @@ impl HeldFile {
     }
 
     /// The gate of the stream path.
-    pub(crate) fn gate(&self) -> &Gate {
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
 

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -21,7 +22,8 @@ use tracing_appender::non_blocking::WorkerGuard;
 #[command(
     version,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
-    Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments."
+    Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
+    8 if an RDMA device that was named is not there or can't be opened."
 )]
 struct Args {
     /// A directory that clients may reach, and its name for them; may be given several times
@@ -57,7 +59,27 @@ enum LogFormat {
 /// How long a blocking call of a client may go on after everything has been taken back.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
-fn main() -> Result<()> {
+/// The same number as `pinfold` has for an RDMA device that can't be used.
+const EXIT_DEVICE: u8 = 8;
+
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pinfoldd: {error:#}");
+            exit_code(&error)
+        }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref() {
+        Some(pinfold_server::Error::Verbs(_)) => ExitCode::from(EXIT_DEVICE),
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn start() -> Result<()> {
     let args = Args::parse();
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();

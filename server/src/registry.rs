@@ -234,8 +234,10 @@ pub(crate) enum Standing {
     Held {
         /// Of this guarding.
         generation: Generation,
-        /// How many there are.
+        /// How many there are, those included that are still being made.
         pins: usize,
+        /// How many of them clients have.
+        granted: usize,
     },
     /// It is being taken back.
     Going,
@@ -472,8 +474,9 @@ impl Registry {
         let file = self.files.get(&guard)?;
         match file.phase {
             Phase::Held => {
-                let standing =
-                    Standing::Held { generation: file.generation, pins: file.pins.len() };
+                let granted = file.pins.iter().filter(|pin| self.pins[pin].live).count();
+                let (generation, pins) = (file.generation, file.pins.len());
+                let standing = Standing::Held { generation, pins, granted };
                 Some((guard, standing))
             }
             Phase::Draining { .. } | Phase::Fencing { .. } => Some((guard, Standing::Going)),
@@ -1184,6 +1187,21 @@ mod tests {
         world.registry.retired(guard(1));
         let (found, _) = world.registry.standing(inode(1)).unwrap();
         assert_eq!(found, guard(9), "taking the old one down leaves the new one alone");
+    }
+
+    #[test]
+    fn a_pin_counts_for_others_when_it_is_made() {
+        let mut world = World::new();
+        world.file(1);
+        let terms = Terms { range: 0..10, access: PinAccess::Read, exclusive: false };
+        let pin = world.registry.begin_pin(session(1), guard(1), terms).unwrap();
+        let counts = |world: &World| match world.registry.standing(inode(1)) {
+            Some((_, Standing::Held { pins, granted, .. })) => (pins, granted),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(counts(&world), (1, 0), "it keeps the file, but nobody has it");
+        world.registry.finish_pin(pin, Transport::Stream).unwrap();
+        assert_eq!(counts(&world), (1, 1));
     }
 
     #[test]

@@ -86,7 +86,9 @@ impl Pinfold for Service {
         let path = wire::path(&request.path)?;
         let found = self.engine.locate(request.export, path).await?;
         let (generation, pins) = match self.engine.standing(found.identity()) {
-            Some(Standing::Held { generation, pins }) => (Some(wire::generation(generation)), pins),
+            Some(Standing::Held { generation, granted, .. }) => {
+                (Some(wire::generation(generation)), granted)
+            }
             Some(Standing::Going) | None => (None, 0),
         };
         let guard = self.engine.guard_tier(found.identity()).map(wire::tier);
@@ -151,16 +153,19 @@ impl Pinfold for Service {
         self.engine.demand_session(wire::session_id(&request.session_id)?)?;
         if request.export.is_empty() {
             let names = self.engine.export_names();
+            // The operator's own list: never longer than a page.
             let entries = names.into_iter().map(wire::export_entry).collect();
-            return Ok(Response::new(v1::ListResponse { entries }));
+            return Ok(Response::new(v1::ListResponse { entries, next_page_token: Vec::new() }));
         }
         let path = match request.path.as_str() {
             "" => None,
             path => Some(wire::path(path)?),
         };
-        let found = self.engine.list(request.export, path).await?;
+        let page = wire::page(request.page_size, request.page_token)?;
+        let (found, next) = self.engine.list(request.export, path, page).await?;
         let entries = found.into_iter().map(|(entry, pins)| wire::entry(entry, pins)).collect();
-        Ok(Response::new(v1::ListResponse { entries }))
+        let next_page_token = next.unwrap_or_default();
+        Ok(Response::new(v1::ListResponse { entries, next_page_token }))
     }
 
     async fn grow(&self, request: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {

@@ -46,8 +46,10 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
         Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
-        Error::StillDraining { .. } => (Code::Unavailable, Reason::FileDraining),
-        Error::Verbs(error) => of_verbs(error),
+        Error::StillDraining { .. } | Error::WrittenLate { .. } => {
+            (Code::Unavailable, Reason::FileDraining)
+        }
+        Error::Verbs(error) | Error::Registration { source: error, .. } => of_verbs(error),
         Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
     }
 }
@@ -89,7 +91,6 @@ fn of_file(error: &FileError) -> (Code, Reason) {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
         FileError::NoSpace { .. } => (Code::ResourceExhausted, Reason::NoSpace),
-        FileError::TooManyEntries { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
         FileError::Broken | FileError::AlreadyFenced => (Code::Unavailable, Reason::FileDraining),
         FileError::OutOfMapping { .. } => (Code::OutOfRange, Reason::RangePastEnd),
         _ => (Code::Internal, Reason::Internal),

@@ -1,6 +1,7 @@
 //! Between the messages of `pinfold.v1` and the server's own types. What comes in is checked here
 //! once; inside, only valid values travel.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use pinfold_proto::v1;
 use pinfold_verbs::{Endpoint, Gid, QueuePairNumber, Quirks};
 
 use crate::audit::{Teardown, micros};
-use crate::engine::{Granted, PinOrder, StreamPiece, TransportWish};
+use crate::engine::{Granted, PageOrder, PinOrder, StreamPiece, TransportWish};
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::held::HeldFile;
@@ -23,6 +24,9 @@ use crate::registry::{
 
 /// Longest path in bytes (`PATH_MAX`).
 const LONGEST_PATH: usize = 4096;
+/// Names in one page of a listing: at their longest (255 bytes, none of them UTF-8) they fit in the
+/// 4 MiB that gRPC libraries take.
+const LARGEST_PAGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(4_095);
 /// Longest piece of the stream path in bytes: what a fence may have to wait for.
 pub(crate) const STREAM_PIECE_BYTES_MAX: usize = 1 << 20;
 /// A piece and what goes with it.
@@ -44,6 +48,15 @@ pub(crate) fn path(path: &str) -> Result<RelativePath> {
         return Err(malformed(format!("path is longer than {LONGEST_PATH} bytes")));
     }
     Ok(RelativePath::parse(path)?)
+}
+
+/// Which part of a folder to list.
+pub(crate) fn page(size: u32, token: Vec<u8>) -> Result<PageOrder> {
+    if token.len() > LONGEST_PATH {
+        return Err(malformed("page_token is none that came from here"));
+    }
+    let size = NonZeroUsize::new(size as usize).map_or(LARGEST_PAGE, |size| size.min(LARGEST_PAGE));
+    Ok(PageOrder { after: token, size })
 }
 
 /// A size that a file can have (`off_t`).

@@ -141,10 +141,11 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// A pinned registration was refused with ENOMEM: the limit of locked memory, as a rule.
+    /// A pinned registration was refused with ENOMEM, or EPERM: the limit of locked memory, as a
+    /// rule.
     #[error(
         "RDMA device {device} cannot pin {len} bytes: too little memory, or above the limit of \
-         locked memory; raise `ulimit -l` (LimitMEMLOCK= in a systemd unit)"
+         locked memory; raise `ulimit -l` (LimitMEMLOCK= in a systemd unit) or give it CAP_IPC_LOCK"
     )]
     MemlockExceeded {
         /// The device.

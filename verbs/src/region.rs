@@ -207,7 +207,8 @@ impl<M: Memory> MemoryRegion<M> {
                     (RegistrationMode::Pinned, Some(libc::EFAULT)) => {
                         Error::PinFault { device, len, source }
                     }
-                    (RegistrationMode::Pinned, Some(libc::ENOMEM)) => {
+                    // EPERM where the limit of locked memory is 0 (can_do_mlock in the kernel).
+                    (RegistrationMode::Pinned, Some(libc::ENOMEM | libc::EPERM)) => {
                         Error::MemlockExceeded { device, len, source }
                     }
                     _ => Error::Register { device, mode, len, source },

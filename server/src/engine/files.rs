@@ -1,12 +1,13 @@
 //! Files as clients see them: finding, creating, resizing, removing, listing; and whose turn it is
 //! to open or guard one.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pinfold_leases::{
-    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located,
+    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located, Page,
     RelativePath,
 };
 use pinfold_proto::v1;
@@ -19,12 +20,19 @@ use crate::ids::{PinId, SessionId};
 use crate::registry::{Reason, Refusal, Standing};
 use crate::wire;
 
-/// Names in one listing.
-const LONGEST_LISTING: usize = 10_000;
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
 /// Stands in a gate for work of the server's own; no pin has it.
 const NO_PIN: PinId = PinId(0);
+
+/// Which part of a folder to list.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct PageOrder {
+    /// The last name of the page before.
+    pub(crate) after: Vec<u8>,
+    /// At most so many names.
+    pub(crate) size: NonZeroUsize,
+}
 
 /// In which direction a file's size may change.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +75,12 @@ impl Drop for Turn {
 impl Inode {
     pub(super) fn is_unused(&self) -> bool {
         let closed = self.description.as_ref().is_none_or(|weak| weak.upgrade().is_none());
-        closed && Arc::strong_count(&self.turn) == 1
+        closed && !self.is_written_late() && Arc::strong_count(&self.turn) == 1
+    }
+
+    /// Whether a stream write of an earlier guarding may still land.
+    fn is_written_late(&self) -> bool {
+        self.left_behind.iter().any(|gate| !gate.is_empty_for_good())
     }
 }
 
@@ -149,7 +162,9 @@ impl Engine {
         // our own last guarding is closed on another thread, and passes.
         let give_up = Instant::now() + PATIENCE;
         loop {
-            match description.arm(&self.watcher).map_err(Error::from) {
+            let armed =
+                self.demand_quiet(located).and_then(|()| Ok(description.arm(&self.watcher)?));
+            match armed {
                 Err(error) if passes(&error) && Instant::now() < give_up => {
                     std::thread::sleep(TRY_AGAIN);
                 }
@@ -251,22 +266,24 @@ impl Engine {
         }
     }
 
-    /// Lists a folder, with the number of pins on each file.
+    /// Lists a page of a folder, with the number of pins on each file, and where the next starts.
     pub(crate) async fn list(
         &self,
         export: String,
         path: Option<RelativePath>,
-    ) -> Result<Vec<(Entry, usize)>> {
+        order: PageOrder,
+    ) -> Result<(Vec<(Entry, usize)>, Option<Vec<u8>>)> {
         self.blocking(move |engine| {
-            let entries = engine.export(&export)?.list(path.as_ref(), LONGEST_LISTING)?;
+            let page = Page { after: &order.after, size: order.size };
+            let listing = engine.export(&export)?.list(path.as_ref(), &page)?;
             let with_pins = |entry: Entry| {
                 let pins = match engine.standing(entry.identity) {
-                    Some(Standing::Held { pins, .. }) => pins,
+                    Some(Standing::Held { granted, .. }) => granted,
                     Some(Standing::Going) | None => 0,
                 };
                 (entry, pins)
             };
-            Ok(entries.into_iter().map(with_pins).collect())
+            Ok((listing.entries.into_iter().map(with_pins).collect(), listing.next))
         })
         .await
     }
@@ -369,6 +386,25 @@ impl Engine {
         let mut inodes = locked(&self.inodes);
         inodes.entry(identity).or_default().description = Some(description.downgrade());
         Ok(description)
+    }
+
+    /// Remembers a file that is let go although stream writes are inside the kernel.
+    pub(super) fn leave_behind(&self, file: &HeldFile) {
+        let mut inodes = locked(&self.inodes);
+        let inode = inodes.entry(file.description().identity()).or_default();
+        inode.left_behind.push(Arc::clone(file.gate()));
+    }
+
+    /// A file is guarded, cut or lengthened anew only when no stream write of an earlier guarding can
+    /// land in it any more.
+    pub(super) fn demand_quiet(&self, located: &Located) -> Result<()> {
+        let mut inodes = locked(&self.inodes);
+        let Some(inode) = inodes.get_mut(&located.identity()) else { return Ok(()) };
+        inode.left_behind.retain(|gate| !gate.is_empty_for_good());
+        if inode.left_behind.is_empty() {
+            return Ok(());
+        }
+        Err(Error::WrittenLate { path: located.path().to_owned() })
     }
 
     pub(super) fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {

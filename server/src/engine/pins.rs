@@ -16,6 +16,7 @@ use super::{Engine, PATIENCE, SessionParts, locked};
 use crate::error::{Error, Result, with_causes};
 use crate::fabric::{self, Fabric};
 use crate::fence::Order;
+use crate::gate::Inside;
 use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
 use crate::registry::{Action, PinAccess, Refusal, Terms, Transport};
@@ -23,6 +24,9 @@ use crate::wire;
 
 /// How soon a pin is tried again when what stands in its way will pass.
 pub(super) const TRY_AGAIN: Duration = Duration::from_millis(20);
+/// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
+/// after the file has been let go.
+const WRITE_CALL_BYTES: usize = 64 << 10;
 
 /// The ways by which a pin's bytes can travel; the stream path always can.
 #[derive(Debug)]
@@ -182,6 +186,9 @@ impl Engine {
 
     /// Opens, guards and maps a file, with room for what a pin reserves past its end.
     pub(super) fn guard(&self, located: &Located, reserve_end: u64) -> Result<Arc<HeldFile>> {
+        // Refused before it is opened: that alone may change the file.
+        located.kind()?;
+        self.demand_quiet(located)?;
         self.let_breakers_pass(located)?;
         let description = self.open(located)?;
         let armed = description.arm(&self.watcher)?;
@@ -304,7 +311,8 @@ impl Engine {
             mapping.populate((*range).clone(), go_on)?;
         }
         let manner = fabric::Manner { mode, quirks, access: order.access };
-        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)?;
+        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)
+            .map_err(|error| error.registering(file.path()))?;
         let told = segments.iter().map(wire::segment).collect();
         file.add_segments(*pin, segments);
         Ok(Ways { segments: told, quirks: wire::quirks(quirks), no_rdma_because: String::new() })
@@ -316,7 +324,7 @@ impl Engine {
         session: &SessionParts,
     ) -> Result<(Arc<Fabric>, ProtectionDomain)> {
         if self.fabrics.is_empty() {
-            return Err(no_device());
+            return Err(no_device(self.rdma_declined));
         }
         let link = locked(&session.link);
         let link = link.as_ref().ok_or(Error::NoQueuePair)?;
@@ -347,8 +355,8 @@ impl Engine {
     pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
         self.streaming(piece, move |engine| {
             let len = data.len() as u64;
-            engine.inside(piece, len, PinAccess::ReadWrite, |file| {
-                Ok(file.description().write_at(&data, piece.offset)?)
+            engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {
+                write_in_calls(file, inside, &data, piece.offset)
             })
         })
         .await
@@ -357,7 +365,7 @@ impl Engine {
     /// Reads bytes of a pin through the kernel.
     pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
         self.streaming(piece, move |engine| {
-            engine.inside(piece, len as u64, PinAccess::Read, |file| {
+            engine.inside(piece, len as u64, PinAccess::Read, |file, _| {
                 let mut data = vec![0; len];
                 file.description().read_at(&mut data, piece.offset)?;
                 Ok(data)
@@ -372,7 +380,7 @@ impl Engine {
         piece: StreamPiece,
         len: u64,
         access: PinAccess,
-        work: impl FnOnce(&HeldFile) -> Result<T>,
+        work: impl FnOnce(&HeldFile, &Inside<'_>) -> Result<T>,
     ) -> Result<T> {
         let StreamPiece { session, pin, generation, offset } = piece;
         let begin = || self.registry().begin_transfer(session, pin, generation, access);
@@ -383,10 +391,16 @@ impl Engine {
         // Once more, now that an unpin would wait for us.
         let done = begin().map_err(Error::from).and_then(|_| {
             piece_fits(offset, len, &view.range, file.description().size()?)?;
-            work(&file)
+            work(&file, &inside)
         });
         drop(inside);
         self.fence_if_awaited(&file);
+        if file.gate().is_empty_for_good() {
+            let identity = file.description().identity();
+            // After a release this may have been the last to keep the file open.
+            drop(file);
+            self.prune(identity);
+        }
         done
     }
 
@@ -438,13 +452,30 @@ pub(super) fn stream_can_serve(error: &Error) -> bool {
             | Error::NoQueuePair
             | Error::CannotRegister { .. }
             | Error::MisalignedPin { .. }
-            | Error::Verbs(
-                VerbsError::MemlockExceeded { .. }
+            | Error::Registration {
+                source: VerbsError::MemlockExceeded { .. }
                     | VerbsError::PinRefused { .. }
                     | VerbsError::PinFault { .. }
-                    | VerbsError::NoOnDemandPaging { .. }
-            )
+                    | VerbsError::NoOnDemandPaging { .. },
+                ..
+            }
     )
+}
+
+/// Writes call by call, and ends between two of them once the file has been let go. What was
+/// written is not acknowledged then: it may have landed in the file's next life.
+fn write_in_calls(file: &HeldFile, inside: &Inside<'_>, data: &[u8], start: u64) -> Result<()> {
+    let mut offset = start;
+    for bytes in data.chunks(WRITE_CALL_BYTES) {
+        demand_ours(inside)?;
+        file.description().write_at(bytes, offset)?;
+        offset += bytes.len() as u64;
+    }
+    demand_ours(inside)
+}
+
+fn demand_ours(inside: &Inside<'_>) -> Result<()> {
+    if inside.may_go_on() { Ok(()) } else { Err(Refusal::Draining.into()) }
 }
 
 /// A piece of the stream path lies inside its pin and inside the file.
@@ -467,7 +498,7 @@ pub(super) fn piece_fits(offset: u64, len: u64, pin: &Range<u64>, size: u64) -> 
 pub(super) fn passes(error: &Error) -> bool {
     let me = std::process::id();
     match error {
-        Error::Refused(Refusal::Draining) => true,
+        Error::Refused(Refusal::Draining) | Error::WrittenLate { .. } => true,
         Error::File(FileError::Broken | FileError::AlreadyFenced) => true,
         Error::File(FileError::Busy { openers, .. }) => openers.iter().all(|o| o.pid == me),
         _ => false,

@@ -46,18 +46,15 @@ impl Engine {
     pub(super) fn fence(&self, guard: GuardId) {
         let Some(by) = self.registry().fence_due(guard) else { return };
         let Some(file) = self.file(guard) else { return };
-        let late_stream_writes = file.gate().close();
-        if late_stream_writes > 0 {
+        if file.gate().close() > 0 {
             // The last one out orders the fence; who waits for the file waits until the deadline.
             match by {
                 None => return,
                 Some(by) if Instant::now() < by => return self.order(Order::At(guard, by)),
-                Some(_) => {
-                    let path = file.path().display();
-                    tracing::error!(%path, late_stream_writes, "released with stream writes inside");
-                }
+                Some(_) => {}
             }
         }
+        let late_stream_writes = file.gate().cut();
         let fenced = match file.fence() {
             Some(Ok(fenced)) => fenced,
             Some(Err(error)) => return self.fence_again(&file, &error),
@@ -65,6 +62,12 @@ impl Engine {
         };
         // No commit that ends later succeeds.
         self.registry().fenced(guard, Instant::now());
+        if late_stream_writes > 0 {
+            // Before the file can be guarded again: they may land at any time until they are out.
+            self.leave_behind(&file);
+            let path = file.path().display();
+            tracing::error!(%path, late_stream_writes, "released with stream writes inside");
+        }
         let Some(released) = file.release(fenced) else { return };
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
@@ -91,7 +94,8 @@ impl Engine {
         }
         if file.has_failed_segments() {
             for session in self.registry().sessions_on(file.id()) {
-                self.sever(session);
+                // On another thread, which ends only with the engine: this one waits for no device.
+                let _ = self.severances.send(session);
             }
         }
         let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
@@ -102,10 +106,8 @@ impl Engine {
     /// Destroys a session's queue pair; the client connects a new one, or not.
     pub(super) fn sever(&self, id: SessionId) {
         let session = locked(&self.sessions).get(&id).cloned();
-        if let Some(session) = session
-            && let Some(link) = locked(&session.link).as_mut()
-        {
-            link.disconnect();
+        if let Some(session) = session {
+            session.disconnect();
         }
     }
 

@@ -12,6 +12,33 @@ use crate::fabric::{Fabric, Link};
 use crate::ids::{PinId, SessionId};
 use crate::registry::Refusal;
 
+impl SessionParts {
+    /// What to connect a queue pair with: on the session's own device, if it has one already.
+    fn link_on(&self, fabric: Arc<Fabric>) -> Result<Link> {
+        match &*locked(&self.link) {
+            None => {}
+            Some(link) if Arc::ptr_eq(link.fabric(), &fabric) => return Ok(link.beside()),
+            Some(link) => {
+                let why = format!(
+                    "this session is on {} already; open another one for {}",
+                    link.fabric().device().name(),
+                    fabric.device().name()
+                );
+                return Err(Error::QueuePair { why });
+            }
+        }
+        Link::new(fabric)
+    }
+
+    /// Destroys the queue pair: when this returns, no request of the session lands any more.
+    pub(super) fn disconnect(&self) {
+        let severed = locked(&self.link).as_mut().map(Link::sever);
+        if let Some(severed) = severed {
+            severed.destroy();
+        }
+    }
+}
+
 impl Engine {
     /// Takes a session up; its events go to `outbox`.
     pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
@@ -73,32 +100,19 @@ impl Engine {
         // One at a time, and those that wait hold no thread.
         let _connecting = session.connecting.lock().await;
         self.blocking(move |engine| {
-            let mut link = locked(&for_link.link);
-            let connected = match &mut *link {
-                None => {
-                    let mut new = Link::new(fabric)?;
-                    let connected = new.connect(&client)?;
-                    // The first one that worked: keys are good on that device only.
-                    let _ = for_link.device.set(new.fabric().device().name().to_owned());
-                    *link = Some(new);
-                    Ok(connected)
-                }
-                Some(link) if Arc::ptr_eq(link.fabric(), &fabric) => link.connect(&client),
-                Some(link) => Err(Error::QueuePair {
-                    why: format!(
-                        "this session is on {} already; open another one for {}",
-                        link.fabric().device().name(),
-                        fabric.device().name()
-                    ),
-                }),
-            };
-            // The session may have ended while the kernel resolved the address; then nobody would
-            // destroy the new queue pair but us.
-            if let Err(ended) = engine.demand_session(id) {
-                *link = None;
-                return Err(ended);
-            }
-            connected
+            let link = for_link.link_on(fabric)?;
+            // Without the lock: the kernel may take a second to resolve the address, and whoever has
+            // to cut this session off must not wait for that.
+            let connection = link.connect(&client)?;
+            let answer = connection.answer;
+            // The first one that worked: keys are good on that device only.
+            let _ = for_link.device.set(link.fabric().device().name().to_owned());
+            let before = locked(&for_link.link).get_or_insert(link).take_in(connection);
+            before.destroy();
+            // The session may have ended meanwhile; then nobody would destroy the new queue pair but
+            // us.
+            engine.demand_session(id).inspect_err(|_| for_link.disconnect())?;
+            Ok(answer)
         })
         .await
     }
@@ -109,20 +123,23 @@ impl Engine {
             return Ok(Arc::clone(fabric));
         }
         if self.fabrics.is_empty() {
-            return Err(no_device());
+            return Err(no_device(self.rdma_declined));
         }
         let known: Vec<&str> = self.fabrics.iter().map(|f| f.device().name()).collect();
         Err(Error::UnknownDevice { name: name.to_owned(), known: known.join(", ") })
     }
 }
 
-pub(super) fn no_device() -> Error {
-    Error::NoRdmaDevice {
-        why:
-            "there was none with an active port when it started; add one (rdma link add rxe0 type \
-              rxe netdev IFACE makes a soft one) and restart pinfoldd, or use the stream path"
-                .to_owned(),
-    }
+/// `declined`: the operator wants none.
+pub(super) fn no_device(declined: bool) -> Error {
+    let why = if declined {
+        "it was started with --rdma-device none; restart pinfoldd with --rdma-device auto or a \
+         device's name, or use the stream path"
+    } else {
+        "there was none with an active port when it started; add one (rdma link add rxe0 type rxe \
+         netdev IFACE makes a soft one) and restart pinfoldd, or use the stream path"
+    };
+    Error::NoRdmaDevice { why: why.to_owned() }
 }
 
 /// Random bytes from the kernel (getrandom(2)).
