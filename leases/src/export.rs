@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
@@ -86,6 +86,10 @@ impl Export {
         let root = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| Error::Export { path: path.to_owned(), source: e.into() })?;
         Ok(Self { root, path: path.to_owned() })
+    }
+
+    pub(crate) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
 
     /// The directory as it was given.
@@ -237,6 +241,10 @@ pub struct Located {
 }
 
 impl Located {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     /// Names the inode for good.
     pub fn identity(&self) -> FileIdentity {
         self.attributes.identity
@@ -263,13 +271,15 @@ impl Located {
     }
 
     /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not
-    /// wait for them: then the file is [`Error::Busy`].
+    /// wait for them: then the file is [`Error::Busy`]. A file that is sealed, by a program at work
+    /// or by one that has crashed, is [`Error::Sealed`].
     pub fn open(&self) -> Result<Description> {
-        // A descriptor's link in /proc leads to the inode, whatever its name is by now.
-        let link = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        match rustix::fs::open(link.as_str(), flags, Mode::empty()) {
+        match rustix::fs::open(self.link(), flags, Mode::empty()) {
             Ok(fd) => Description::new(fd, self.path.clone()),
+            Err(rustix::io::Errno::PERM) if self.is_sealed() => {
+                Err(Error::Sealed { path: self.path.clone() })
+            }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::TXTBSY) => Err(Error::Busy {
                 path: self.path.clone(),
                 openers: crate::openers::openers(self.identity(), None),

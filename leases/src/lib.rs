@@ -67,17 +67,26 @@ mod description;
 mod error;
 mod export;
 mod guard;
+mod layout;
+mod lock;
 mod mapping;
 mod openers;
+mod report;
+mod seal;
 mod sys;
+mod wait;
 mod watch;
 
 pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
-pub use error::{Error, Result};
+pub use error::{Error, NoOutwait, Result};
 pub use export::{Create, Entry, EntryKind, Export, Located, RelativePath};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
+pub use layout::Layout;
+pub use lock::{ExportLock, LockKind, RangeLock};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};
+pub use seal::ArmedToSeal;
+pub use wait::Cancel;
 pub use watch::{Break, BreakKind, GuardId, Watcher};
 
 use std::time::Duration;
