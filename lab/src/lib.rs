@@ -9,6 +9,7 @@
 mod command;
 mod daemon;
 mod foreign;
+mod guarded;
 mod pattern;
 mod pinned;
 mod place;
@@ -19,6 +20,7 @@ mod screen;
 pub use command::{Finished, Running};
 pub use daemon::Daemon;
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
+pub use guarded::{Bench, Holder, LeaseBreakTimeSet};
 pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
