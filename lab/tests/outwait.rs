@@ -72,6 +72,8 @@ on_each_bench! {
         let released = guard.release(mapping.fence().unwrap()).unwrap();
         assert_eq!((released.broken, released.lapsed), (Some(BreakKind::Writer), false));
         writer.join().unwrap().unwrap();
+        // An old mapping would be in a new description's way.
+        drop(mapping);
 
         // A new guard is a whole one again.
         setting.change(45);

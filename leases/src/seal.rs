@@ -127,10 +127,11 @@ impl Located {
             Err(e) => return Err(denied_or_failed(e.into(), "fgetxattr", self.path())),
         }
         let file = Description::new(fd, self.path().to_owned())?;
-        match sys::lease_set(file.fd(), LeaseType::Read) {
-            Ok(()) => {}
-            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) => return Err(self.busy()),
-            Err(e) => return Err(file.not_guarded("F_SETLEASE", e)),
+        if let Err(e) = sys::lease_set(file.fd(), LeaseType::Read) {
+            // Who is in the way is looked up by `busy`, and our own descriptor is not.
+            let refused = file.not_guarded("F_SETLEASE", e);
+            drop(file);
+            return Err(if matches!(refused, Error::Busy { .. }) { self.busy() } else { refused });
         }
         // The lease goes with the descriptor.
         lift(&file).map(|()| true)

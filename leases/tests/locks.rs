@@ -89,5 +89,5 @@ fn one_program_serves_an_export_and_the_other_is_told_which() {
     let again = Export::open(folder.path()).unwrap();
     assert!(matches!(again.lock(), Err(Error::ExportLocked { pid: Some(_), .. })));
     drop(lock);
-    again.lock().unwrap();
+    drop(again.lock().unwrap());
 }
