@@ -72,7 +72,9 @@ fn is_eperm(error: &io::Error) -> bool {
 on_each_bench! {
     fn who_would_cut_or_move_it_fails_at_once_and_readers_pass(bench in Bench) {
         let (path, guard, mapping) = sealed(&bench);
-        // What waited for a lease would hang here: nobody lets go.
+        let inode = format!(":{} ", bench.locate("file").identity().inode);
+        let locks = fs::read_to_string("/proc/locks").unwrap();
+        assert!(!locks.contains(&inode), "the flag alone holds it, and no reader waits: {locks}");
         for (name, operation) in FORBIDDEN {
             let error = operation(&path).err().unwrap_or_else(|| panic!("{name} went through"));
             assert!(is_eperm(&error), "{name}: {error}");

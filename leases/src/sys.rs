@@ -119,6 +119,39 @@ pub(crate) fn delegation_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
     }
 }
 
+/// `struct fsxattr` of <linux/fs.h>.
+#[repr(C)]
+#[derive(Default)]
+struct Fsxattr {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    cow_extent_size: u32,
+    pad: [u8; 8],
+}
+
+const _: () = assert!(size_of::<Fsxattr>() == 28);
+
+const FS_IOC_FSGETXATTR: libc::Ioctl = 0x801c_581f_u32 as libc::Ioctl;
+const FS_IOC_FSSETXATTR: libc::Ioctl = 0x401c_5820;
+const FS_XFLAG_DAX: u32 = 0x8000;
+
+/// Sets `FS_XFLAG_DAX` (ioctl_xfs_fsgetxattr(2)). The file system heeds it, if at all, from the
+/// moment that it reads the inode anew.
+pub(crate) fn ask_for_dax(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = Fsxattr::default();
+    // SAFETY: `fd` is open for the call and `attributes` is a live struct of the layout expected.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    attributes.flags |= FS_XFLAG_DAX;
+    // SAFETY: as above.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSSETXATTR, &raw const attributes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A piece of a file on its medium, in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Extent {
