@@ -121,8 +121,11 @@ fn lease_line(line: &str) -> Option<OwnLease> {
 
 /// The process that holds a flock(2) on a file for itself alone, if /proc/locks shows it to us.
 pub(crate) fn flock_holder(file: FileIdentity) -> Option<u32> {
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    flock_pid(&locks, file)
+    // A reading may skip a line while others lock and unlock.
+    (0..5).find_map(|_| {
+        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+        flock_pid(&locks, file)
+    })
 }
 
 fn flock_pid(locks: &str, file: FileIdentity) -> Option<u32> {

@@ -359,7 +359,20 @@ pub(crate) fn reserve(len: std::num::NonZeroUsize) -> io::Result<NonNull<u8>> {
     Ok(address.cast())
 }
 
-/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved.
+/// Maps `len` bytes of a file from offset 0 at addresses of the kernel's choice.
+pub(crate) fn map_anywhere(
+    len: std::num::NonZeroUsize,
+    flags: MapFlags,
+    fd: BorrowedFd<'_>,
+) -> io::Result<NonNull<u8>> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let address = unsafe { nix::sys::mman::mmap(None, len, protection, flags, fd, 0) }?;
+    Ok(address.cast())
+}
+
+/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved. If this
+/// fails, the addresses may be anybody's: they must not be used or unmapped any more.
 ///
 /// # Safety
 /// `address..address + len` must be a reservation (or part of one) of the caller's own that

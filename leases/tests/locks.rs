@@ -16,16 +16,22 @@ fn folder_with_file() -> (tempfile::TempDir, Export) {
     (folder, export)
 }
 
-/// `WRITE 0-99` and so on, as /proc/locks has them for this inode.
+/// `WRITE 0-99` and so on, as the kernel lists them by descriptor: unlike /proc/locks, which may
+/// skip or repeat lines while others lock and unlock, all at once.
 fn listed(file: &Description) -> Vec<String> {
-    let locks = std::fs::read_to_string("/proc/locks").unwrap();
     let inode = format!(":{}", file.identity().inode);
-    let mut found: Vec<_> = locks
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .filter(|words| words[1] == "OFDLCK" && words[5].ends_with(&inode))
-        .map(|words| format!("{} {}-{}", words[3], words[6], words[7]))
-        .collect();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
+        // A descriptor of another test may be closed by now.
+        let info = std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+        found.extend(
+            info.lines()
+                .filter_map(|line| line.strip_prefix("lock:"))
+                .map(|line| line.split_whitespace().collect::<Vec<_>>())
+                .filter(|words| words[1] == "OFDLCK" && words[5].ends_with(&inode))
+                .map(|words| format!("{} {}-{}", words[3], words[6], words[7])),
+        );
+    }
     found.sort();
     found
 }
