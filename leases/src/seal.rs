@@ -57,7 +57,7 @@ impl Drop for ArmedToSeal {
 }
 
 impl Description {
-    /// The first half of a seal ([`GuardTier::Sealed`]): marks the file and guards it. The second is
+    /// The first half of a seal ([`GuardTier::Sealed`](crate::GuardTier::Sealed)): marks the file and guards it. The second is
     /// [`ArmedToSeal::map`].
     ///
     /// Refused with [`Error::Denied`] without CAP_LINUX_IMMUTABLE, with [`Error::NoSeal`] where the
