@@ -5,12 +5,17 @@
 //! ```
 //!
 //! Then, in another terminal: `cat /tmp/some-file`, or `: > /tmp/some-file`. They wait until this
-//! program has fenced its mapping and let the guard go, which it does as soon as it is told.
+//! program has fenced its mapping and let the guard go, which it does as soon as it is told. If
+//! somebody has the file open, it waits until they have closed it.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use pinfold_leases::{Export, LeaseBreakTime, RelativePath, Watcher, waiting_breakers};
+use pinfold_leases::{
+    Armed, Cancel, Description, Error, Export, GuardTier, LeaseBreakTime, RelativePath, Watcher,
+    waiting_breakers,
+};
 
 fn main() -> Result<()> {
     let path = std::env::args().nth(1).context("usage: hold FILE")?;
@@ -21,7 +26,7 @@ fn main() -> Result<()> {
     let (watcher, breaks) = Watcher::start()?;
     let file = Export::open(folder)?.locate(&RelativePath::parse(name)?)?.open()?;
     loop {
-        let armed = file.arm(&watcher)?;
+        let armed = arm(&file, &watcher)?;
         let (guard, mapping) = armed.map(file.size()?.max(1))?;
         mapping.populate(0..file.size()?.max(1), || true)?;
         let limit = match LeaseBreakTime::open()?.read()? {
@@ -51,9 +56,20 @@ fn main() -> Result<()> {
         let released = guard.release(fenced)?;
         println!("released after {:?} ({released:?})", news.at.elapsed());
         drop(mapping);
-        println!("press Enter to hold it again (close it elsewhere first), Ctrl-C to end");
+        println!("press Enter to hold it again, Ctrl-C to end");
         if std::io::stdin().read_line(&mut String::new())? == 0 {
             return Ok(());
         }
     }
+}
+
+/// Who is in the way is named, and then waited for.
+fn arm(file: &Description, watcher: &Watcher) -> Result<Armed> {
+    match file.arm(watcher) {
+        Err(busy @ Error::Busy { .. }) => println!("{busy}"),
+        armed => return Ok(armed?),
+    }
+    let until = Instant::now() + Duration::from_secs(3600);
+    let cancel = Cancel::new()?;
+    Ok(file.arm_when_free(watcher, GuardTier::Delegation, until, &cancel)?)
 }

@@ -4,12 +4,13 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::FallocateFlags;
 
 use crate::error::{Error, Result};
 use crate::export::{Attributes, denied_or_failed, write_zeroes};
+use crate::lock::RangeLocks;
 
 /// Names one inode for good. Inode numbers are used again, so the birth time belongs to it.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -30,6 +31,8 @@ impl fmt::Display for FileIdentity {
 
 /// `f_type` of tmpfs, statfs(2).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// `f_type` of hugetlbfs.
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 /// ext2 to ext4, XFS, btrfs and f2fs: what a lease on their files holds still is known. An overlay
 /// is not among them: who opens the file below it does not meet the lease.
 const KNOWN_DISK_FILE_SYSTEMS: [i64; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
@@ -40,7 +43,8 @@ pub enum MappingKind {
     /// The medium itself (`STATX_ATTR_DAX`). The kernel refuses to pin it for long; hardware must
     /// follow page tables.
     FsDax,
-    /// tmpfs: memory that can be pinned.
+    /// tmpfs, or hugetlbfs (which takes no lease, see [`Description::unguarded`]): memory that can
+    /// be pinned.
     SharedMemory,
     /// The page cache of another file system. The kernel refuses to pin it for writing.
     PageCache,
@@ -64,7 +68,7 @@ pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<Mapp
         source: e.into(),
     };
     match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
-        TMPFS_MAGIC => Ok(MappingKind::SharedMemory),
+        TMPFS_MAGIC | HUGETLBFS_MAGIC => Ok(MappingKind::SharedMemory),
         magic if !KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => {
             Err(Error::UnknownFileSystem { path: path.to_owned(), magic })
         }
@@ -87,6 +91,7 @@ struct Inner {
     path: PathBuf,
     identity: FileIdentity,
     armed: AtomicBool,
+    range_locks: Mutex<RangeLocks>,
 }
 
 /// A [`Description`] that may have been closed meanwhile. A file whose old mapping still lives can
@@ -104,7 +109,8 @@ impl WeakDescription {
 impl Description {
     pub(crate) fn new(fd: OwnedFd, path: PathBuf) -> Result<Self> {
         let identity = Attributes::of(fd.as_fd(), &path)?.identity;
-        Ok(Self { inner: Arc::new(Inner { fd, path, identity, armed: AtomicBool::new(false) }) })
+        let (armed, range_locks) = (AtomicBool::new(false), Mutex::default());
+        Ok(Self { inner: Arc::new(Inner { fd, path, identity, armed, range_locks }) })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -229,6 +235,11 @@ impl Description {
     /// A reference that doesn't keep the description open.
     pub fn downgrade(&self) -> WeakDescription {
         WeakDescription(Arc::downgrade(&self.inner))
+    }
+
+    pub(crate) fn range_locks(&self) -> MutexGuard<'_, RangeLocks> {
+        // No code that holds it can leave the list half-changed.
+        self.inner.range_locks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the right to arm this description; false if it is armed.

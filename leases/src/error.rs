@@ -86,6 +86,68 @@ pub enum Error {
         /// The kernel's word.
         source: io::Error,
     },
+    /// A program that sealed the file is still at work on it, or ended without releasing it.
+    #[error(
+        "{} is sealed: append-only, and marked as ours; if no program holds it any more, lift the \
+         seal (Located::unseal)", path.display()
+    )]
+    Sealed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file system keeps no append-only flag, or no extended attributes to mark it with.
+    #[error(
+        "{} can't be sealed: {call} says no; use ext4, XFS, or another file system with user \
+         extended attributes and chattr +a", path.display()
+    )]
+    NoSeal {
+        /// The file.
+        path: PathBuf,
+        /// The system call.
+        call: &'static str,
+        /// The kernel's word.
+        source: io::Error,
+    },
+    /// A reader can't be left to the kernel.
+    #[error("no reader of {} can be outwaited: {why}", path.display())]
+    CannotOutwait {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: NoOutwait,
+    },
+    /// Somebody cancelled the wait.
+    #[error("the wait for {} was cancelled", path.display())]
+    Cancelled {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another description has locked a part of the range (OFD lock, fcntl(2)).
+    #[error(
+        "bytes {start}..{end} of {} are locked by {}; unlock them there and try again",
+        path.display(), ByWhom(pid)
+    )]
+    RangeLocked {
+        /// The file.
+        path: PathBuf,
+        /// First byte asked for.
+        start: u64,
+        /// One past the last.
+        end: u64,
+        /// The holder, if it is a process's own lock and not a description's.
+        pid: Option<u32>,
+    },
+    /// Another program serves the export.
+    #[error(
+        "{} is locked by {}; only one program may serve an export: end that one first",
+        path.display(), ByWhom(pid)
+    )]
+    ExportLocked {
+        /// The directory.
+        path: PathBuf,
+        /// The holder, if /proc/locks tells.
+        pid: Option<u32>,
+    },
     /// Nobody has checked what a lease on this file system is worth.
     #[error(
         "{} lies on a file system ({}) of which it is not known that leases hold its files still; \
@@ -149,6 +211,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// Waiting for a file did not work.
+    #[error("{call} failed while waiting for a file")]
+    Wait {
+        /// The system call.
+        call: &'static str,
+        /// The kernel's word.
+        source: io::Error,
+    },
     /// A kernel setting could not be read.
     #[error("can't read {path}")]
     Sysctl {
@@ -176,6 +246,41 @@ impl std::fmt::Display for Named {
             other => return write!(f, "type {other:#x}"),
         };
         f.write_str(name)
+    }
+}
+
+/// Why a reader can't be outwaited.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum NoOutwait {
+    /// A plain lease that was downgraded lets `open(O_RDONLY|O_TRUNC)` empty the file unseen.
+    #[error(
+        "the guard is \"{tier}\", and only a delegation (Linux 6.19) is safe once readers pass"
+    )]
+    NotADelegation {
+        /// What it is.
+        tier: crate::GuardTier,
+    },
+    /// The kernel never lets the reader through.
+    #[error("fs.lease-break-time is 0, so the reader would wait for ever; set it to some seconds")]
+    Never,
+    /// The reader would wait for longer than the caller allows.
+    #[error("fs.lease-break-time is {} s, above the limit of {} s; lower it", time.as_secs(), longest.as_secs())]
+    TooLong {
+        /// What it is.
+        time: std::time::Duration,
+        /// What is allowed.
+        longest: std::time::Duration,
+    },
+}
+
+struct ByWhom<'a>(&'a Option<u32>);
+
+impl std::fmt::Display for ByWhom<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(pid) => write!(f, "process {pid}"),
+            None => f.write_str("another open description"),
+        }
     }
 }
 

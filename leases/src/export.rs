@@ -4,7 +4,7 @@ use std::collections::BinaryHeap;
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
@@ -79,6 +79,10 @@ pub struct Create {
     pub size: u64,
     /// Permission bits before the umask.
     pub mode: u32,
+    /// Ask for DAX on this file (`FS_XFLAG_DAX`), for file systems mounted with `dax=inode`, which
+    /// is the default. Whether it came of it is what [`Description::kind`] says: the medium, the
+    /// mount options and the kernel have their say too.
+    pub dax: bool,
 }
 
 impl Export {
@@ -88,6 +92,10 @@ impl Export {
         let root = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| Error::Export { path: path.to_owned(), source: e.into() })?;
         Ok(Self { root, path: path.to_owned() })
+    }
+
+    pub(crate) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
 
     /// The directory as it was given.
@@ -117,16 +125,15 @@ impl Export {
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let fd = rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(create.mode))
             .map_err(|e| refusal(e.into(), "create", path, &full))?;
-        let made = Description::new(fd, full.clone()).and_then(|file| {
+        let made = Attributes::of(fd.as_fd(), &full)?.identity;
+        let finish = || {
+            let fd = if create.dax { with_dax(fd, made, &folder, name, &full)? } else { fd };
+            let file = Description::new(fd, full.clone())?;
             file.resize(create.size)?;
             sync_folder(&folder, &full)?;
             Ok(file)
-        });
-        if made.is_err() {
-            // The file is ours (O_EXCL) and holds nothing; the first error is the one to report.
-            let _ = rustix::fs::unlinkat(&folder, name, AtFlags::empty());
-        }
-        made
+        };
+        finish().inspect_err(|_| remove_if_it_is(made, &folder, name))
     }
 
     /// Lists a page of a folder, or of the export itself where `path` is `None`, ordered by name.
@@ -179,6 +186,43 @@ impl Export {
             | ResolveFlags::NO_XDEV;
         rustix::fs::openat2(&self.root, what, flags | OFlags::CLOEXEC, mode, rules)
             .map_err(|e| refusal(e.into(), "open", asked, &self.path.join(asked.as_path())))
+    }
+}
+
+/// Sets the flag on an empty file and opens it again: the flag counts from the moment that the inode
+/// is read anew, which the kernel does once nobody has it open (`d_mark_dontcache`).
+fn with_dax(
+    fd: OwnedFd,
+    made: FileIdentity,
+    folder: &OwnedFd,
+    name: &OsStr,
+    full: &Path,
+) -> Result<OwnedFd> {
+    match crate::sys::ask_for_dax(fd.as_fd()) {
+        Ok(()) => {}
+        // The file system has no such flag.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EOPNOTSUPP)) => {
+            return Ok(fd);
+        }
+        Err(e) => return Err(denied_or_failed(e, "ioctl(FS_IOC_FSSETXATTR)", full)),
+    }
+    drop(fd);
+    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let again = rustix::fs::openat(folder, name, flags, Mode::empty())
+        .map_err(|e| denied_or_failed(e.into(), "open", full))?;
+    if Attributes::of(again.as_fd(), full)?.identity != made {
+        // Somebody has put another file there meanwhile, and that one is not ours to fill.
+        return Err(Error::NotFound { path: full.to_owned() });
+    }
+    Ok(again)
+}
+
+/// Removes a file of ours that came to nothing. Whatever took its name meanwhile stays.
+fn remove_if_it_is(made: FileIdentity, folder: &OwnedFd, name: &OsStr) {
+    let Ok(name) = std::ffi::CString::new(name.as_encoded_bytes()) else { return };
+    if Attributes::at(folder, &name).is_ok_and(|there| there.identity == made) {
+        // It holds nothing, and the first error is the one to report.
+        let _ = rustix::fs::unlinkat(folder, &name, AtFlags::empty());
     }
 }
 
@@ -287,6 +331,10 @@ pub struct Located {
 }
 
 impl Located {
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     /// Names the inode for good.
     pub fn identity(&self) -> FileIdentity {
         self.attributes.identity
@@ -319,13 +367,15 @@ impl Located {
     }
 
     /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not
-    /// wait for them: then the file is [`Error::Busy`].
+    /// wait for them: then the file is [`Error::Busy`]. A file that is sealed, by a program at work
+    /// or by one that has crashed, is [`Error::Sealed`].
     pub fn open(&self) -> Result<Description> {
-        // A descriptor's link in /proc leads to the inode, whatever its name is by now.
-        let link = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        match rustix::fs::open(link.as_str(), flags, Mode::empty()) {
+        match rustix::fs::open(self.link(), flags, Mode::empty()) {
             Ok(fd) => Description::new(fd, self.path.clone()),
+            Err(rustix::io::Errno::PERM) if self.is_sealed() => {
+                Err(Error::Sealed { path: self.path.clone() })
+            }
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::TXTBSY) => Err(Error::Busy {
                 path: self.path.clone(),
                 openers: crate::openers::openers(self.identity(), None),

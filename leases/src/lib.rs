@@ -17,6 +17,56 @@
 //!                                                             └──► Guard::release
 //! ```
 //!
+//! # A worked example
+//!
+//! A file is made and guarded, hardware gets a share of its mapping, and somebody empties it:
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use pinfold_leases::{BreakKind, Create, Export, GuardState, RelativePath, Watcher};
+//!
+//! # let folder = tempfile::tempdir()?;
+//! let (watcher, breaks) = Watcher::start()?;
+//! let export = Export::open(folder.path())?;
+//! let _only_we = export.lock()?;
+//! let create = Create { size: 1 << 20, mode: 0o600, dax: false };
+//! let file = export.create(&RelativePath::parse("data")?, &create)?;
+//!
+//! // From here on the kernel tells us first.
+//! let (guard, mapping) = file.arm(&watcher)?.map(1 << 20)?;
+//! let undisturbed = || guard.state().is_ok_and(|state| state == GuardState::Held);
+//! mapping.populate(0..1 << 20, undisturbed)?;
+//! let share = mapping.share()?; // its address and length are for the hardware
+//!
+//! let path = folder.path().join("data");
+//! let local_user = std::thread::spawn(move || std::fs::File::create(path));
+//!
+//! let news = breaks.recv()?; // the user waits, and the file is still whole
+//! assert_eq!((news.guard, news.kind), (guard.id(), BreakKind::Writer));
+//! assert_eq!(file.size()?, 1 << 20);
+//! mapping.flush(0..1 << 20)?; // what the hardware wrote until now
+//! let fenced = mapping.fence()?; // from here on it reaches nothing
+//! let released = guard.release(fenced)?; // and the user proceeds
+//! assert!(!released.lapsed, "because we let go, not because time ran out");
+//! local_user.join().expect("no panic")?;
+//! drop(share); // once the hardware has forgotten the addresses
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What there is to choose
+//!
+//! * [`Description::arm`] takes the strongest guard that the kernel has: everybody who wants the file
+//!   waits until it is released.
+//! * [`Guard::outwait`] leaves a reader to the kernel, which lets it through when lease-break-time is
+//!   over and holds writers back as before ([`GuardState::ReadersPass`]).
+//! * [`Description::arm_to_seal`] makes whoever would cut or move the file fail at once instead, and
+//!   lets readers pass. It outlives a crash; [`Located::unseal`] lifts what is left then.
+//! * [`Description::unguarded`] has the types and no guard.
+//! * [`Description::arm_when_free`] waits for others to close the file.
+//!
+//! # Order
+//!
 //! The order of a teardown is carried by types: [`Guard::release`] takes a [`Fenced`], which only
 //! [`Mapping::fence`] makes; the memory stays mapped until the [`Mapping`] and every [`Share`] of
 //! it are gone. A guard can't be let go without a fence:
@@ -62,22 +112,36 @@
 //! guard is granted only while no other description does. And it fails open: after
 //! `lease-break-time` the kernel lets the breaker through whatever the holder does. Who must not
 //! be late fences well before ([`LeaseBreakTime`]).
+//!
+//! # Rights
+//!
+//! A guard needs the file's owner or CAP_LEASE; a seal the same and CAP_LINUX_IMMUTABLE; both write
+//! permission. Everything else needs nothing.
 
 mod description;
 mod error;
 mod export;
 mod guard;
+mod layout;
+mod lock;
 mod mapping;
 mod openers;
+mod report;
+mod seal;
 mod sys;
+mod wait;
 mod watch;
 
 pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
-pub use error::{Error, Result};
+pub use error::{Error, NoOutwait, Result};
 pub use export::{Create, Entry, EntryKind, Export, Listing, Located, Page, RelativePath};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
+pub use layout::Layout;
+pub use lock::{ExportLock, LockKind, RangeLock};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};
+pub use seal::ArmedToSeal;
+pub use wait::Cancel;
 pub use watch::{Break, BreakKind, GuardId, Watcher};
 
 use std::time::Duration;

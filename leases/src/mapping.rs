@@ -92,14 +92,8 @@ impl Mapping {
         })?;
         let failed = |call| move |source| Error::Memory { call, len: len.get(), source };
         let address = reserve_aligned(len).map_err(failed("mmap"))?;
-        let map_sync = match map_file(address, len, description) {
-            Ok(map_sync) => map_sync,
-            Err(source) => {
-                // SAFETY: the reservation is ours and nothing was put there.
-                let _ = unsafe { sys::unmap(address, len.get()) };
-                return Err(failed("mmap")(source));
-            }
-        };
+        // On failure the reservation is left alone: it may be another thread's by now.
+        let map_sync = map_file(address, len, description).map_err(failed("mmap"))?;
         let inner = Inner {
             address,
             len: len.get(),
@@ -279,17 +273,31 @@ fn reserve_aligned(len: NonZeroUsize) -> std::io::Result<NonNull<u8>> {
 }
 
 /// Maps the file over the reservation; says whether with `MAP_SYNC`.
+///
+/// A `MAP_FIXED` that the file system refuses (`f_op->mmap`, after the kernel has taken away what
+/// was there) leaves a hole, which another thread may get: two mappings would share addresses.
+/// So whether the file takes `MAP_SYNC` is tried elsewhere first.
 fn map_file(address: NonNull<u8>, len: NonZeroUsize, file: &Description) -> std::io::Result<bool> {
-    let sync = MapFlags::MAP_SHARED_VALIDATE | MapFlags::MAP_SYNC;
+    let map_sync = takes_map_sync(file)?;
+    let flags = if map_sync { SYNCHRONOUS } else { MapFlags::MAP_SHARED };
     // SAFETY: `address` is a reservation of `len` bytes that nothing refers to.
-    match unsafe { sys::map_over(address, len, sync, file.fd()) } {
-        Ok(()) => return Ok(true),
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
-        Err(e) => return Err(e),
+    unsafe { sys::map_over(address, len, flags, file.fd()) }?;
+    Ok(map_sync)
+}
+
+const SYNCHRONOUS: MapFlags = MapFlags::MAP_SHARED_VALIDATE.union(MapFlags::MAP_SYNC);
+
+fn takes_map_sync(file: &Description) -> std::io::Result<bool> {
+    let len = NonZeroUsize::new(HUGE_PAGE).expect("not 0");
+    match sys::map_anywhere(len, SYNCHRONOUS, file.fd()) {
+        Ok(address) => {
+            // SAFETY: the mapping was made here, and nothing uses it.
+            unsafe { sys::unmap(address, HUGE_PAGE) }?;
+            Ok(true)
+        }
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
+        Err(e) => Err(e),
     }
-    // SAFETY: as above; the failed call left the reservation as it was.
-    unsafe { sys::map_over(address, len, MapFlags::MAP_SHARED, file.fd()) }?;
-    Ok(false)
 }
 
 /// A share of a [`Mapping`] for hardware that follows page tables: as long as it lives, the
@@ -340,5 +348,50 @@ impl Drop for Share {
 impl Drop for PinnedShare {
     fn drop(&mut self) {
         self.inner.pinned_shares.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Create, Export, RelativePath, Watcher};
+
+    /// A `mmap(MAP_FIXED)` that fails may leave a hole where the reservation was. Whoever else asks
+    /// for addresses gets it, and then two mappings share them.
+    #[test]
+    fn nobody_else_gets_the_addresses_while_a_file_is_mapped() {
+        let folder = tempfile::tempdir().unwrap();
+        let export = Export::open(folder.path()).unwrap();
+        let create = Create { size: 1, mode: 0o600, dax: false };
+        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (watcher, _breaks) = Watcher::start().unwrap();
+        let inode = file.identity().inode.to_string();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let len = NonZeroUsize::new(2 * HUGE_PAGE).unwrap();
+                    while !done.load(Ordering::Relaxed) {
+                        let address = sys::reserve(len).unwrap();
+                        // SAFETY: our own reservation, which nothing uses.
+                        unsafe { sys::unmap(address, len.get()) }.unwrap();
+                    }
+                });
+            }
+            let failed = (0..2000).find_map(|_| {
+                let (guard, mapping) = match file.unguarded(&watcher).and_then(|armed| armed.map(1))
+                {
+                    Ok(made) => made,
+                    Err(error) => return Some(error.to_string()),
+                };
+                let start = format!("{:x}-", mapping.inner.address.as_ptr() as usize);
+                let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+                let there = maps.lines().find(|line| line.starts_with(&start)).unwrap_or_default();
+                guard.release(mapping.fence().unwrap()).unwrap();
+                (there.split_whitespace().nth(4) != Some(&inode)).then(|| there.to_owned())
+            });
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(failed, None);
+        });
     }
 }

@@ -81,15 +81,77 @@ pub fn waiting_breakers(file: FileIdentity) -> Vec<Opener> {
         .collect()
 }
 
+/// What the kernel notes of a lease beside what `F_GETLEASE` tells.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct OwnLease {
+    /// Somebody waits for it.
+    pub(crate) breaking: bool,
+    /// What it allows, or during a break what that asks for.
+    pub(crate) kind: OwnKind,
+}
+
+/// As in /proc/locks: `WRITE`, `READ`, `UNLCK`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum OwnKind {
+    Write,
+    Read,
+    None,
+}
+
+/// The lease or delegation on one of our descriptors, as `/proc/self/fdinfo` shows it: the one
+/// place that tells a pending downgrade from one that is done. `None` if there is none, or if that
+/// can't be learned.
+pub(crate) fn own_lease(fd: std::os::fd::BorrowedFd<'_>) -> Option<OwnLease> {
+    use std::os::fd::AsRawFd;
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    info.lines().find_map(lease_line)
+}
+
+/// Reads `lock: 1: DELEG ACTIVE READ 70 00:1b:3 0 EOF` (`lock_get_status` in fs/locks.c).
+fn lease_line(line: &str) -> Option<OwnLease> {
+    let words: Vec<&str> = line.strip_prefix("lock:")?.split_whitespace().collect();
+    let [_, "LEASE" | "DELEG", state, kind, ..] = words[..] else { return None };
+    let kind = match kind {
+        "WRITE" => OwnKind::Write,
+        "READ" => OwnKind::Read,
+        _ => OwnKind::None,
+    };
+    Some(OwnLease { breaking: state != "ACTIVE", kind })
+}
+
+/// The process that holds a flock(2) on a file for itself alone, if /proc/locks shows it to us.
+pub(crate) fn flock_holder(file: FileIdentity) -> Option<u32> {
+    // A reading may skip a line while others lock and unlock.
+    (0..5).find_map(|_| {
+        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+        flock_pid(&locks, file)
+    })
+}
+
+fn flock_pid(locks: &str, file: FileIdentity) -> Option<u32> {
+    let inode = inode_in_locks(file);
+    locks.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            [_, "FLOCK", _, "WRITE", pid, at, ..] if at == inode => pid.parse().ok(),
+            _ => None,
+        }
+    })
+}
+
+/// How /proc/locks and /proc/PID/maps name an inode's device, and the first also the inode.
+fn inode_in_locks(file: FileIdentity) -> String {
+    format!("{}:{}", device_in_proc(file), file.inode)
+}
+
+fn device_in_proc(file: FileIdentity) -> String {
+    format!("{:02x}:{:02x}", rustix::fs::major(file.device), rustix::fs::minor(file.device))
+}
+
 /// A waiter's line carries no inode of its own; it follows the line of the lease it waits for, with
 /// the same number.
 fn breaker_pids(locks: &str, file: FileIdentity) -> Vec<(u32, OpenMode)> {
-    let inode = format!(
-        "{:02x}:{:02x}:{}",
-        rustix::fs::major(file.device),
-        rustix::fs::minor(file.device),
-        file.inode
-    );
+    let inode = inode_in_locks(file);
     let mut ours = false;
     let mut found = Vec::new();
     for line in locks.lines() {
@@ -153,8 +215,7 @@ fn mode(pid: u32, fd: u32) -> Option<OpenMode> {
 
 fn maps(pid: u32, file: FileIdentity) -> bool {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    let device =
-        format!("{:02x}:{:02x}", rustix::fs::major(file.device), rustix::fs::minor(file.device));
+    let device = device_in_proc(file);
     let inode = file.inode.to_string();
     maps.lines().any(|line| {
         let mut words = line.split_whitespace().skip(3);
@@ -172,6 +233,21 @@ fn command(pid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_is_read_from_fdinfo() {
+        let lease = |line: &str| lease_line(line).map(|lease| (lease.breaking, lease.kind));
+        let read = "lock:\t1: DELEG  ACTIVE    READ 70 00:1b:3 0 EOF";
+        assert_eq!(lease(read), Some((false, OwnKind::Read)));
+        let waited_for = read.replace("ACTIVE", "BREAKING");
+        assert_eq!(lease(&waited_for), Some((true, OwnKind::Read)));
+        let write = "lock:\t1: LEASE  ACTIVE    WRITE 70 00:1b:3 0 EOF";
+        assert_eq!(lease(write), Some((false, OwnKind::Write)));
+        let broken = "lock:\t2: LEASE  BREAKING  UNLCK 70 00:1b:3 0 EOF";
+        assert_eq!(lease(broken), Some((true, OwnKind::None)));
+        assert_eq!(lease("lock:\t1: OFDLCK ADVISORY  WRITE -1 00:1b:3 0 EOF"), None);
+        assert_eq!(lease("flags:\t0100002"), None);
+    }
 
     #[test]
     fn a_breaker_belongs_to_the_lease_line_before_it() {

@@ -119,6 +119,121 @@ pub(crate) fn delegation_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
     }
 }
 
+/// `struct fsxattr` of <linux/fs.h>.
+#[repr(C)]
+#[derive(Default)]
+struct Fsxattr {
+    flags: u32,
+    extent_size: u32,
+    extents: u32,
+    project: u32,
+    cow_extent_size: u32,
+    pad: [u8; 8],
+}
+
+const _: () = assert!(size_of::<Fsxattr>() == 28);
+
+const FS_IOC_FSGETXATTR: libc::Ioctl = 0x801c_581f_u32 as libc::Ioctl;
+const FS_IOC_FSSETXATTR: libc::Ioctl = 0x401c_5820;
+const FS_XFLAG_DAX: u32 = 0x8000;
+
+/// Sets `FS_XFLAG_DAX` (ioctl_xfs_fsgetxattr(2)). The file system heeds it, if at all, from the
+/// moment that it reads the inode anew.
+pub(crate) fn ask_for_dax(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = Fsxattr::default();
+    // SAFETY: `fd` is open for the call and `attributes` is a live struct of the layout expected.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    attributes.flags |= FS_XFLAG_DAX;
+    // SAFETY: as above.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSSETXATTR, &raw const attributes) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A piece of a file on its medium, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Extent {
+    /// Where in the file.
+    pub(crate) logical: u64,
+    /// Where on the medium.
+    pub(crate) physical: u64,
+    /// How long.
+    pub(crate) len: u64,
+}
+
+/// `struct fiemap_extent` of <linux/fiemap.h>.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct FiemapExtent {
+    logical: u64,
+    physical: u64,
+    len: u64,
+    reserved: [u64; 2],
+    flags: u32,
+    reserved_too: [u32; 3],
+}
+
+const EXTENTS_AT_ONCE: usize = 256;
+
+/// `struct fiemap`, with room for extents.
+#[repr(C)]
+struct Fiemap {
+    start: u64,
+    len: u64,
+    flags: u32,
+    mapped: u32,
+    room: u32,
+    reserved: u32,
+    extents: [FiemapExtent; EXTENTS_AT_ONCE],
+}
+
+const _: () = assert!(size_of::<FiemapExtent>() == 56);
+
+const FS_IOC_FIEMAP: libc::Ioctl = 0xc020_660b_u32 as libc::Ioctl;
+const FIEMAP_EXTENT_LAST: u32 = 0x1;
+/// UNKNOWN, DELALLOC, ENCODED, NOT_ALIGNED, INLINE and TAIL: their place means nothing.
+const FIEMAP_EXTENT_NO_PLACE: u32 = 0x2 | 0x4 | 0x8 | 0x100 | 0x200 | 0x400;
+
+/// `FS_IOC_FIEMAP`: the file's extents that have a place, in order.
+pub(crate) fn extents(fd: BorrowedFd<'_>) -> io::Result<Vec<Extent>> {
+    let mut found = Vec::new();
+    let mut start = 0;
+    loop {
+        let piece = fiemap(fd, start)?;
+        for extent in &piece {
+            if extent.flags & FIEMAP_EXTENT_NO_PLACE == 0 {
+                let FiemapExtent { logical, physical, len, .. } = *extent;
+                found.push(Extent { logical, physical, len });
+            }
+        }
+        match piece.last() {
+            Some(last) if last.flags & FIEMAP_EXTENT_LAST == 0 => start = last.logical + last.len,
+            _ => return Ok(found),
+        }
+    }
+}
+
+fn fiemap(fd: BorrowedFd<'_>, start: u64) -> io::Result<Vec<FiemapExtent>> {
+    let mut map = Fiemap {
+        start,
+        len: u64::MAX - start,
+        flags: 0,
+        mapped: 0,
+        room: EXTENTS_AT_ONCE as u32,
+        reserved: 0,
+        extents: [FiemapExtent::default(); EXTENTS_AT_ONCE],
+    };
+    // SAFETY: `fd` is open for the call, `map` is a live struct of the layout that the request
+    // expects, and `room` says how many extents it has space for.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FIEMAP, &raw mut map) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(map.extents[..(map.mapped as usize).min(EXTENTS_AT_ONCE)].to_vec())
+}
+
 /// `F_SETSIG`: which signal a break sends. Must come again after each `F_UNLCK` or expiry, which
 /// wipe it; without it the break sends SIGIO, whose default action ends the process.
 pub(crate) fn signal_set(fd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
@@ -244,7 +359,20 @@ pub(crate) fn reserve(len: std::num::NonZeroUsize) -> io::Result<NonNull<u8>> {
     Ok(address.cast())
 }
 
-/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved.
+/// Maps `len` bytes of a file from offset 0 at addresses of the kernel's choice.
+pub(crate) fn map_anywhere(
+    len: std::num::NonZeroUsize,
+    flags: MapFlags,
+    fd: BorrowedFd<'_>,
+) -> io::Result<NonNull<u8>> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let address = unsafe { nix::sys::mman::mmap(None, len, protection, flags, fd, 0) }?;
+    Ok(address.cast())
+}
+
+/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved. If this
+/// fails, the addresses may be anybody's: they must not be used or unmapped any more.
 ///
 /// # Safety
 /// `address..address + len` must be a reservation (or part of one) of the caller's own that

@@ -11,12 +11,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::guard::{GuardState, Lease};
+use crate::guard::{GuardTier, Lease};
+use crate::report::Told;
 use crate::sys::{self, Signal, WatchedSignals};
 
 /// How often all guards are looked at even if no signal came. A net under the signals, not the way
 /// breaks are found.
 const RESCAN: Duration = Duration::from_secs(1);
+
+/// How often the flags of sealed files are looked at: the kernel sends no signal for them.
+const SEAL_CHECK: Duration = Duration::from_secs(2);
 
 /// Names one arming of one file within this process; never used again.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -78,7 +82,7 @@ pub(crate) struct Shared {
 #[derive(Debug)]
 struct Entry {
     lease: Arc<Lease>,
-    reported: Option<BreakKind>,
+    told: Told,
 }
 
 impl Watcher {
@@ -91,7 +95,8 @@ impl Watcher {
         Self::start_rescanning(RESCAN)
     }
 
-    /// As [`Watcher::start`], with another interval between two looks at all guards.
+    /// As [`Watcher::start`], with another interval between two looks at all guards. Sealed files
+    /// are looked at every two seconds all the same.
     pub fn start_rescanning(every: Duration) -> Result<(Self, Receiver<Break>)> {
         let (breaks, receiver) = channel();
         let (ready, started) = channel();
@@ -151,8 +156,10 @@ fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>, every: D
         return;
     }
     let mut rescan_at = Instant::now() + every;
+    let mut check_seals_at = Instant::now() + SEAL_CHECK;
     while !shared.stop.load(Ordering::SeqCst) {
-        match signals.wait(rescan_at.saturating_duration_since(Instant::now())) {
+        let next = rescan_at.min(check_seals_at);
+        match signals.wait(next.saturating_duration_since(Instant::now())) {
             Ok(Signal::Break(fd)) => shared.look_at(fd, breaks),
             Ok(Signal::Overflow) => shared.rescan(breaks),
             Ok(Signal::Timeout | Signal::Other) => {}
@@ -163,6 +170,10 @@ fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>, every: D
         if Instant::now() >= rescan_at {
             shared.rescan(breaks);
             rescan_at = Instant::now() + every;
+        }
+        if Instant::now() >= check_seals_at {
+            shared.check_seals(breaks);
+            check_seals_at = Instant::now() + SEAL_CHECK;
         }
     }
 }
@@ -178,7 +189,7 @@ impl Shared {
 
     pub(crate) fn add(&self, lease: Arc<Lease>) {
         let fd = lease.description.fd().as_raw_fd();
-        self.entries().insert(fd, Entry { lease, reported: None });
+        self.entries().insert(fd, Entry { lease, told: Told::default() });
     }
 
     pub(crate) fn remove(&self, lease: &Lease) {
@@ -202,6 +213,14 @@ impl Shared {
         }
     }
 
+    fn check_seals(&self, breaks: &Sender<Break>) {
+        for entry in self.entries().values_mut() {
+            if entry.lease.tier == GuardTier::Sealed {
+                entry.report(breaks);
+            }
+        }
+    }
+
     fn rescan(&self, breaks: &Sender<Break>) {
         for entry in self.entries().values_mut() {
             entry.report(breaks);
@@ -210,20 +229,10 @@ impl Shared {
 }
 
 impl Entry {
-    /// The descriptor's number may have been used again since the signal was sent, so what counts
-    /// is what the kernel says of the lease now.
     fn report(&mut self, breaks: &Sender<Break>) {
-        let kind = match self.lease.state() {
-            Ok(GuardState::Broken(kind)) => kind,
-            Ok(GuardState::Held) => return,
-            // Not to know is to assume the worst.
-            Err(_) => BreakKind::Writer,
-        };
-        if self.reported.is_some_and(|reported| reported >= kind) {
-            return;
+        if let Some(kind) = self.told.see(self.lease.state().ok()) {
+            // Nobody listens any more: the program is ending.
+            let _ = breaks.send(Break { guard: self.lease.id, kind, at: Instant::now() });
         }
-        self.reported = Some(kind);
-        // Nobody listens any more: the program is ending.
-        let _ = breaks.send(Break { guard: self.lease.id, kind, at: Instant::now() });
     }
 }

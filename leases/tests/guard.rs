@@ -193,7 +193,8 @@ fn a_fence_of_another_file_releases_nothing() {
     let one = Bench::new();
     let (guard, mapping) = one.open().arm(&one.watcher).unwrap().map(8192).unwrap();
     // Another armed file of the same watcher, so that the ids differ.
-    let second = one.export.create(&name("second"), &Create { size: 1, mode: 0o600 }).unwrap();
+    let second =
+        one.export.create(&name("second"), &Create { size: 1, mode: 0o600, dax: false }).unwrap();
     let (other_guard, other) = second.arm(&one.watcher).unwrap().map(1).unwrap();
     let wrong = guard.release(other.fence().unwrap()).unwrap_err();
     assert_eq!(wrong.guard.state().unwrap(), GuardState::Held);
@@ -204,7 +205,10 @@ fn a_fence_of_another_file_releases_nothing() {
 #[test]
 fn create_makes_exactly_the_bytes_and_removes_what_failed() {
     let bench = Bench::new();
-    let made = bench.export.create(&name("new"), &Create { size: 5_000_001, mode: 0o600 }).unwrap();
+    let made = bench
+        .export
+        .create(&name("new"), &Create { size: 5_000_001, mode: 0o600, dax: false })
+        .unwrap();
     assert_eq!(made.size().unwrap(), 5_000_001);
     let located = bench.export.locate(&name("new")).unwrap();
     assert_eq!(located.identity(), made.identity());
@@ -214,9 +218,10 @@ fn create_makes_exactly_the_bytes_and_removes_what_failed() {
     let content = std::fs::read(bench.path.with_file_name("new")).unwrap();
     assert_eq!(content, [0; 20]);
 
-    let again = bench.export.create(&name("new"), &Create { size: 1, mode: 0o600 });
+    let again = bench.export.create(&name("new"), &Create { size: 1, mode: 0o600, dax: false });
     assert!(matches!(again, Err(Error::Exists { .. })));
-    let huge = bench.export.create(&name("huge"), &Create { size: 1 << 60, mode: 0o600 });
+    let huge =
+        bench.export.create(&name("huge"), &Create { size: 1 << 60, mode: 0o600, dax: false });
     assert!(matches!(huge, Err(Error::NoSpace { .. })), "{huge:?}");
     assert!(!bench.path.with_file_name("huge").exists(), "a failed creation leaves nothing");
 }

@@ -107,6 +107,7 @@ impl HeldFile {
         match locked(&self.guard).as_ref().map(Guard::state) {
             Some(Ok(GuardState::Held)) => None,
             Some(Ok(GuardState::Broken(kind))) => Some(kind),
+            Some(Ok(GuardState::ReadersPass)) => Some(BreakKind::Reader),
             // Not to know is to assume the worst.
             Some(Err(_)) | None => Some(BreakKind::Writer),
         }

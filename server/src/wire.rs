@@ -237,7 +237,9 @@ fn access(access: PinAccess) -> v1::Access {
 pub(crate) fn tier(tier: GuardTier) -> v1::GuardTier {
     match tier {
         GuardTier::Lease => v1::GuardTier::Lease,
-        GuardTier::Delegation => v1::GuardTier::Delegation,
+        GuardTier::Delegation | GuardTier::ReadDelegation => v1::GuardTier::Delegation,
+        // Nothing here asks for these.
+        GuardTier::Unguarded | GuardTier::Sealed => v1::GuardTier::Unspecified,
     }
 }
 

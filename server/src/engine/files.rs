@@ -110,7 +110,7 @@ impl Engine {
         path: RelativePath,
         size: u64,
     ) -> Result<FileIdentity> {
-        let create = Create { size, mode: FILE_MODE };
+        let create = Create { size, mode: FILE_MODE, dax: false };
         self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
             .await
     }

@@ -1,0 +1,131 @@
+//! Files made ready for hardware: DAX asked for file by file, and how large their pages can be.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use pinfold_lab::{Bench, FileSystem, on_each_bench};
+use pinfold_leases::{Create, Error, Export, MappingKind, RelativePath};
+
+const HUGE: u64 = 2 << 20;
+
+/// One of the lab's file systems, mounted with other options; as the lab has it after.
+struct Remounted {
+    device: String,
+    kind: &'static str,
+    folder: PathBuf,
+}
+
+impl Remounted {
+    fn with(file_system: FileSystem, options: &str) -> Self {
+        let folder = file_system.mount_point();
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let device = mounts
+            .lines()
+            .map(|line| line.split(' ').collect::<Vec<_>>())
+            .find(|words| words[1] == folder.to_str().unwrap())
+            .unwrap()[0]
+            .to_owned();
+        let this = Self { device, kind: file_system.kind(), folder };
+        this.mount(options);
+        this
+    }
+
+    fn mount(&self, option: &str) {
+        let run = |command: &mut Command| assert!(command.status().unwrap().success());
+        run(Command::new("umount").arg(&self.folder));
+        let mut mount = Command::new("mount");
+        run(mount.args(["-t", self.kind, "-o", option, &self.device]).arg(&self.folder));
+    }
+}
+
+impl Drop for Remounted {
+    fn drop(&mut self) {
+        self.mount("dax=always");
+    }
+}
+
+fn dax_is_asked_for_file_by_file(file_system: FileSystem) {
+    let _mounted = Remounted::with(file_system, "dax=inode");
+    let folder = tempfile::tempdir_in(file_system.mount_point()).unwrap();
+    let export = Export::open(folder.path()).unwrap();
+    for (name, dax, kind) in
+        [("with", true, MappingKind::FsDax), ("without", false, MappingKind::PageCache)]
+    {
+        let create = Create { size: HUGE, mode: 0o600, dax };
+        let path = RelativePath::parse(name).unwrap();
+        let file = export.create(&path, &create).unwrap();
+        assert_eq!(file.kind().unwrap(), kind, "{name}");
+        assert_eq!(file.size().unwrap(), HUGE);
+        assert_eq!(export.locate(&path).unwrap().dax(), dax);
+        let again = export.create(&path, &create);
+        assert!(matches!(again, Err(Error::Exists { .. })));
+    }
+}
+
+#[test]
+fn dax_is_asked_for_file_by_file_on_ext4() {
+    dax_is_asked_for_file_by_file(FileSystem::Ext4);
+}
+
+#[test]
+fn dax_is_asked_for_file_by_file_on_xfs() {
+    dax_is_asked_for_file_by_file(FileSystem::Xfs);
+}
+
+#[test]
+fn a_quota_that_is_used_up_is_refused_and_the_file_stays_as_it_was() {
+    // nobody's
+    const OWNER: u32 = 65534;
+    let _mounted = Remounted::with(FileSystem::Xfs, "dax=always,uquota");
+    let bench = Bench::on(FileSystem::Xfs);
+    let limit = format!("limit -u bhard=1m {OWNER}");
+    let mut quota = Command::new("xfs_quota");
+    quota.args(["-x", "-c", &limit]).arg(FileSystem::Xfs.mount_point());
+    assert!(quota.status().unwrap().success());
+    let path = bench.make("file", &[7; 4096]);
+    std::os::unix::fs::chown(&path, Some(OWNER), None).unwrap();
+    let file = bench.open("file");
+    let used_up = |refused: Error| match refused {
+        Error::NoSpace { source, .. } => source.raw_os_error() == Some(nix::libc::EDQUOT),
+        error => panic!("{error}"),
+    };
+    assert!(used_up(file.resize(HUGE).unwrap_err()));
+    let (guard, mapping) = file.arm(&bench.watcher).unwrap().map(4096).unwrap();
+    assert!(used_up(file.grow(HUGE).unwrap_err()));
+    assert_eq!(file.size().unwrap(), 4096);
+    guard.release(mapping.fence().unwrap()).unwrap();
+    assert!(bench.rest().is_empty());
+    drop((file, mapping));
+}
+
+on_each_bench! {
+    fn the_layout_says_which_pieces_can_have_huge_pages(bench in Bench) {
+        let create = Create { size: 4 * HUGE + 10, mode: 0o600, dax: false };
+        let file = bench.export.create(&RelativePath::parse("large").unwrap(), &create).unwrap();
+        let layout = file.layout().unwrap();
+        println!("{layout:?}");
+        assert_eq!(layout.whole_pieces, 4 * HUGE);
+        assert!(layout.extents >= 1 && layout.huge_bytes <= layout.whole_pieces);
+        let all = layout.huge_bytes == layout.whole_pieces;
+        assert_eq!(layout.page_size, if all { HUGE } else { 4096 });
+        // filefrag(8) counts the same extents, in another process, when we have closed it.
+        drop(file);
+        let output = Command::new("filefrag").arg(bench.path("large")).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let counted = text.split(": ").last().unwrap().split(' ').next().unwrap().to_owned();
+        assert!(output.status.success() && counted == layout.extents.to_string(), "{text}");
+
+        let small = Create { size: HUGE - 1, mode: 0o600, dax: false };
+        let small = bench.export.create(&RelativePath::parse("small").unwrap(), &small).unwrap();
+        assert_eq!(small.layout().unwrap().page_size, 4096);
+    }
+
+    fn what_there_is_no_room_for_is_refused_and_leaves_nothing(bench in Bench) {
+        let create = Create { size: 1 << 40, mode: 0o600, dax: true };
+        let refused = bench.export.create(&RelativePath::parse("huge").unwrap(), &create);
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, Error::NoSpace { bytes, .. } if bytes == 1 << 40), "{refused}");
+        assert!(!bench.path("huge").exists());
+    }
+}
