@@ -6,11 +6,13 @@
 mod cell;
 mod list;
 mod mount;
+mod nfs;
 mod place;
 
 pub use cell::{Bench, Outcome, Seen};
 pub use list::{HAZARDS, Hazard, Thing};
 pub use mount::{MOUNT_HAZARDS, MountHazard};
+pub use nfs::{NFS_HAZARDS, Nfs};
 pub use place::Place;
 
 use pinfold_leases::GuardTier;
@@ -37,18 +39,18 @@ pub struct Cell {
     pub note: String,
 }
 
-/// The tiers that this kernel offers here; the strongest is what it really grants.
+/// What files can be held by on this place and kernel.
 pub fn tiers(bench: &Bench, place: &Place) -> Vec<GuardTier> {
-    match bench.strongest(place) {
-        GuardTier::Delegation => vec![GuardTier::Lease, GuardTier::Delegation],
-        tier => vec![tier],
-    }
+    use GuardTier::{Delegation, Lease, Sealed, Unguarded};
+    let all = [Unguarded, Lease, Delegation, Sealed];
+    all.into_iter().filter(|tier| bench.grants(place, *tier)).collect()
 }
 
 /// Where a row stands in the table.
 pub fn order(name: &str) -> usize {
     let names = HAZARDS.iter().map(|hazard| hazard.name);
-    let mut names = names.chain(MOUNT_HAZARDS.iter().map(|hazard| hazard.name));
+    let names = names.chain(MOUNT_HAZARDS.iter().map(|hazard| hazard.name));
+    let mut names = names.chain(NFS_HAZARDS.iter().map(|(name, ..)| *name));
     names.position(|known| known == name).unwrap_or(usize::MAX)
 }
 
@@ -75,9 +77,25 @@ pub fn run_on_mount(
     Some(cell(place, tier, hazard.name, &outcome, hazard.note))
 }
 
+/// Runs the cells about NFS clients, on file systems that clients come to.
+pub fn run_over_nfs(bench: &Bench, places: &[Place]) -> Vec<Cell> {
+    let places: Vec<&Place> = places.iter().filter(|place| place.is_dax()).collect();
+    let nfs = Nfs::start(&places);
+    let mut cells = Vec::new();
+    for place in places {
+        for tier in tiers(bench, place) {
+            for (name, thing, note) in NFS_HAZARDS {
+                let outcome = nfs.run(bench, place, tier, thing);
+                cells.push(cell(place, tier, name, &outcome, note));
+            }
+        }
+    }
+    cells
+}
+
 fn cell(place: &Place, tier: GuardTier, name: &str, outcome: &Outcome, note: &str) -> Cell {
     let note = match outcome {
-        Outcome::Harmless | Outcome::NotCovered => note.to_owned(),
+        Outcome::Harmless | Outcome::NotCovered | Outcome::Told => note.to_owned(),
         _ => String::new(),
     };
     Cell {

@@ -45,6 +45,7 @@ fn every_cell_is_what_the_table_says() {
             cells.extend(MOUNT_HAZARDS.iter().filter_map(on_mount));
         }
     }
+    cells.extend(hazard::run_over_nfs(&bench, &places));
     cells.sort_by_key(|cell| (hazard::order(&cell.hazard), cell.tier.clone(), cell.place.clone()));
     if std::env::var_os("PINFOLD_HAZARDS").is_some() {
         print(&cells);

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Things done to a file through a descriptor open it first, and say so in their names. Some need a
-//! second file beside it, `NAME.other`. With `--wait` it prints `ready` and waits for a line before it
+//! second file beside it, `NAME.other`, or one of the same content, `NAME.same`. With `--wait` it prints `ready` and waits for a line before it
 //! begins: a test that guards files in its own process starts no process meanwhile. `hold-*` open the
 //! file, print `open`, and do the rest when a line comes. `run PROGRAM … FILE` becomes that program.
 
@@ -100,9 +100,7 @@ const OTHERS: [(&str, Thing); 40] = [
         let from = open(&other(path), OFlags::RDONLY)?;
         Ok(rustix::fs::ioctl_ficlone(open(path, OFlags::WRONLY)?, from)?)
     }),
-    ("dedupe-from", |path| {
-        dedupe(&open(path, OFlags::RDONLY)?, &open(&other(path), OFlags::RDWR)?)
-    }),
+    ("dedupe-from", |path| dedupe(&open(path, OFlags::RDONLY)?, &open(&same(path), OFlags::RDWR)?)),
     ("dedupe-to", |path| dedupe(&open(&other(path), OFlags::RDONLY)?, &open(path, OFlags::RDWR)?)),
     ("copy-range-to", |path| {
         let from = open(&other(path), OFlags::RDONLY)?;
@@ -227,6 +225,10 @@ fn open(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
 
 fn other(path: &Path) -> PathBuf {
     path.with_extension("other")
+}
+
+fn same(path: &Path) -> PathBuf {
+    path.with_extension("same")
 }
 
 fn utimes(path: &Path) -> io::Result<()> {

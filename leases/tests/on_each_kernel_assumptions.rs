@@ -242,7 +242,7 @@ fn signal_within(patience: Duration) -> Option<Came> {
     let info = unsafe { info.assume_init() };
     // `si_fd` of `_sigpoll`: behind three ints, padding and a long.
     // SAFETY: siginfo_t has 128 bytes on Linux, and every bit pattern is an int.
-    let fd = unsafe { (&raw const info).cast::<libc::c_int>().add(6).read() };
+    let fd = unsafe { (&raw const info).cast::<libc::c_int>().wrapping_add(6).read() };
     Some(Came { signal, code: info.si_code, fd })
 }
 

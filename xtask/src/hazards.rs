@@ -25,7 +25,7 @@ const END: &str = "<!-- The table ends. -->\n";
 /// The kernels, the oldest first.
 const SUITES: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Newest];
 /// The columns, in their order; what is not among them is a mistake.
-const TIERS: [&str; 2] = ["lease", "delegation"];
+const TIERS: [&str; 4] = ["unguarded", "lease", "delegation", "sealed"];
 
 /// `docs/hazards.json`.
 #[derive(Debug, Deserialize, PartialEq, Serialize)]

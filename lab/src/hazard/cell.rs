@@ -56,6 +56,8 @@ pub enum Outcome {
     },
     /// Who has the file open already gets us no guard.
     NoGuard,
+    /// It goes through at once, and we are told before it can do harm.
+    Told,
     /// It goes through and moves no byte of the file.
     Harmless,
     /// It goes through, and the file is not what it was.
@@ -75,8 +77,7 @@ impl Seen {
             (Some(_), true, _) => Outcome::Held,
             (None, _, Some(Errno::ENOSYS | Errno::EOPNOTSUPP | Errno::ENOTTY)) => Outcome::Absent,
             (told, _, Some(errno)) => Outcome::Refused { errno, told: told.is_some() },
-            // It was told of and did not wait, but did nothing to the file either.
-            (Some(_), false, None) => Outcome::NotCovered,
+            (Some(_), false, None) => Outcome::Told,
             (None, _, None) => Outcome::Harmless,
         }
     }
@@ -89,6 +90,7 @@ impl fmt::Display for Outcome {
             Self::Refused { errno, told: true } => write!(f, "told, refused ({errno:?})"),
             Self::Refused { errno, told: false } => write!(f, "refused ({errno:?})"),
             Self::NoGuard => f.write_str("no guard"),
+            Self::Told => f.write_str("told"),
             Self::Harmless => f.write_str("harmless"),
             Self::NotCovered => f.write_str("not covered"),
             Self::Absent => f.write_str("n/a"),
@@ -132,13 +134,17 @@ impl Bench {
         self.starting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The strongest tier that is granted on a place.
-    pub fn strongest(&self, place: &Place) -> GuardTier {
+    /// Whether a tier is granted on a place: not all kernels have delegations, and not all file
+    /// systems can be sealed.
+    pub(super) fn grants(&self, place: &Place, tier: GuardTier) -> bool {
         let (_folder, path) = make(place.path());
-        let held = self.hold(&path, GuardTier::Delegation).unwrap();
-        let tier = held.guard.tier();
+        let held = match self.hold(&path, tier) {
+            Err(Error::NoSeal { .. }) => return false,
+            held => held.unwrap(),
+        };
+        let granted = held.guard.tier();
         held.release();
-        tier
+        granted == tier
     }
 
     /// One cell.
@@ -169,6 +175,20 @@ impl Bench {
         held.watch(process)
     }
 
+    /// A process does something by way of a server in the kernel, which does not wait itself but
+    /// has its clients ask again.
+    pub(super) fn does_remotely(
+        &self,
+        path: &Path,
+        tier: GuardTier,
+        thing: &str,
+        there: &Path,
+    ) -> Seen {
+        let process = self.start(&[thing], there);
+        let held = self.hold(path, tier).unwrap();
+        held.watch_remote(process)
+    }
+
     /// A process has the file open before anybody guards it.
     fn has_open(&self, path: &Path, tier: GuardTier, name: &str) -> Seen {
         let mut process = self.start(&[name], path);
@@ -194,7 +214,10 @@ impl Bench {
         let name = RelativePath::parse(path.file_name().unwrap().to_str().unwrap())?;
         let file = export.locate(&name)?.open()?;
         let (watcher, breaks) = Watcher::start_rescanning(NEVER)?;
-        let (guard, mapping) = file.arm_at_most(&watcher, tier)?.map(LEN)?;
+        let (guard, mapping) = match tier {
+            GuardTier::Sealed => file.arm_to_seal(&watcher)?.map(LEN)?,
+            tier => file.arm_at_most(&watcher, tier)?.map(LEN)?,
+        };
         mapping.populate(0..LEN, || true)?;
         let (sender, news) = channel();
         let to = sender.clone();
@@ -238,7 +261,23 @@ impl Process {
 
 impl Held {
     /// Follows a process to its end, and lets the guard go when it waits for that.
-    pub(super) fn watch(self, mut process: Process) -> Seen {
+    pub(super) fn watch(self, process: Process) -> Seen {
+        self.follow(process, Self::ended_without_us)
+    }
+
+    /// The same where no process stands in /proc/locks.
+    fn watch_remote(self, process: Process) -> Seen {
+        self.follow(process, |held| match held.news.try_recv() {
+            Ok(News::Ended(status)) => Some(status),
+            Ok(News::Break(_)) | Err(_) => None,
+        })
+    }
+
+    fn follow(
+        self,
+        mut process: Process,
+        ended_without_us: impl FnOnce(&Self) -> Option<ExitStatus>,
+    ) -> Seen {
         let to = self.sender.clone();
         process.go_on();
         std::thread::spawn(move || {
@@ -251,7 +290,7 @@ impl Held {
             News::Ended(status) => (self.told_late(), Some(status)),
         };
         let changed = !self.is_whole();
-        let ended = ended.or_else(|| self.ended_without_us());
+        let ended = ended.or_else(|| ended_without_us(&self));
         let waited = ended.is_none();
         self.guard.release(self.mapping.fence().unwrap()).unwrap();
         let status = ended.unwrap_or_else(|| {
@@ -329,12 +368,14 @@ fn errno(status: ExitStatus) -> Option<Errno> {
     }
 }
 
-/// A folder with a file and another of the same content beside it.
+/// A folder with a file, one of the same content and one of another beside it.
 pub(super) fn make(mount_point: &Path) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir_in(mount_point).unwrap();
     let path = folder.path().join("file");
-    for path in [&path, &path.with_extension("other")] {
-        fs::write(path, content()).unwrap();
+    for path in [&path, &path.with_extension("other"), &path.with_extension("same")] {
+        let other = path.extension().is_some_and(|extension| extension == "other");
+        let content = if other { Pattern(4).bytes(0, LEN as usize) } else { content() };
+        fs::write(path, content).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         fs::File::open(path).unwrap().sync_all().unwrap();
     }

@@ -34,6 +34,7 @@ impl Hazard {
 }
 
 const NAMES_ONLY: &str = "the name changes, the file and its extents stay";
+const SAME_BYTES: &str = "it shares extents, and who writes next gets new ones";
 const NO_EXTENT: &str = "it touches no extent";
 const IN_PLACE: &str = "it changes an attribute, no extent";
 
@@ -55,16 +56,16 @@ const fn runs(
 
 /// The rows, in the order of the table.
 pub const HAZARDS: &[Hazard] = &[
-    does("open for reading", "open-read", ""),
-    does("open for writing", "open-write", ""),
-    does("open for reading and writing", "open-read-write", ""),
-    does("open for appending", "open-append", ""),
-    does("open with `O_CREAT`", "open-create", ""),
-    does("open with `O_DIRECT`", "open-direct", ""),
+    does("open for reading", "open-read", NO_EXTENT),
+    does("open for writing", "open-write", NO_EXTENT),
+    does("open for reading and writing", "open-read-write", NO_EXTENT),
+    does("open for appending", "open-append", NO_EXTENT),
+    does("open with `O_CREAT`", "open-create", NO_EXTENT),
+    does("open with `O_DIRECT`", "open-direct", NO_EXTENT),
     does("open with `O_TRUNC`", "open-truncate", ""),
     does("open with `O_RDONLY\\|O_TRUNC`", "open-read-truncate", ""),
-    does("open for reading with `O_NONBLOCK`", "open-read-nonblock", ""),
-    does("open for writing with `O_NONBLOCK`", "open-write-nonblock", ""),
+    does("open for reading with `O_NONBLOCK`", "open-read-nonblock", NO_EXTENT),
+    does("open for writing with `O_NONBLOCK`", "open-write-nonblock", NO_EXTENT),
     does("open with `O_TRUNC\\|O_NONBLOCK`, as coreutils' truncate", "open-truncate-nonblock", ""),
     does("open with `O_PATH`", "open-path", NO_EXTENT),
     does("stat", "stat", NO_EXTENT),
@@ -79,20 +80,20 @@ pub const HAZARDS: &[Hazard] = &[
     does("open, then insert a range", "open-insert", ""),
     does("open, then zero a range", "open-zero", ""),
     does("copy_file_range into it", "copy-range-to", ""),
-    does("`FICLONE` from it", "clone-from", ""),
+    does("`FICLONE` from it", "clone-from", SAME_BYTES),
     does("`FICLONE` over it", "clone-to", ""),
-    does("`FIDEDUPERANGE` from it", "dedupe-from", ""),
-    does("`FIDEDUPERANGE` into it", "dedupe-to", ""),
+    does("`FIDEDUPERANGE` from it", "dedupe-from", SAME_BYTES),
+    does("`FIDEDUPERANGE` into it", "dedupe-to", SAME_BYTES),
     runs("`e4defrag` (`EXT4_IOC_MOVE_EXT`)", &["e4defrag"], &["ext4"]),
     runs("`xfs_fsr` (exchange of extents)", &["xfs_fsr", "-v"], &["xfs"]),
     does("execve", "execute", ""),
-    does("open_by_handle_at for reading, as nfsd and backups", "handle-read", ""),
-    does("open_by_handle_at for writing", "handle-write", ""),
-    does("io_uring open for reading", "uring-open-read", ""),
+    does("open_by_handle_at for reading, as nfsd and backups", "handle-read", NO_EXTENT),
+    does("open_by_handle_at for writing", "handle-write", NO_EXTENT),
+    does("io_uring open for reading", "uring-open-read", NO_EXTENT),
     does("io_uring open with `O_TRUNC`", "uring-open-truncate", ""),
     does("io_uring unlink", "uring-unlink", NAMES_ONLY),
-    does("open of an `O_PATH` descriptor by /proc/self/fd", "reopen-path", ""),
-    does("open of our own descriptor by /proc/PID/fd", "reopen-holder", ""),
+    does("open of an `O_PATH` descriptor by /proc/self/fd", "reopen-path", NO_EXTENT),
+    does("open of our own descriptor by /proc/PID/fd", "reopen-holder", NO_EXTENT),
     does("unlink", "unlink", NAMES_ONLY),
     does("rename", "rename", NAMES_ONLY),
     does("rename over it", "rename-over", NAMES_ONLY),
@@ -105,7 +106,12 @@ pub const HAZARDS: &[Hazard] = &[
     does("utimensat", "utimes", IN_PLACE),
     does("setxattr", "setxattr", IN_PLACE),
     does("file_setattr(2), which opens nothing", "file-setattr", IN_PLACE),
-    does("open, then chattr", "open-chattr", ""),
+    does("open, then chattr", "open-chattr", IN_PLACE),
+    does(
+        "open, then `chattr -a` by root",
+        "open-clear-append-only",
+        "a seal is gone then: it is looked at every two seconds, and its loss counts as a break",
+    ),
     has_open("a descriptor for reading, opened before", "hold-read"),
     has_open("a descriptor for writing, opened before (ftruncate, fallocate …)", "hold-write"),
     has_open("a shared writable mapping, made before", "hold-mapped"),
