@@ -371,7 +371,7 @@ fn dedupe(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
     match range.status {
         status if status < 0 => Err(io::Error::from_raw_os_error(-status)),
         // FILE_DEDUPE_RANGE_DIFFERS: the contents must agree for a test of it.
-        1 => Err(io::Error::other("the files differ")),
+        1 => Err(io::Error::from_raw_os_error(libc::EBADE)),
         _ => Ok(()),
     }
 }

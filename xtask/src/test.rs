@@ -241,7 +241,10 @@ mod tests {
     fn the_script_survives_odd_paths_and_goes_on_after_a_failure() {
         let selected = [Selected { binary: binary("a"), filter: Some("it's".to_owned()) }];
         let script = script(&selected, "/t/debug");
-        assert!(script.contains(r"'/t/x y' --test-threads=1 'it'\''s'"), "{script}");
+        assert!(
+            script.contains(r"'/t/x y' --test-threads=1 --include-ignored 'it'\''s'"),
+            "{script}"
+        );
         assert!(script.ends_with("exit $failed\n"));
     }
 }

@@ -307,7 +307,8 @@ impl Held {
     pub(super) fn undisturbed_by(&self, mut process: Process) -> Option<Errno> {
         process.go_on();
         let ended = process.child.wait().unwrap();
-        assert_eq!(self.guard.state().unwrap(), GuardState::Held, "{ended}");
+        // Of a seal on a file system that is shut down nothing can be known.
+        assert!(!matches!(self.guard.state(), Ok(GuardState::Broken(_))), "{ended}");
         errno(ended)
     }
 

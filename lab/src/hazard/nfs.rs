@@ -104,5 +104,6 @@ fn tell(cache: &str, line: &str) {
 }
 
 fn set(name: &str, value: &str) {
-    fs::write(format!("{SERVER}/{name}"), value).unwrap_or_else(|e| panic!("{name} {value}: {e}"));
+    fs::write(format!("{SERVER}/{name}"), format!("{value}\n"))
+        .unwrap_or_else(|e| panic!("{name} {value}: {e}"));
 }
