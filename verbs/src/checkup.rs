@@ -400,7 +400,8 @@ fn names_in(folder: &Path) -> Vec<String> {
     names
 }
 
-fn with_causes(error: &dyn std::error::Error) -> String {
+/// An error with all that caused it, in one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
