@@ -405,7 +405,11 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text += &format!(": {error}");
+        let words = error.to_string();
+        // Some libraries repeat their cause's words.
+        if !text.contains(&words) {
+            text += &format!(": {words}");
+        }
         cause = error.source();
     }
     text
