@@ -305,7 +305,7 @@ impl DeviceFacts {
             return Finding::ok("flush", offered.join(", "));
         }
         let found = if offered.is_empty() { "none".to_owned() } else { offered.join(", ") };
-        let why = "the driver offers no persistent RDMA FLUSH (rxe does from Linux 6.15 or so on, \
+        let why = "the driver offers no persistent RDMA FLUSH (newer kernels' rxe does, \
                    no hardware yet): each commit is a call to the server, and as durable";
         Finding::limited("flush", found, why)
     }
