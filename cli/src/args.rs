@@ -145,6 +145,14 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  pinfold shrink data/log 1M     # to 1 MiB")]
     Shrink(Shrink),
 
+    /// Tell what this host's devices and the server are good for, and why not
+    #[command(after_help = "Examples:\n  pinfold doctor --server http://storage:7350\n  pinfold \
+        doctor --json | jq '.findings[] | select(.result != \"ok\")'\n\nIt tests each RDMA device \
+        in a loop with itself, and connects to the server. The exit code is 3 if the server can't \
+        be reached, and 8 if there is no RDMA to it although --transport rdma or --rdma-device \
+        NAME asks for it. `pinfoldd doctor DIR` is the server's side.")]
+    Doctor(Doctor),
+
     /// Print a completion script for a shell
     #[command(after_help = "Examples:\n  pinfold completions bash > \
         /etc/bash_completion.d/pinfold\n  pinfold completions zsh > \
@@ -291,6 +299,13 @@ pub(crate) struct Shrink {
     #[arg(value_name = "SIZE", value_parser = parse_size)]
     pub(crate) size: u64,
 
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Doctor {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

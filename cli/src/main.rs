@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod doctor;
 mod exit;
 mod failure;
 mod generate;
@@ -56,6 +57,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Rm(args) => remove::run(connection, args).await,
             Command::Grow(args) => resize::grow(connection, args).await,
             Command::Shrink(args) => resize::shrink(connection, args).await,
+            Command::Doctor(args) => doctor::run(connection, args).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),
         }

@@ -63,7 +63,7 @@ pub(crate) async fn kept<T>(
 }
 
 /// How to connect for bytes that travel as asked.
-fn options(connection: Connection) -> ConnectOptions {
+pub(crate) fn options(connection: Connection) -> ConnectOptions {
     let device = match connection.transport {
         TransportArg::Stream => RdmaDevice::None,
         TransportArg::Auto | TransportArg::Rdma => connection.rdma_device,

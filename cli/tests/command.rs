@@ -36,7 +36,7 @@ fn nobody() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "put",
     "get",
     "ls",
@@ -47,6 +47,7 @@ const COMMANDS: [&str; 12] = [
     "rm",
     "grow",
     "shrink",
+    "doctor",
     "completions",
     "man",
 ];
@@ -133,6 +134,19 @@ fn a_server_that_is_not_there_has_its_own_exit_code() {
     let output = pinfold(&["--server", &server, "stat", "data/x"]);
     assert_fails(&output, 3, &server);
     assert!(stderr(&output).contains("hint: "), "{}", stderr(&output));
+}
+
+#[test]
+fn the_doctor_reports_although_the_server_is_not_there() {
+    let server = format!("http://{}", nobody());
+    let output = pinfold(&["--server", &server, "doctor", "--json"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let report: serde_json::Value = serde_json::from_str(&stdout(&output)).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let of = |check: &str| findings.iter().find(|finding| finding["check"] == check).unwrap();
+    assert_eq!(of("reachable")["result"], "missing");
+    assert_eq!(of("reachable")["found"], server);
+    assert_eq!(of("rdma_devices")["subject"], "host");
 }
 
 #[test]

@@ -46,6 +46,25 @@ fn serve_until_standard_input_ends() {
     });
 }
 
+#[test]
+fn the_doctor_finds_the_server_and_says_why_there_is_no_rdma() {
+    let host = Host::start();
+    let done = host.run(&["doctor", "--json"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    let report: Value = serde_json::from_str(&done.stdout).unwrap();
+    let findings = report["findings"].as_array().unwrap();
+    let of = |check: &str| findings.iter().find(|finding| finding["check"] == check).unwrap();
+    assert_eq!(
+        (&of("reachable")["result"], &of("exports")["found"]),
+        (&"ok".into(), &"data".into())
+    );
+    assert_eq!(of("rdma")["result"], "limited");
+    assert!(!of("rdma")["why"].as_str().unwrap().is_empty());
+    let done = host.run(&["doctor", "--transport", "rdma"]);
+    assert_eq!(done.code, 8, "{done:?}");
+    assert!(done.stdout.contains("missing  rdma"), "{done:?}");
+}
+
 /// A storage host: a folder, served.
 struct Host {
     folder: TempDir,

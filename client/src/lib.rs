@@ -81,6 +81,7 @@ pub use ledger::WriteFate;
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
 pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;
+pub use pinfold_verbs::checkup;
 pub use pinfold_verbs::{CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};
 pub use revocation::{DrainNotice, Loss, Revocation, RevocationReason, RevocationTimings};
 pub use session::Session;

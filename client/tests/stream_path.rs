@@ -206,9 +206,9 @@ async fn a_truncate_during_writes_gets_through_and_the_writer_is_told() {
     writes.await.unwrap();
     let status = host.shell(": > file").await.unwrap();
     assert!(status.success());
-    assert_eq!(host.bytes("file"), [], "a write after the release");
+    assert_eq!(host.bytes("file"), b"", "a write after the release");
     let (pin, buffer) = writing.await.unwrap();
-    assert_eq!(host.bytes("file"), [], "a write after the release");
+    assert_eq!(host.bytes("file"), b"", "a write after the release");
 
     let revocation = revocation(&mut events).await;
     assert_eq!(revocation.generation, pin.grant().generation);

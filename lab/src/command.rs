@@ -5,6 +5,7 @@ use std::process::{Child, ChildStdout, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 use crate::process::{memlock_prefix, prefixed};
 use crate::{Daemon, Lab, device_name, tool};
@@ -51,6 +52,22 @@ impl Daemon {
     pub async fn pinfold(&self, device: &str, arguments: &[&str]) -> Finished {
         Running::pinfold(&self.url, &[], device, arguments).finish().await
     }
+}
+
+/// Runs `pinfoldd doctor`, started by another command, to its end.
+pub fn doctor(prefix: &[&str], arguments: &[&str]) -> Finished {
+    let mut command = prefixed(prefix, &tool("pinfoldd"));
+    let output = command.arg("doctor").args(arguments).output().unwrap();
+    let code = output.status.code().unwrap_or_else(|| panic!("it died: {}", output.status));
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Finished { code, stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// What a doctor's report says about a subject's check.
+pub fn finding<'a>(report: &'a Value, subject: &str, check: &str) -> &'a Value {
+    let findings = report["findings"].as_array().unwrap();
+    let found = findings.iter().find(|f| f["subject"] == subject && f["check"] == check);
+    found.unwrap_or_else(|| panic!("no {check} of {subject} in {report:#}"))
 }
 
 impl Running {

@@ -71,6 +71,11 @@ impl Daemon {
         Self::started(on_storage_host(&prefix, 0), exports, &["--rdma-device", &device_name()])
     }
 
+    /// Starts one with the lab's soft NIC by way of another command, which takes rights away.
+    pub fn start_as(prefix: &[&str], exports: &[(&str, &Path)]) -> Self {
+        Self::started(on_storage_host(prefix, 0), exports, &["--rdma-device", &device_name()])
+    }
+
     /// Runs one that does not start, to its end.
     pub fn refused(exports: &[(&str, &Path)], arguments: &[&str]) -> Finished {
         let mut command = on_storage_host(&[], 0);

@@ -20,7 +20,7 @@ mod random;
 mod screen;
 
 pub use answer::Answer;
-pub use command::{Finished, Running};
+pub use command::{Finished, Running, doctor, finding};
 pub use daemon::{Daemon, SystemCall};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use guarded::{Bench, Holder, LeaseBreakTimeSet};

@@ -48,6 +48,14 @@ impl Mounted {
         Self(folder)
     }
 
+    /// Mounts one that lies in a file.
+    pub fn image(kind: &str, image: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (at, image) = (folder.path().display(), image.display());
+        shell(&format!("modprobe loop && mount -t {kind} -o loop {image} {at}"));
+        Self(folder)
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.0.path()

@@ -60,6 +60,11 @@ impl fmt::Display for MappingKind {
     }
 }
 
+/// Whether it is known what a lease on a file system's files holds still.
+pub(crate) fn is_known(magic: i64) -> bool {
+    [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&magic) || KNOWN_DISK_FILE_SYSTEMS.contains(&magic)
+}
+
 /// The file system is asked first: an overlay says of its files that they are DAX if those below are.
 pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<MappingKind> {
     let failed = |e: rustix::io::Errno| Error::File {
@@ -68,10 +73,8 @@ pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<Mapp
         source: e.into(),
     };
     match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
+        magic if !is_known(magic) => Err(Error::UnknownFileSystem { path: path.to_owned(), magic }),
         TMPFS_MAGIC | HUGETLBFS_MAGIC => Ok(MappingKind::SharedMemory),
-        magic if !KNOWN_DISK_FILE_SYSTEMS.contains(&magic) => {
-            Err(Error::UnknownFileSystem { path: path.to_owned(), magic })
-        }
         _ if dax => Ok(MappingKind::FsDax),
         _ => Ok(MappingKind::PageCache),
     }

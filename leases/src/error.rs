@@ -302,3 +302,19 @@ impl std::fmt::Display for Listed<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Those that the lab has no server or user-space part for.
+    #[test]
+    fn network_and_user_space_file_systems_are_refused_by_name() {
+        for (magic, name) in [(0x6969, "NFS"), (0x6573_5546, "FUSE"), (0x0102_1997, "9p")] {
+            assert!(!crate::description::is_known(magic), "{name}");
+            let path = PathBuf::from("/export/file");
+            let refused = Error::UnknownFileSystem { path, magic }.to_string();
+            assert!(refused.contains(&format!("({name})")), "{refused}");
+        }
+    }
+}

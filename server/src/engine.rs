@@ -11,6 +11,8 @@
 mod files;
 mod pins;
 mod revocation;
+
+pub(crate) use revocation::drain_budget;
 mod sessions;
 
 use std::collections::HashMap;

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
+use pinfold_verbs::checkup::Examined;
 use pinfold_verbs::{
     Access, Connected, Device, Endpoint, MemoryRegion, Mtu, ProtectionDomain, QueuePair,
     QueuePairBuilder, Quirks, RegistrationMode, self_test,
@@ -53,6 +54,12 @@ impl Fabric {
     fn test(device: Device) -> Self {
         let on_demand = tested(&device, RegistrationMode::OnDemand);
         let pinned = tested(&device, RegistrationMode::Pinned);
+        Self { device, on_demand, pinned }
+    }
+
+    /// One that has been tested already.
+    pub(crate) fn examined(examined: Examined) -> Self {
+        let Examined { device, on_demand, pinned } = examined;
         Self { device, on_demand, pinned }
     }
 

@@ -3,10 +3,11 @@
 //! `registry` decides and does nothing (no clock, no I/O); `engine` does what it decided, against
 //! leases and verbs; `fence` is the thread with the deadlines; `held` is one guarded file, `fabric`
 //! the RDMA device; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
-//! errors, `audit` writes the record of each revocation.
+//! errors, `audit` writes the record of each revocation; `doctor` says what a host is good for.
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod doctor;
 
 mod audit;
 mod engine;

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use pinfold_server::Server;
 use pinfold_server::config::{
     Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_listen_address,
 };
+use pinfold_server::doctor;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,6 +22,8 @@ use tracing_appender::non_blocking::WorkerGuard;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
     8 if an RDMA device that was named is not there or can't be opened."
@@ -46,6 +49,16 @@ struct Args {
     /// How the log on standard error is written; RUST_LOG filters it
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
+
+    /// What to do instead of serving
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Tell what this host and directories on it are good for, and why not
+    Doctor(doctor::Args),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -64,7 +77,7 @@ const EXIT_DEVICE: u8 = 8;
 
 fn main() -> ExitCode {
     match start() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("pinfoldd: {error:#}");
             exit_code(&error)
@@ -79,14 +92,18 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     }
 }
 
-fn start() -> Result<()> {
+fn start() -> Result<ExitCode> {
     let args = Args::parse();
+    if let Some(Command::Doctor(args)) = &args.command {
+        let code = doctor::run(args).context("can't write the report")?;
+        return Ok(ExitCode::from(code));
+    }
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(run(args));
     runtime.shutdown_timeout(LAST_CALLS);
-    served
+    served.map(|()| ExitCode::SUCCESS)
 }
 
 /// Every guarded file takes a descriptor, and the usual soft limit is 1024.

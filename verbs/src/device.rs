@@ -266,7 +266,7 @@ impl Drop for Inner {
 }
 
 /// What a device says about itself (`ibv_query_device_ex(3)`).
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Capabilities {
     /// On-demand paging.
@@ -294,6 +294,10 @@ pub struct Capabilities {
     pub max_qp_rd_atom: u8,
     /// Reads and atomics that a queue pair asks for at a time.
     pub max_qp_init_rd_atom: u8,
+    /// The driver knows RDMA FLUSH that makes data visible to all (`IB_UVERBS_DEVICE_FLUSH_GLOBAL`).
+    pub flush_global: bool,
+    /// The driver knows RDMA FLUSH to persistent memory (`IB_UVERBS_DEVICE_FLUSH_PERSISTENT`).
+    pub flush_persistent: bool,
     /// The vendor's number (the IEEE OUI).
     pub vendor_id: u32,
     /// The vendor's number for the part.
@@ -396,6 +400,11 @@ pub enum LinkLayer {
 const DESCRIPTOR_MAX: u64 = 65_536;
 /// Room for other devices, and for what a process opens when it is at its limit.
 const DESCRIPTORS_ABOVE: u64 = 64;
+
+/// `IB_UVERBS_DEVICE_FLUSH_GLOBAL` and `IB_UVERBS_DEVICE_FLUSH_PERSISTENT` of
+/// <rdma/ib_user_verbs.h>: libibverbs passes them on and names neither.
+const DEVICE_FLUSH_GLOBAL: u64 = 1 << 38;
+const DEVICE_FLUSH_PERSISTENT: u64 = 1 << 39;
 
 /// More than any device's table has been seen to hold for what an address vector can name.
 const GID_ENTRIES_MAX: usize = 1024;
@@ -542,6 +551,8 @@ fn query_device(context: NonNull<ffi::ibv_context>) -> io::Result<(Capabilities,
         max_cqe: count(base.max_cqe),
         max_qp_rd_atom: small(base.max_qp_rd_atom),
         max_qp_init_rd_atom: small(base.max_qp_init_rd_atom),
+        flush_global: attr.device_cap_flags_ex & DEVICE_FLUSH_GLOBAL != 0,
+        flush_persistent: attr.device_cap_flags_ex & DEVICE_FLUSH_PERSISTENT != 0,
         vendor_id: base.vendor_id,
         vendor_part_id: base.vendor_part_id,
     };

@@ -62,6 +62,8 @@
 //! # }
 //! ```
 
+pub mod checkup;
+
 mod buffer;
 mod completion;
 mod device;

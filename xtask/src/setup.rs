@@ -39,7 +39,7 @@ const BUILD: [Need; 4] = [
     ),
 ];
 
-const LAB: [Need; 15] = [
+const LAB: [Need; 16] = [
     need("qemu-system-x86", "the guest", Sign::Program("qemu-system-x86_64")),
     need("busybox-static", "the guest's first user space", Sign::StaticBusybox),
     need("kmod", "the guest's modules", Sign::Program("modprobe")),
@@ -49,6 +49,7 @@ const LAB: [Need; 15] = [
     need("apt", "download of kernels", Sign::Program("apt-get")),
     need("e2fsprogs", "ext4 with DAX", Sign::Program("mkfs.ext4")),
     need("xfsprogs", "XFS with DAX", Sign::Program("mkfs.xfs")),
+    need("btrfs-progs", "btrfs without DAX", Sign::Program("mkfs.btrfs")),
     need("iproute2", "the soft NIC", Sign::Program("rdma")),
     need("libibverbs1", "RDMA", Sign::File(&LIB, "libibverbs.so.1")),
     need(

@@ -182,7 +182,7 @@ impl Engine {
 
 /// A third of the time that the kernel holds a breaker back, at most five seconds; nothing where
 /// the kernel waits for one second only.
-pub(super) fn drain_budget(lease_break_time: Option<Duration>) -> Duration {
+pub(crate) fn drain_budget(lease_break_time: Option<Duration>) -> Duration {
     match lease_break_time {
         None => LONGEST_DRAIN,
         Some(time) if time <= Duration::from_secs(1) => Duration::ZERO,

@@ -1,0 +1,123 @@
+//! What is tried on a file system: on a file of the doctor's own that has no name any more, so that
+//! nobody can want it, and nothing is left behind however the doctor ends.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pinfold_leases::{
+    Create, Description, Error, Export, Guard, GuardTier, Layout, Mapping, MappingKind,
+    RelativePath, Watcher,
+};
+use pinfold_verbs::{ProtectionDomain, RegistrationMode};
+
+use crate::error::with_causes;
+use crate::fabric::{Fabric, Manner, register};
+use crate::registry::PinAccess;
+
+/// Two huge pages.
+const LEN: u64 = 4 << 20;
+
+/// A file to try things on.
+pub(super) struct Trial {
+    file: Description,
+    watcher: Watcher,
+    /// What a mapping of it consists of.
+    pub(super) kind: MappingKind,
+}
+
+/// Why there is none.
+#[derive(Debug)]
+pub(super) struct TrialError {
+    /// The finding that it belongs to.
+    pub(super) check: &'static str,
+    pub(super) why: String,
+}
+
+/// What became of a guarded mapping.
+#[derive(Clone, Debug)]
+pub(super) struct Guarded {
+    pub(super) tier: GuardTier,
+    pub(super) map_sync: bool,
+    /// For each device how the mapping was registered, or why it was not.
+    pub(super) registrations: Vec<(String, Result<RegistrationMode, String>)>,
+}
+
+impl Trial {
+    pub(super) fn start(folder: &Path) -> Result<Self, TrialError> {
+        let failed = |check| move |error: Error| TrialError { check, why: with_causes(&error) };
+        let export = Export::open(folder).map_err(failed("directory"))?;
+        let name = RelativePath::parse(&new_name()).map_err(failed("directory"))?;
+        let create = Create { size: LEN, mode: 0o600, dax: false };
+        let file = export.create(&name, &create).map_err(failed("temporary_file"))?;
+        export.remove(&name).map_err(failed("temporary_file"))?;
+        let kind = file.kind().map_err(failed("file_system"))?;
+        let (watcher, _breaks) = Watcher::start().map_err(failed("guard"))?;
+        Ok(Self { file, watcher, kind })
+    }
+
+    pub(super) fn layout(&self) -> Result<Layout, String> {
+        self.file.layout().map_err(|error| with_causes(&error))
+    }
+
+    /// The strongest guard that the kernel gives.
+    pub(super) fn guard_only(&self) -> Result<GuardTier, String> {
+        self.file.arm(&self.watcher).map(|armed| armed.tier()).map_err(|error| with_causes(&error))
+    }
+
+    /// Guards, maps, registers with each device, and takes it all down again.
+    pub(super) fn guard(&self, fabrics: &[Fabric]) -> Result<Guarded, String> {
+        let (guard, mapping) = self
+            .file
+            .arm(&self.watcher)
+            .and_then(|armed| armed.map(LEN))
+            .map_err(|error| with_causes(&error))?;
+        let (tier, map_sync) = (guard.tier(), mapping.map_sync());
+        let registrations = fabrics
+            .iter()
+            .map(|fabric| {
+                (fabric.device().name().to_owned(), try_registration(fabric, self.kind, &mapping))
+            })
+            .collect();
+        take_down(guard, &mapping)?;
+        Ok(Guarded { tier, map_sync, registrations })
+    }
+
+    /// Whether files here can be sealed.
+    pub(super) fn seal(&self) -> Result<(), String> {
+        let (guard, mapping) = self
+            .file
+            .arm_to_seal(&self.watcher)
+            .and_then(|armed| armed.map(LEN))
+            .map_err(|error| with_causes(&error))?;
+        take_down(guard, &mapping)
+    }
+}
+
+fn take_down(guard: Guard, mapping: &Mapping) -> Result<(), String> {
+    let fenced = mapping.fence().map_err(|error| with_causes(&error))?;
+    guard.release(fenced).map_err(|error| error.to_string())?;
+    Ok(())
+}
+
+fn try_registration(
+    fabric: &Fabric,
+    kind: MappingKind,
+    mapping: &Mapping,
+) -> Result<RegistrationMode, String> {
+    let (mode, quirks) = fabric.mode_for(kind)?;
+    let domain = ProtectionDomain::new(fabric.device()).map_err(|error| with_causes(&error))?;
+    let manner = Manner { mode, quirks, access: PinAccess::ReadWrite };
+    let segments = register(&domain, mapping, 0..LEN, &manner, || true)
+        .map_err(|error| with_causes(&error))?;
+    for segment in segments {
+        segment.deregister().map_err(|(_, why)| why)?;
+    }
+    Ok(mode)
+}
+
+/// Nobody else's, should another doctor be at work.
+fn new_name() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!(".pinfoldd-doctor-{}-{number}", std::process::id())
+}
