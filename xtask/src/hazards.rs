@@ -67,12 +67,19 @@ pub(crate) fn run(options: &Options, limit: Duration) -> Result<()> {
     }
     let json = results.to_json()?;
     fs::write(json_path(), &json).context("cannot write docs/hazards.json")?;
-    let text = fs::read_to_string(text_path())?;
-    fs::write(text_path(), replaced(&text, &results.table())?)?;
+    write_table()?;
     println!(
         "docs/hazards.json and docs/guarantees.md are written; `git diff docs` shows what changed"
     );
     Ok(())
+}
+
+/// Writes the table from what is written down.
+pub(crate) fn write_table() -> Result<()> {
+    let json = fs::read_to_string(json_path()).context("cannot read docs/hazards.json")?;
+    let results: Results = serde_json::from_str(&json)?;
+    let text = fs::read_to_string(text_path())?;
+    Ok(fs::write(text_path(), replaced(&text, &results.table())?)?)
 }
 
 fn json_path() -> PathBuf {

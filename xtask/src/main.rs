@@ -86,6 +86,9 @@ enum Task {
     Hazards {
         #[command(flatten)]
         options: vm::Options,
+        /// Run nothing: write the table again from docs/hazards.json
+        #[arg(long)]
+        only_table: bool,
     },
     /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
     #[command(subcommand)]
@@ -166,7 +169,8 @@ fn run(task: Task) -> Result<u8> {
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
         Task::DemoLocal => demo::run_local(),
-        Task::Hazards { options } => hazards::run(&options, steps::LAB_LIMIT).map(|()| 0),
+        Task::Hazards { only_table: true, .. } => hazards::write_table().map(|()| 0),
+        Task::Hazards { options, .. } => hazards::run(&options, steps::LAB_LIMIT).map(|()| 0),
         Task::Try { options } => {
             ensure!(terminal::is_there(), "try needs a terminal; vm run needs none");
             Ok(status(&demo::run_try(&options)?))
