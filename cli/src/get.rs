@@ -100,6 +100,7 @@ async fn get(
     }
     let request =
         PinRequest::read(export, path).expect_identity(stat.identity).transport(transport.into());
+    let request = request.wait(Duration::from_secs(args.wait.into()));
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
     let pin = Arc::new(session.pin(request).await?);

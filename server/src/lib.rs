@@ -16,6 +16,7 @@ mod fence;
 mod gate;
 mod held;
 mod ids;
+mod policy;
 mod registry;
 mod service;
 mod session;

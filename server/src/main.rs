@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use pinfold_server::Server;
 use pinfold_server::config::{
-    Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_listen_address,
+    Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_exports, check_listen_address,
+    read_exports,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -23,12 +25,19 @@ use tracing_appender::non_blocking::WorkerGuard;
     version,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
-    8 if an RDMA device that was named is not there or can't be opened."
+    6 if another pinfoldd serves one of the directories, 8 if an RDMA device that was named is not \
+    there or can't be opened."
 )]
 struct Args {
-    /// A directory that clients may reach, and its name for them; may be given several times
-    #[arg(long = "export", value_name = "NAME=DIR", required = true)]
+    /// A directory that clients may reach, its name for them, and its policy; may be given several
+    /// times. Keys: guard=delegation|lease|none (the strongest that is asked for),
+    /// on_truncate=recall|deny, on_read=revoke|outwait, outwait_max_s=SECONDS, dax=true|false
+    #[arg(long = "export", value_name = "NAME=DIR[,KEY=VALUE…]")]
     exports: Vec<ExportConfig>,
+
+    /// A TOML file with more exports: [exports.NAME], path = "DIR", and the same keys
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 
     /// Where to listen for clients; port 0 takes a free one and prints it
     #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)))]
@@ -59,8 +68,17 @@ enum LogFormat {
 /// How long a blocking call of a client may go on after everything has been taken back.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
+/// What clap has for bad arguments; a bad configuration is one.
+const EXIT_ARGUMENTS: u8 = 2;
+/// The same number as `pinfold` has for what somebody else uses.
+const EXIT_BUSY: u8 = 6;
 /// The same number as `pinfold` has for an RDMA device that can't be used.
 const EXIT_DEVICE: u8 = 8;
+
+/// The arguments or the configuration file can't be meant so.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadConfiguration(String);
 
 fn main() -> ExitCode {
     match start() {
@@ -73,7 +91,13 @@ fn main() -> ExitCode {
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<BadConfiguration>() {
+        return ExitCode::from(EXIT_ARGUMENTS);
+    }
     match error.downcast_ref() {
+        Some(pinfold_server::Error::File(pinfold_leases::Error::ExportLocked { .. })) => {
+            ExitCode::from(EXIT_BUSY)
+        }
         Some(pinfold_server::Error::Verbs(_)) => ExitCode::from(EXIT_DEVICE),
         _ => ExitCode::FAILURE,
     }
@@ -115,11 +139,23 @@ fn start_log(format: LogFormat) -> WorkerGuard {
     guard
 }
 
+/// From the arguments and from the file, together.
+fn exports(
+    mut exports: Vec<ExportConfig>,
+    file: Option<PathBuf>,
+) -> Result<Vec<ExportConfig>, BadConfiguration> {
+    if let Some(file) = file {
+        exports.extend(read_exports(&file).map_err(BadConfiguration)?);
+    }
+    check_exports(&exports).map_err(BadConfiguration)?;
+    Ok(exports)
+}
+
 async fn run(args: Args) -> Result<()> {
     if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
         bail!(reason);
     }
-    let mut config = Config::new(args.exports);
+    let mut config = Config::new(exports(args.exports, args.config)?);
     config.rdma_devices = args.rdma_devices;
     // Installed before anything is guarded, so that no signal finds us half-way.
     let mut terminate = signal(SignalKind::terminate())?;
