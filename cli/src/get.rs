@@ -10,7 +10,7 @@ use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, process};
 
 use pinfold_client::{Buffer, Error, Pin, PinRequest, ReadReport, Session};

@@ -14,7 +14,7 @@ use pinfold_leases::{
 };
 use tokio::sync::watch;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::gate::Gate;
 use crate::ids::PinId;
@@ -29,6 +29,7 @@ pub(crate) struct HeldFile {
     /// Seen at least once: a writer's break hides it again.
     readers_pass: AtomicBool,
     policy: Policy,
+    takes_stream_writes: bool,
     page_size_bytes: AtomicU32,
     kind: MappingKind,
     path: PathBuf,
@@ -52,14 +53,15 @@ impl HeldFile {
         description: Description,
         kind: MappingKind,
         policy: Policy,
-        guard: Guard,
-        mapping: Mapping,
+        takes_stream_writes: bool,
+        (guard, mapping): (Guard, Mapping),
     ) -> Self {
         let file = Self {
             id: guard.id(),
             tier: guard.tier(),
             readers_pass: AtomicBool::new(false),
             policy,
+            takes_stream_writes,
             page_size_bytes: AtomicU32::new(smallest_page()),
             kind,
             path: description.path().to_owned(),
@@ -104,6 +106,14 @@ impl HeldFile {
     /// What the operator wants of its export.
     pub(crate) fn policy(&self) -> Policy {
         self.policy
+    }
+
+    /// Whether write(2) works on it: not on hugetlbfs.
+    pub(crate) fn demand_stream_writes(&self) -> Result<()> {
+        if self.takes_stream_writes {
+            return Ok(());
+        }
+        Err(Error::NoStreamWrites { path: self.path.clone() })
     }
 
     /// Size of the pages that map it.

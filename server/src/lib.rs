@@ -21,6 +21,7 @@ mod registry;
 mod service;
 mod session;
 mod status;
+mod undeny;
 mod wire;
 
 use std::future::Future;
@@ -31,6 +32,7 @@ use tonic::transport::server::TcpIncoming;
 
 pub use error::{Error, Result};
 pub use registry::Limits;
+pub use undeny::{Undenied, undeny};
 
 use config::Config;
 use engine::Engine;

@@ -7,12 +7,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, ValueEnum};
-use pinfold_server::Server;
+use clap::{Parser, Subcommand, ValueEnum};
 use pinfold_server::config::{
     Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_exports, check_listen_address,
     read_exports,
 };
+use pinfold_server::{Server, Undenied};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,12 +23,16 @@ use tracing_appender::non_blocking::WorkerGuard;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    args_conflicts_with_subcommands = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
     6 if another pinfoldd serves one of the directories, 8 if an RDMA device that was named is not \
     there or can't be opened."
 )]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// A directory that clients may reach, its name for them, and its policy; may be given several
     /// times. Keys: guard=delegation|lease|none (the strongest that is asked for),
     /// on_truncate=recall|deny, on_read=revoke|outwait, outwait_max_s=SECONDS, dax=true|false
@@ -57,6 +61,20 @@ struct Args {
     log_format: LogFormat,
 }
 
+/// What else there is to do than to serve.
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Lift the seals (chattr +a) that a server with on_truncate=deny left behind when it was killed
+    #[command(after_help = "Exit codes: 0 if no seal is left, 6 if a file is in use, 9 without \
+        CAP_LINUX_IMMUTABLE or another right, 1 for any other failure. Only files with Pinfold's mark \
+        are touched; pinning a file lifts its seal too.")]
+    Undeny {
+        /// Files, and folders with all that is beneath them on the same file system
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+    },
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LogFormat {
     /// For people.
@@ -72,6 +90,8 @@ const LAST_CALLS: Duration = Duration::from_secs(2);
 const EXIT_ARGUMENTS: u8 = 2;
 /// The same number as `pinfold` has for what somebody else uses.
 const EXIT_BUSY: u8 = 6;
+/// The same number as `pinfold` has for missing rights.
+const EXIT_PERMISSION: u8 = 9;
 /// The same number as `pinfold` has for an RDMA device that can't be used.
 const EXIT_DEVICE: u8 = 8;
 
@@ -81,7 +101,12 @@ const EXIT_DEVICE: u8 = 8;
 struct BadConfiguration(String);
 
 fn main() -> ExitCode {
-    match start() {
+    let args = Args::parse();
+    let done = match args.command {
+        Some(Command::Undeny { paths }) => return undeny(&paths),
+        None => start(args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("pinfoldd: {error:#}");
@@ -103,8 +128,21 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     }
 }
 
-fn start() -> Result<()> {
-    let args = Args::parse();
+/// Reports each file, and the worst of what happened as the exit code.
+fn undeny(paths: &[PathBuf]) -> ExitCode {
+    let done = pinfold_server::undeny(paths, |report| match report {
+        Ok(report) => println!("{report}"),
+        Err(failure) => eprintln!("pinfoldd: {failure}"),
+    });
+    match done {
+        Undenied::All => ExitCode::SUCCESS,
+        Undenied::Busy => ExitCode::from(EXIT_BUSY),
+        Undenied::Denied => ExitCode::from(EXIT_PERMISSION),
+        Undenied::Failed => ExitCode::FAILURE,
+    }
+}
+
+fn start(args: Args) -> Result<()> {
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -245,9 +245,9 @@ impl Engine {
         let description = self.open(located)?;
         keep_open(kept_open, &description);
         let kind = description.kind()?;
-        let (guard, mapping) = self.arm_and_map(&description, policy, reserve_end)?;
+        let held = self.arm_and_map(&description, policy, reserve_end)?;
         let identity = description.identity();
-        let file = Arc::new(HeldFile::new(description, kind, policy, guard, mapping));
+        let file = Arc::new(HeldFile::new(description, kind, policy, guardable, held));
         // Known to the fence before it is known to the registry.
         locked(&self.files).insert(file.id(), Arc::clone(&file));
         let added = self.registry().add_file(identity, file.id());
@@ -347,6 +347,9 @@ impl Engine {
                 ways => ways?,
             },
         };
+        if ways.segments.is_empty() && job.order.access == PinAccess::ReadWrite {
+            job.file.demand_stream_writes()?;
+        }
         let transport = if ways.segments.is_empty() { Transport::Stream } else { Transport::Rdma };
         let generation = self.registry().finish_pin(job.pin, transport)?;
         Ok((generation, ways))
@@ -427,6 +430,7 @@ impl Engine {
         self.streaming(piece, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {
+                file.demand_stream_writes()?;
                 write_in_calls(file, inside, &data, piece.offset)
             })
         })
