@@ -57,7 +57,7 @@ on_each_file_system_with! { "guard=none";
         let lock = other.lock_range(page..2 * page, LockKind::Shared).unwrap();
         let session = lab.session().await;
         let path = lab.path("file");
-        let says = [path.to_str().unwrap(), "are locked by another open description", "4096..8192"];
+        let says = [path.to_str().unwrap(), "are locked by another open description", "unlock them there"];
         let (code, reason) = (Code::FailedPrecondition, Reason::RangeHeld);
         let locked = Answer { code, reason, exit: 6, says: &says };
         locked.check(session.pin(request()).await.unwrap_err());
