@@ -5,7 +5,9 @@
 use std::time::Duration;
 
 use pinfold_client::{Code, PinRequest, Reason};
-use pinfold_lab::{Answer, DEADLINE, EXPORT, Lab, Opener, eventually, on_each_file_system};
+use pinfold_lab::{
+    Answer, DEADLINE, EXPORT, FileSystem, Lab, Opener, eventually, on_each_file_system,
+};
 use pinfold_leases::{Export, RelativePath};
 
 const PAGE: u64 = 4096;
@@ -137,6 +139,9 @@ on_each_file_system! {
         assert_eq!(u64::from(pin.grant().page_size_bytes), layout.page_size, "{layout:?}");
         let stat = session.stat(EXPORT, "file").await.unwrap();
         assert_eq!(u64::from(stat.page_size_bytes), layout.page_size);
-        assert_eq!(layout.page_size, 2 << 20, "an empty file system has room for whole pieces");
+        if lab.file_system == FileSystem::Ext4 {
+            // XFS lays it out as it likes.
+            assert_eq!(layout.page_size, 2 << 20, "an empty file system has room: {layout:?}");
+        }
     }
 }

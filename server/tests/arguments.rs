@@ -25,7 +25,8 @@ fn contradictions_in_arguments_and_file_end_it_with_the_reason() {
     let file = folder.path().join("pinfoldd.toml");
     let name = file.to_str().unwrap();
     refused(&["--config", name], &["can't read", name]);
-    let text = format!("[exports.logs]\npath = \"{path}\"\non_read = \"outwait\"\nguard = \"lease\"\n");
+    let text =
+        format!("[exports.logs]\npath = \"{path}\"\non_read = \"outwait\"\nguard = \"lease\"\n");
     std::fs::write(&file, text).unwrap();
     refused(&["--config", name], &[name, "export logs", "wants guard=delegation"]);
     std::fs::write(&file, format!("[exports.other]\npath = \"{path}\"\n")).unwrap();
