@@ -204,6 +204,10 @@ pub(crate) struct Get {
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) local: PathBuf,
 
+    /// If a process of the storage host has the file open, wait so long until it is free
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait: u32,
+
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -345,6 +349,10 @@ pub(crate) struct Pin {
     /// Reach up to this byte when the file grows; +SIZE: that far past its end
     #[arg(long, value_name = "[+]SIZE")]
     pub(crate) reserve: Option<NewSize>,
+
+    /// If a process of the storage host has the file open, wait so long until it is free
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait: u32,
 
     /// Hold the pin until Ctrl-C or until it is taken back
     #[arg(long)]

@@ -10,7 +10,7 @@ use std::io::{self, Write as _};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, process};
 
 use pinfold_client::{Buffer, Error, Pin, PinRequest, ReadReport, Session};
@@ -100,6 +100,7 @@ async fn get(
     }
     let request =
         PinRequest::read(export, path).expect_identity(stat.identity).transport(transport.into());
+    let request = request.wait(Duration::from_secs(args.wait.into()));
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
     let pin = Arc::new(session.pin(request).await?);

@@ -1,5 +1,7 @@
 //! `pinfold pin`.
 
+use std::time::Duration;
+
 use pinfold_cli::timeline;
 use pinfold_client::{
     DrainNotice, Event, Events, Grant, Interruption, InterruptionCause, KeptPin, KeptSession, Pin,
@@ -112,7 +114,7 @@ async fn request(
         true => PinRequest::read(export, path),
         false => PinRequest::read_write(export, path),
     };
-    request = request.transport(transport.into());
+    request = request.transport(transport.into()).wait(Duration::from_secs(args.wait.into()));
     if args.exclusive {
         request = request.exclusive();
     }

@@ -30,7 +30,7 @@ const ODD: usize = (3 << 20) + 123;
 #[test]
 fn serve_until_standard_input_ends() {
     let Some(folder) = std::env::var_os(SERVE) else { return };
-    let export = ExportConfig { name: "data".to_owned(), directory: PathBuf::from(folder) };
+    let export = ExportConfig::new("data", folder);
     let mut config = Config::new(vec![export]);
     config.rdma_devices = vec![];
     let runtime = tokio::runtime::Runtime::new().unwrap();

@@ -33,6 +33,13 @@ pub enum GuardTier {
     Lease,
     /// A delegation: unlink, rename, link and attribute changes wait too.
     Delegation,
+    /// Nothing: whoever cuts the file does so unseen, and writes may vanish without a word. Only
+    /// where the operator has asked for it by name.
+    Unguarded,
+    /// A delegation that the kernel has downgraded for a reader: readers pass, all others wait.
+    ReadDelegation,
+    /// The append-only flag: who would cut, rename or unlink the file fails at once, readers pass.
+    Sealed,
     /// Something that this version does not know by name.
     Unknown,
 }
@@ -112,7 +119,8 @@ pub struct Grant {
     /// The file's end when it was pinned, to the byte. Bytes beyond it in the last page would vanish, so this library
     /// writes none.
     pub valid_end: u64,
-    /// Size of the pages that map the file, as far as the server knows.
+    /// Size of the pages that map the file: 2 MiB where all that can be is huge on the medium, else
+    /// the smallest there are.
     pub page_size_bytes: u32,
     /// Whether loads and stores reach the medium directly.
     pub dax: bool,
@@ -131,6 +139,9 @@ impl GuardTier {
         match v1::GuardTier::try_from(wire) {
             Ok(v1::GuardTier::Lease) => Self::Lease,
             Ok(v1::GuardTier::Delegation) => Self::Delegation,
+            Ok(v1::GuardTier::Unguarded) => Self::Unguarded,
+            Ok(v1::GuardTier::ReadDelegation) => Self::ReadDelegation,
+            Ok(v1::GuardTier::Sealed) => Self::Sealed,
             Ok(v1::GuardTier::Unspecified) | Err(_) => Self::Unknown,
         }
     }
@@ -308,6 +319,9 @@ impl fmt::Display for GuardTier {
         f.write_str(match self {
             Self::Lease => "lease",
             Self::Delegation => "delegation",
+            Self::Unguarded => "unguarded",
+            Self::ReadDelegation => "delegation (read)",
+            Self::Sealed => "sealed",
             Self::Unknown => "unknown",
         })
     }
@@ -353,6 +367,24 @@ mod tests {
         assert_eq!(grant.usable(), 100..280);
         assert_eq!(grant.durability, [Durability::Commit]);
         assert_eq!(grant.quirks.start_alignment_bytes, 1);
+    }
+
+    #[test]
+    fn every_guard_has_a_name() {
+        for (number, name) in [
+            "unknown",
+            "lease",
+            "delegation",
+            "unguarded",
+            "delegation (read)",
+            "sealed",
+            "unknown",
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!(GuardTier::from_wire(number as i32).to_string(), name);
+        }
     }
 
     #[test]

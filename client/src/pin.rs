@@ -37,6 +37,7 @@ pub struct PinRequest {
     pub(crate) transport: Transport,
     exclusive: bool,
     pub(crate) reserve_end: u64,
+    wait: Duration,
     pub(crate) track_writes: bool,
 }
 
@@ -154,6 +155,7 @@ impl PinRequest {
             transport: Transport::Auto,
             exclusive: false,
             reserve_end: 0,
+            wait: Duration::ZERO,
             track_writes: false,
         }
     }
@@ -178,6 +180,16 @@ impl PinRequest {
     #[must_use]
     pub fn reserve_end(mut self, end: u64) -> Self {
         self.reserve_end = end;
+        self
+    }
+
+    /// If a process of the storage host has the file open: waits for so long until it is free. The
+    /// pin is had as soon as the last one has closed it; with nothing to wait for
+    /// [`Reason::FileBusy`](crate::Reason::FileBusy) comes at once. To give up on the call ends the
+    /// wait.
+    #[must_use]
+    pub fn wait(mut self, at_most: Duration) -> Self {
+        self.wait = at_most;
         self
     }
 
@@ -212,6 +224,7 @@ impl PinRequest {
             transport: v1::Transport::from(transport).into(),
             exclusive: self.exclusive,
             reserve_end: self.reserve_end,
+            wait_ms: u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX),
         }
     }
 }

@@ -43,7 +43,7 @@ impl Host {
     /// On the same port as before.
     async fn serve(&mut self) {
         let directory = self.folder.path().to_owned();
-        let export = ExportConfig { name: "data".to_owned(), directory };
+        let export = ExportConfig::new("data", directory);
         let config = Config { rdma_devices: Vec::new(), ..Config::new(vec![export]) };
         let server = Server::start(config).await.expect("a server");
         let listener = TcpListener::bind(&self.address).await.unwrap();

@@ -50,7 +50,7 @@ impl Host {
     async fn start_in(turn: Turn) -> Self {
         // On the disk of the build, where /tmp may be memory.
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let export = ExportConfig { name: "data".to_owned(), directory: folder.path().to_owned() };
+        let export = ExportConfig::new("data", folder.path());
         let config = Config { rdma_devices: Vec::new(), ..Config::new(vec![export]) };
         let server = Server::start(config).await.expect("a server");
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use serde_json::Value;
 
 use crate::process::{memlock_prefix, prefixed};
-use crate::{DEADLINE, Finished, device_name, tool};
+use crate::{DEADLINE, EXPORT, Finished, device_name, tool};
 
 /// A system call, by its number on x86-64.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -76,6 +76,14 @@ impl Daemon {
         Self::started(on_storage_host(prefix, 0), exports, &["--rdma-device", &device_name()])
     }
 
+    /// Starts one that exports a folder with a policy, `guard=none` or so, run by a command that runs
+    /// it, `["setpriv", …]` or nothing.
+    pub fn start_with_policy(by: &[&str], folder: &Path, policy: &str) -> Self {
+        let export = format!("{EXPORT}={},{policy}", folder.display());
+        let arguments = ["--rdma-device", &Self::device(), "--export", &export];
+        Self::started(on_storage_host(by, 0), &[], &arguments)
+    }
+
     /// Runs one that does not start, to its end.
     pub fn refused(exports: &[(&str, &Path)], arguments: &[&str]) -> Finished {
         let mut command = on_storage_host(&[], 0);
@@ -120,6 +128,14 @@ impl Daemon {
     pub fn logged_error(&self, words: &str) -> Value {
         self.log.wait_for(|line| {
             line["level"] == "ERROR" && line["message"].as_str().is_some_and(|m| m.contains(words))
+        })
+    }
+
+    /// Waits until it has logged these words, of this file.
+    pub fn logged_of(&self, path: &Path, words: &str) -> Value {
+        let path = path.to_str().unwrap();
+        self.log.wait_for(|line| {
+            line["path"] == path && line["message"].as_str().is_some_and(|m| m.contains(words))
         })
     }
 

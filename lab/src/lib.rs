@@ -70,9 +70,31 @@ impl Lab {
         deadline: Duration,
         test: impl FnOnce(Self) -> F,
     ) {
+        Self::run_in(deadline, || Self::start(file_system), test);
+    }
+
+    /// As [`Lab::run`], with an export of this policy, `guard=none` or so.
+    pub fn run_with_policy<F: Future<Output = ()>>(
+        file_system: FileSystem,
+        policy: &str,
+        test: impl FnOnce(Self) -> F,
+    ) {
+        let start = || {
+            let folder = tempfile::tempdir_in(file_system.mount_point()).unwrap();
+            let daemon = Daemon::start_with_policy(&[], folder.path(), policy);
+            Self { file_system, daemon, folder }
+        };
+        Self::run_in(DEADLINE, start, test);
+    }
+
+    fn run_in<F: Future<Output = ()>>(
+        deadline: Duration,
+        start: impl FnOnce() -> Self,
+        test: impl FnOnce(Self) -> F,
+    ) {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let lab = Self::start(file_system);
+            let lab = start();
             tokio::time::timeout(deadline, test(lab)).await.expect("the test hangs");
         });
     }
@@ -157,6 +179,26 @@ pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
         assert!(tokio::time::Instant::now() < give_up, "never: {what}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// As [`on_each_file_system`], with an export of this policy.
+#[macro_export]
+macro_rules! on_each_file_system_with {
+    ($policy:literal; $($(#[$about:meta])* async fn $name:ident($lab:pat_param in Lab) $body:block)*) => {
+        $($(#[$about])* async fn $name($lab: $crate::Lab) $body)*
+
+        mod ext4 {
+            $(#[test] fn $name() {
+                $crate::Lab::run_with_policy($crate::FileSystem::Ext4, $policy, super::$name)
+            })*
+        }
+
+        mod xfs {
+            $(#[test] fn $name() {
+                $crate::Lab::run_with_policy($crate::FileSystem::Xfs, $policy, super::$name)
+            })*
+        }
+    };
 }
 
 /// Defines each test once for ext4 and once for XFS, both with DAX.

@@ -67,17 +67,25 @@ pub(crate) fn is_known(magic: i64) -> bool {
 
 /// The file system is asked first: an overlay says of its files that they are DAX if those below are.
 pub(crate) fn kind_of(fd: BorrowedFd<'_>, dax: bool, path: &Path) -> Result<MappingKind> {
-    let failed = |e: rustix::io::Errno| Error::File {
-        call: "fstatfs",
-        path: path.to_owned(),
-        source: e.into(),
-    };
-    match rustix::fs::fstatfs(fd).map_err(failed)?.f_type {
+    match file_system_of(fd, path)? {
         magic if !is_known(magic) => Err(Error::UnknownFileSystem { path: path.to_owned(), magic }),
         TMPFS_MAGIC | HUGETLBFS_MAGIC => Ok(MappingKind::SharedMemory),
         _ if dax => Ok(MappingKind::FsDax),
         _ => Ok(MappingKind::PageCache),
     }
+}
+
+pub(crate) fn on_hugetlbfs(fd: BorrowedFd<'_>, path: &Path) -> Result<bool> {
+    Ok(file_system_of(fd, path)? == HUGETLBFS_MAGIC)
+}
+
+fn file_system_of(fd: BorrowedFd<'_>, path: &Path) -> Result<i64> {
+    let failed = |e: rustix::io::Errno| Error::File {
+        call: "fstatfs",
+        path: path.to_owned(),
+        source: e.into(),
+    };
+    Ok(rustix::fs::fstatfs(fd).map_err(failed)?.f_type)
 }
 
 /// An open file description (open(2)), for reading and writing. A guard is granted only while it is

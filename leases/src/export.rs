@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
-use crate::description::{Description, FileIdentity, MappingKind, kind_of};
+use crate::description::{Description, FileIdentity, MappingKind, kind_of, on_hugetlbfs};
 use crate::error::{Error, Result};
 
 /// How much is zeroed with one write.
@@ -48,6 +48,16 @@ impl RelativePath {
     /// The path as given.
     pub fn as_path(&self) -> &Path {
         &self.0
+    }
+
+    /// A name in the export's own folder, in whatever bytes it is written.
+    pub fn of_name(name: &OsStr) -> Result<Self> {
+        let bytes = name.as_encoded_bytes();
+        if bytes.contains(&b'/') || bytes.contains(&0) || matches!(bytes, b"" | b"." | b"..") {
+            let path = name.to_string_lossy().into_owned();
+            return Err(Error::OutsideExport { path, why: "it is no name of a file" });
+        }
+        Ok(Self(PathBuf::from(name)))
     }
 
     fn parent(&self) -> &Path {
@@ -366,6 +376,12 @@ impl Located {
         kind_of(self.fd.as_fd(), self.attributes.dax, &self.path)
     }
 
+    /// Whether its file system can grant a guard at all: hugetlbfs takes no lease, so its files can
+    /// only be had [unguarded](Description::unguarded).
+    pub fn can_be_guarded(&self) -> Result<bool> {
+        Ok(!on_hugetlbfs(self.fd.as_fd(), &self.path)?)
+    }
+
     /// Opens exactly this inode for reading and writing. Breaks the leases of others, but does not
     /// wait for them: then the file is [`Error::Busy`]. A file that is sealed, by a program at work
     /// or by one that has crashed, is [`Error::Sealed`].
@@ -496,6 +512,15 @@ mod tests {
             let refused = RelativePath::parse(path);
             assert!(matches!(refused, Err(Error::OutsideExport { .. })), "{path:?}");
         }
+    }
+
+    #[test]
+    fn a_name_is_one_step_and_no_other() {
+        use std::os::unix::ffi::OsStrExt;
+        for bad in [&b""[..], b".", b"..", b"a/b", b"/", b"a\0"] {
+            assert!(RelativePath::of_name(OsStr::from_bytes(bad)).is_err(), "{bad:?}");
+        }
+        assert!(RelativePath::of_name(OsStr::from_bytes(b"\xff..")).is_ok());
     }
 
     #[test]

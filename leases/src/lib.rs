@@ -141,7 +141,7 @@ pub use lock::{ExportLock, LockKind, RangeLock};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};
 pub use seal::ArmedToSeal;
-pub use wait::Cancel;
+pub use wait::{Cancel, CloseWatch};
 pub use watch::{Break, BreakKind, GuardId, Watcher};
 
 use std::time::Duration;

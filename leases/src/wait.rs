@@ -1,7 +1,7 @@
 //! Waiting until a file is free: woken by the kernel when somebody closes it.
 
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -72,6 +72,43 @@ impl Located {
     /// [`Description::arm_when_free`].
     pub fn open_when_free(&self, until: Instant, cancel: &Cancel) -> Result<Description> {
         Wait { until, cancel, longest: LONGEST_PAUSE }.for_success(&self.link(), || self.open())
+    }
+}
+
+/// Tells when somebody closes a file: readable from then on. For who waits in an event loop; a
+/// thread has [`Description::arm_when_free`].
+///
+/// It opens nothing, so it breaks no lease; a mapping counts as open until it is unmapped. A close is
+/// told a moment before the kernel counts the description as gone, so one try right after it is not
+/// enough.
+#[derive(Debug)]
+pub struct CloseWatch(OwnedFd);
+
+impl CloseWatch {
+    /// Forgets what it has told.
+    pub fn drain(&self) {
+        // Which events they were doesn't matter.
+        while rustix::io::read(&self.0, &mut [0u8; 4096]).is_ok_and(|len| len > 0) {}
+    }
+}
+
+impl AsFd for CloseWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for CloseWatch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Located {
+    /// Watches for closes of the file (inotify(7)). `None` without the right to read the file, or
+    /// with the user's watches used up.
+    pub fn watch_closes(&self) -> Option<CloseWatch> {
+        Closes::watch(&self.link()).0.map(CloseWatch)
     }
 }
 
@@ -170,6 +207,26 @@ mod tests {
 
     /// Only a hang reaches it.
     const DEADLINE: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_watch_tells_of_closes_and_of_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let open = std::fs::File::create(&path).unwrap();
+        let export = crate::Export::open(folder.path()).unwrap();
+        let located = export.locate(&crate::RelativePath::parse("file").unwrap()).unwrap();
+        let watch = located.watch_closes().unwrap();
+        let has_told = || {
+            let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&watch, PollFlags::IN)], Some(&now)).unwrap() == 1
+        };
+        let _reading = std::fs::File::open(&path).unwrap();
+        assert!(!has_told());
+        drop(open);
+        assert!(has_told());
+        watch.drain();
+        assert!(!has_told());
+    }
 
     #[test]
     fn a_close_wakes_the_wait_though_nobody_polls() {

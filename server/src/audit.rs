@@ -39,6 +39,7 @@ pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown
         unmapped_us = micros(teardown.unmapped),
         break_pending_at_release = timings.break_pending,
         failed_regions = teardown.failed_regions,
+        not_outwaited = record.not_outwaited.map(tracing::field::display),
         late_stream_writes = teardown.late_stream_writes,
         "revoked"
     );

@@ -1,11 +1,16 @@
 //! What the operator decides, parsed and checked.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::Deserialize;
+
+use crate::policy::Settings;
+pub use crate::policy::{GuardWish, OnRead, OnTruncate, Policy};
 use crate::registry::Limits;
 
 /// Port that server and client agree on where nobody says otherwise.
@@ -39,31 +44,115 @@ impl Config {
     }
 }
 
-/// A named directory: `NAME=DIR`.
+/// A named directory and what the operator wants of it: `NAME=DIR[,key=value…]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ExportConfig {
     /// What clients call it.
     pub name: String,
     /// Where it is.
     pub directory: PathBuf,
+    /// How its files are held.
+    pub policy: Policy,
+}
+
+impl ExportConfig {
+    /// One with the default policy.
+    pub fn new(name: impl Into<String>, directory: impl Into<PathBuf>) -> Self {
+        Self { name: name.into(), directory: directory.into(), policy: Policy::default() }
+    }
+
+    fn checked(name: &str, directory: PathBuf, settings: &Settings) -> Result<Self, String> {
+        if name.is_empty() || name.contains('/') {
+            return Err(format!(
+                "{name:?} can't be an export's name: it is empty or holds a slash"
+            ));
+        }
+        if directory.as_os_str().is_empty() {
+            return Err(format!("export {name} names no directory"));
+        }
+        let policy = settings.policy().map_err(|why| format!("export {name}: {why}"))?;
+        Ok(Self { name: name.to_owned(), directory, policy })
+    }
 }
 
 impl FromStr for ExportConfig {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, directory) =
+        let (name, rest) =
             text.split_once('=').ok_or("an export is NAME=DIR, such as logs=/mnt/pmem0/logs")?;
-        if name.is_empty() || name.contains('/') {
+        let mut parts = rest.split(',');
+        let directory = PathBuf::from(parts.next().unwrap_or_default());
+        let mut settings = Settings::default();
+        for part in parts {
+            settings.set(part).map_err(|why| format!("export {name}: {why}"))?;
+        }
+        Self::checked(name, directory, &settings)
+    }
+}
+
+/// What a configuration file holds (TOML).
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    exports: BTreeMap<String, ExportTable>,
+}
+
+/// `[exports.NAME]`. A struct that is flattened can't refuse unknown keys, so [`Settings`] does.
+#[derive(Debug, Deserialize)]
+struct ExportTable {
+    path: PathBuf,
+    #[serde(flatten)]
+    settings: toml::Table,
+}
+
+/// Reads the exports from the text of a configuration file.
+pub fn exports_of(text: &str) -> Result<Vec<ExportConfig>, String> {
+    let file: ConfigFile = toml::from_str(text).map_err(|error| error.to_string())?;
+    let export = |(name, table): (String, ExportTable)| {
+        let settings: Settings = table
+            .settings
+            .try_into()
+            .map_err(|error| format!("export {name}: {}", toml::de::Error::message(&error)))?;
+        ExportConfig::checked(&name, table.path, &settings)
+    };
+    file.exports.into_iter().map(export).collect()
+}
+
+/// As [`exports_of`], from the file itself.
+pub fn read_exports(path: &Path) -> Result<Vec<ExportConfig>, String> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("can't read {}: {error}", path.display()))?;
+    exports_of(&text).map_err(|why| format!("{}: {why}", path.display()))
+}
+
+/// Each export has a name and a directory of its own, or it is not clear which policy holds.
+pub fn check_exports(exports: &[ExportConfig]) -> Result<(), String> {
+    if exports.is_empty() {
+        return Err("nothing is exported; name a directory with --export, or in a file that \
+                    --config names"
+            .to_owned());
+    }
+    for (at, export) in exports.iter().enumerate() {
+        if exports[..at].iter().any(|other| other.name == export.name) {
+            return Err(format!("export {} is given twice", export.name));
+        }
+        let same = |other: &&ExportConfig| canonical(other) == canonical(export);
+        if let Some(other) = exports[..at].iter().find(same) {
             return Err(format!(
-                "{name:?} can't be an export's name: it is empty or holds a slash"
+                "exports {} and {} are the same directory, {}; leave one out",
+                other.name,
+                export.name,
+                export.directory.display()
             ));
         }
-        if directory.is_empty() {
-            return Err(format!("export {name} names no directory"));
-        }
-        Ok(Self { name: name.to_owned(), directory: PathBuf::from(directory) })
     }
+    Ok(())
+}
+
+/// One that is not there is refused later, with the reason.
+fn canonical(export: &ExportConfig) -> PathBuf {
+    export.directory.canonicalize().unwrap_or_else(|_| export.directory.clone())
 }
 
 /// Which RDMA device to use.
@@ -121,13 +210,61 @@ mod tests {
     #[test]
     fn an_export_is_a_name_and_a_directory() {
         let export: ExportConfig = "logs=/mnt/pmem0/a=b".parse().unwrap();
-        assert_eq!(
-            (export.name.as_str(), export.directory.to_str()),
-            ("logs", Some("/mnt/pmem0/a=b"))
-        );
-        for bad in ["logs", "=/mnt", "a/b=/mnt", "logs="] {
+        assert_eq!(export, ExportConfig::new("logs", "/mnt/pmem0/a=b"));
+        for bad in ["logs", "=/mnt", "a/b=/mnt", "logs=", "logs=,guard=none"] {
             assert!(bad.parse::<ExportConfig>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn settings_follow_the_directory() {
+        let export: ExportConfig = "logs=/mnt/a,guard=none,dax=true".parse().unwrap();
+        assert_eq!(export.directory.to_str(), Some("/mnt/a"));
+        assert_eq!((export.policy.guard, export.policy.dax), (GuardWish::None, true));
+        for (bad, why) in [
+            ("logs=/mnt/a,b", "configuration file"),
+            ("logs=/mnt/a,", "no key=value"),
+            ("logs=/mnt/a,guard=none,on_truncate=deny", "export logs: on_truncate=deny"),
+        ] {
+            let refused = bad.parse::<ExportConfig>().unwrap_err();
+            assert!(refused.contains(why), "{bad}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_file_says_the_same_as_the_options() {
+        let text = "[exports.logs]\npath = \"/mnt/a,b\"\non_read = \"outwait\"\n\
+                    outwait_max_s = 3\n\n[exports.scratch]\npath = \"/mnt/c\"\nguard = \"none\"\n";
+        let exports = exports_of(text).unwrap();
+        let scratch: ExportConfig = "scratch=/mnt/c,guard=none".parse().unwrap();
+        assert_eq!(exports[1], scratch);
+        let longest = Duration::from_secs(3);
+        assert_eq!(exports[0].policy.on_read, OnRead::Outwait { longest });
+        assert_eq!(exports[0].directory.to_str(), Some("/mnt/a,b"));
+        for (bad, why) in [
+            ("", "exports"),
+            ("[exports.a]\nguard = \"none\"", "path"),
+            ("[exports.a]\npath = \"/x\"\ngaurd = \"none\"", "gaurd"),
+            ("[exports.a]\npath = \"/x\"\nguard = \"strong\"", "strong"),
+            ("[export.a]\npath = \"/x\"", "export"),
+            ("[exports.a]\npath = \"/x\"\noutwait_max_s = 1", "export a: outwait_max_s"),
+            ("[exports.\"a/b\"]\npath = \"/x\"", "holds a slash"),
+        ] {
+            let refused = exports_of(bad).unwrap_err();
+            assert!(refused.contains(why), "{bad}: {refused}");
+        }
+    }
+
+    #[test]
+    fn each_export_has_a_name_and_a_directory_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        let same = [ExportConfig::new("a", path), ExportConfig::new("b", path.join("."))];
+        assert!(check_exports(&same).unwrap_err().contains("the same directory"));
+        let twice = [ExportConfig::new("a", path), ExportConfig::new("a", "/elsewhere")];
+        assert!(check_exports(&twice).unwrap_err().contains("twice"));
+        assert!(check_exports(&[]).unwrap_err().contains("nothing is exported"));
+        check_exports(&[ExportConfig::new("a", path), ExportConfig::new("b", "/")]).unwrap();
     }
 
     #[test]

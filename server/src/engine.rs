@@ -9,6 +9,7 @@
 //! and `pins` hold what clients ask for, `revocation` what the kernel does.
 
 mod files;
+mod obstacles;
 mod pins;
 mod revocation;
 
@@ -18,20 +19,23 @@ mod sessions;
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use pinfold_leases::{Export, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
+use pinfold_leases::{
+    Export, ExportLock, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription,
+};
 use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
-use crate::config::{Config, DeviceChoice};
+use crate::config::{Config, DeviceChoice, ExportConfig};
 use crate::error::{Error, Result};
 use crate::fabric::{Fabric, Link};
 use crate::fence::{self, Order};
 use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
+use crate::policy::Policy;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
 use sessions::random;
@@ -47,6 +51,8 @@ const RECORDS_KEPT: usize = 256;
 const CLIENT_WORK_AT_A_TIME: usize = 64;
 /// Pieces of the stream path at a time.
 const STREAM_WORK_AT_A_TIME: usize = 32;
+/// Pins that wait for others to close a file.
+const PINS_WAITING_AT_A_TIME: usize = 64;
 
 /// What a session's stream carries to the client.
 pub(crate) type Outbox = mpsc::Sender<Result<v1::SessionEvent, Status>>;
@@ -59,7 +65,9 @@ pub(crate) struct Engine {
     me: Weak<Self>,
     registry: Mutex<Registry>,
     lease_break_time: LeaseBreakTime,
-    exports: HashMap<String, Export>,
+    exports: HashMap<String, Served>,
+    /// Keep other servers off the exports until nothing is guarded any more.
+    export_locks: Mutex<Vec<ExportLock>>,
     fabrics: Vec<Arc<Fabric>>,
     /// The operator wants no device.
     rdma_declined: bool,
@@ -70,14 +78,43 @@ pub(crate) struct Engine {
     /// Of the threads that may block, so many at most work for clients: the rest is for ending
     /// sessions, which must not wait for other clients' slow calls.
     client_work: Arc<Semaphore>,
+    /// So many pins at most wait for others to close a file: each looks again and again.
+    waiting_pins: Arc<Semaphore>,
     /// And so many at most move bytes for them, so that pins and commits need not wait behind those.
     stream_work: Arc<Semaphore>,
     limits: Limits,
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
+    let_through: Mutex<LetThrough>,
     retired: Notify,
     records: broadcast::Sender<v1::RevocationRecord>,
+}
+
+/// A directory that clients reach.
+#[derive(Debug)]
+struct Served {
+    export: Export,
+    policy: Policy,
+}
+
+/// Files that were let go for a local process a moment ago: it may still be on its way in, and of
+/// truncate(2) /proc shows no descriptor.
+#[derive(Debug, Default)]
+struct LetThrough(HashMap<FileIdentity, Instant>);
+
+impl LetThrough {
+    /// How long it may take to get there.
+    const LASTS: Duration = Duration::from_secs(2);
+
+    fn add(&mut self, identity: FileIdentity, now: Instant) {
+        self.0.retain(|_, at| now.duration_since(*at) < Self::LASTS);
+        self.0.insert(identity, now);
+    }
+
+    fn is_recent(&self, identity: FileIdentity, now: Instant) -> bool {
+        self.0.get(&identity).is_some_and(|at| now.duration_since(*at) < Self::LASTS)
+    }
 }
 
 /// What outlives one guarding of an inode.
@@ -114,11 +151,13 @@ struct Retired {
 impl Engine {
     /// Opens the exports and the device, and starts the threads. Blocks for the device's self-test.
     pub(crate) fn start(config: &Config) -> Result<Arc<Self>> {
-        let exports = config
-            .exports
-            .iter()
-            .map(|export| Ok((export.name.clone(), Export::open(&export.directory)?)))
-            .collect::<Result<_>>()?;
+        let mut exports = HashMap::new();
+        let mut locks = Vec::new();
+        for ExportConfig { name, directory, policy } in &config.exports {
+            let export = Export::open(directory)?;
+            locks.push(export.lock()?);
+            exports.insert(name.clone(), Served { export, policy: *policy });
+        }
         let fabrics = Fabric::open_all(&config.rdma_devices)?.into_iter().map(Arc::new).collect();
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
@@ -130,6 +169,7 @@ impl Engine {
             registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
             lease_break_time,
             exports,
+            export_locks: Mutex::new(locks),
             fabrics,
             rdma_declined: config.rdma_devices.iter().all(|choice| *choice == DeviceChoice::None),
             watcher,
@@ -137,11 +177,13 @@ impl Engine {
             teardowns,
             severances,
             client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),
+            waiting_pins: Arc::new(Semaphore::new(PINS_WAITING_AT_A_TIME)),
             stream_work: Arc::new(Semaphore::new(STREAM_WORK_AT_A_TIME)),
             limits: config.limits,
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
+            let_through: Mutex::default(),
             retired: Notify::new(),
             records: broadcast::Sender::new(RECORDS_KEPT),
         });
@@ -199,7 +241,9 @@ impl Engine {
             Action::NotifyRevoked { session, pins, generation, reason, timings } => {
                 self.tell(session, wire::revoked(&pins, generation, reason, &timings));
             }
-            Action::FenceAt { guard, at } => self.order(Order::At(guard, at)),
+            Action::LookAt { guard, at } | Action::FenceAt { guard, at } => {
+                self.order(Order::At(guard, at))
+            }
             Action::FenceNow { guard, urgent: true } => self.order(Order::Now(guard)),
             Action::FenceNow { guard, urgent: false } => self.order(Order::Idle(guard)),
             Action::DropRegions { guard, pin, session } => self.drop_regions(guard, pin, session),

@@ -119,6 +119,29 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// hugetlbfs takes no lease.
+    #[error("{} lies on hugetlbfs, which grants no leases, so nothing can hold it still; export its \
+             directory with guard=none, or use a file on ext4, XFS, btrfs, f2fs or tmpfs", path.display())]
+    CannotBeGuarded {
+        /// The file.
+        path: PathBuf,
+    },
+    /// hugetlbfs takes no writes but by mapping.
+    #[error("{} lies on hugetlbfs, which takes no write(2), so its pins can't be written by the stream \
+             path; use RDMA", path.display())]
+    NoStreamWrites {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is pinned through another export, with another policy.
+    #[error("{} is pinned already through another export, which holds files in another way \
+             ({tier}); pin it through that one, or wait until it has no pins", path.display())]
+    HeldOtherwise {
+        /// The file.
+        path: PathBuf,
+        /// How.
+        tier: pinfold_leases::GuardTier,
+    },
     /// The queue pair could not be connected.
     #[error("the queue pair could not be connected: {why}")]
     QueuePair {

@@ -2,27 +2,35 @@
 
 use std::collections::HashMap;
 use std::mem;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use pinfold_leases::{
-    BreakKind, Description, FenceFailed, Fenced, Guard, GuardId, GuardState, GuardTier, Mapping,
-    MappingKind, Released,
+    BreakKind, Description, Error as FileError, FenceFailed, Fenced, Guard, GuardId, GuardState,
+    GuardTier, LeaseBreakTime, LockKind, Mapping, MappingKind, RangeLock, Released,
 };
 use tokio::sync::watch;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::gate::Gate;
 use crate::ids::PinId;
+use crate::policy::Policy;
+use crate::registry::Readers;
 
 /// See the module's documentation. What must go in order is in options that are taken.
 #[derive(Debug)]
 pub(crate) struct HeldFile {
     id: GuardId,
     tier: GuardTier,
+    /// Seen at least once: a writer's break hides it again.
+    readers_pass: AtomicBool,
+    policy: Policy,
+    takes_stream_writes: bool,
+    page_size_bytes: AtomicU32,
     kind: MappingKind,
     path: PathBuf,
     description: Description,
@@ -30,6 +38,8 @@ pub(crate) struct HeldFile {
     mapping: Mutex<Option<Arc<Mapping>>>,
     map_sync: bool,
     segments: Mutex<HashMap<PinId, Vec<Segment>>>,
+    /// What shows others which bytes are pinned.
+    locks: Mutex<HashMap<PinId, RangeLock>>,
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
     failed: Mutex<Vec<Segment>>,
     fence_failures: AtomicU32,
@@ -42,12 +52,17 @@ impl HeldFile {
     pub(crate) fn new(
         description: Description,
         kind: MappingKind,
-        guard: Guard,
-        mapping: Mapping,
+        policy: Policy,
+        takes_stream_writes: bool,
+        (guard, mapping): (Guard, Mapping),
     ) -> Self {
-        Self {
+        let file = Self {
             id: guard.id(),
             tier: guard.tier(),
+            readers_pass: AtomicBool::new(false),
+            policy,
+            takes_stream_writes,
+            page_size_bytes: AtomicU32::new(smallest_page()),
             kind,
             path: description.path().to_owned(),
             description,
@@ -55,11 +70,14 @@ impl HeldFile {
             map_sync: mapping.map_sync(),
             mapping: Mutex::new(Some(Arc::new(mapping))),
             segments: Mutex::default(),
+            locks: Mutex::default(),
             failed: Mutex::default(),
             fence_failures: AtomicU32::new(0),
             gate: Arc::default(),
             released: watch::Sender::new(false),
-        }
+        };
+        file.measure_pages();
+        file
     }
 
     /// Names this guarding.
@@ -67,9 +85,48 @@ impl HeldFile {
         self.id
     }
 
-    /// What holds it still.
+    /// What holds it still now, or held it last.
     pub(crate) fn tier(&self) -> GuardTier {
-        self.tier
+        self.look_for_readers();
+        match self.tier {
+            GuardTier::Delegation if self.readers_pass.load(Ordering::Relaxed) => {
+                GuardTier::ReadDelegation
+            }
+            tier => tier,
+        }
+    }
+
+    fn look_for_readers(&self) {
+        let now = locked(&self.guard).as_ref().map(Guard::tier);
+        if now == Some(GuardTier::ReadDelegation) {
+            self.readers_pass.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// What the operator wants of its export.
+    pub(crate) fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// Whether write(2) works on it: not on hugetlbfs.
+    pub(crate) fn demand_stream_writes(&self) -> Result<()> {
+        if self.takes_stream_writes {
+            return Ok(());
+        }
+        Err(Error::NoStreamWrites { path: self.path.clone() })
+    }
+
+    /// Size of the pages that map it.
+    pub(crate) fn page_size_bytes(&self) -> u32 {
+        self.page_size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Looks how the file lies on its medium. To be repeated when it has grown.
+    pub(crate) fn measure_pages(&self) {
+        // Where the file system has no word on that (FIEMAP), the smallest is what is sure.
+        let found = self.description.layout().map_or(smallest_page().into(), |l| l.page_size);
+        let found = u32::try_from(found).unwrap_or_else(|_| smallest_page());
+        self.page_size_bytes.store(found, Ordering::Relaxed);
     }
 
     /// What its mapping consists of.
@@ -113,9 +170,48 @@ impl HeldFile {
         }
     }
 
-    /// Whether the kernel has let somebody through on its own, or we have.
+    /// What the kernel says of the guard; `None` if that can't be learned, or once it is let go.
+    pub(crate) fn state(&self) -> Option<GuardState> {
+        locked(&self.guard).as_ref().and_then(|guard| guard.state().ok())
+    }
+
+    /// Whether somebody wants the file for whom it will be taken back: where readers are left to the
+    /// kernel, not for them.
+    pub(crate) fn is_wanted(&self) -> bool {
+        match self.broken() {
+            None => false,
+            Some(BreakKind::Reader) => self.policy.longest_outwait().is_none(),
+            Some(BreakKind::Writer) => true,
+        }
+    }
+
+    /// What may be done with a reader that wants the file now.
+    pub(crate) fn readers(&self, limit: &LeaseBreakTime) -> Readers {
+        let Some(longest) = self.policy.longest_outwait() else { return Readers::Revoke };
+        match locked(&self.guard).as_ref().map(|guard| guard.outwait(limit, longest)) {
+            Some(Ok(time)) => Readers::Outwait(time),
+            Some(Err(FileError::CannotOutwait { why, .. })) => Readers::CannotOutwait(why),
+            // Let go already, or the setting can't be read: the safe side.
+            None | Some(Err(_)) => Readers::Revoke,
+        }
+    }
+
+    /// Whether the kernel has let somebody through on its own, or we have. A reader does not count
+    /// where readers are left to it.
     pub(crate) fn lapsed(&self) -> bool {
-        locked(&self.guard).as_ref().is_none_or(Guard::lapsed)
+        let outwaited = || {
+            self.policy.longest_outwait().is_some() && self.state() == Some(GuardState::ReadersPass)
+        };
+        let lapsed = locked(&self.guard).as_ref().is_none_or(Guard::lapsed);
+        lapsed && !outwaited()
+    }
+
+    /// Shows others which bytes a pin has (/proc/locks, lslocks(8)), and refuses where another
+    /// program has locked a part of them.
+    pub(crate) fn lock_for(&self, pin: PinId, range: Range<u64>, kind: LockKind) -> Result<()> {
+        let lock = self.description.lock_range(range, kind)?;
+        locked(&self.locks).insert(pin, lock);
+        Ok(())
     }
 
     /// Takes the regions of a pin in.
@@ -127,6 +223,8 @@ impl HeldFile {
     /// the kernel. How many regions failed: their keys live.
     pub(crate) fn drop_segments(&self, pin: PinId) -> usize {
         self.gate.wait_until_out(pin);
+        let lock = locked(&self.locks).remove(&pin);
+        drop(lock);
         let segments = locked(&self.segments).remove(&pin);
         self.deregister(segments.unwrap_or_default())
     }
@@ -174,6 +272,8 @@ impl HeldFile {
 
     /// Lets the breaker through.
     pub(crate) fn release(&self, fenced: Fenced) -> Option<Released> {
+        // The last moment at which the kernel tells.
+        self.look_for_readers();
         let guard = locked(&self.guard).take()?;
         match guard.release(fenced) {
             Ok(released) => Some(released),
@@ -197,9 +297,16 @@ impl HeldFile {
     pub(crate) fn tear_down(&self) -> (Instant, Instant, usize) {
         let failed = self.drop_all_segments();
         let deregistered = Instant::now();
+        let locks = mem::take(&mut *locked(&self.locks));
+        drop(locks);
         drop(locked(&self.mapping).take());
         (deregistered, Instant::now(), failed)
     }
+}
+
+/// Of this system.
+pub(crate) fn smallest_page() -> u32 {
+    u32::try_from(rustix::param::page_size()).unwrap_or(u32::MAX)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -17,10 +17,12 @@ mod fence;
 mod gate;
 mod held;
 mod ids;
+mod policy;
 mod registry;
 mod service;
 mod session;
 mod status;
+mod undeny;
 mod wire;
 
 use std::future::Future;
@@ -31,6 +33,7 @@ use tonic::transport::server::TcpIncoming;
 
 pub use error::{Error, Result};
 pub use registry::Limits;
+pub use undeny::{Undenied, undeny};
 
 use config::Config;
 use engine::Engine;

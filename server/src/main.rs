@@ -2,16 +2,17 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use pinfold_server::Server;
 use pinfold_server::config::{
-    Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_listen_address,
+    Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_exports, check_listen_address,
+    read_exports,
 };
-use pinfold_server::doctor;
+use pinfold_server::{Server, Undenied, doctor};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -26,12 +27,22 @@ use tracing_appender::non_blocking::WorkerGuard;
     subcommand_negates_reqs = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
-    8 if an RDMA device that was named is not there or can't be opened."
+    6 if another pinfoldd serves one of the directories, 8 if an RDMA device that was named is not \
+    there or can't be opened."
 )]
 struct Args {
-    /// A directory that clients may reach, and its name for them; may be given several times
-    #[arg(long = "export", value_name = "NAME=DIR", required = true)]
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    /// A directory that clients may reach, its name for them, and its policy; may be given several
+    /// times. Keys: guard=delegation|lease|none (the strongest that is asked for),
+    /// on_truncate=recall|deny, on_read=revoke|outwait, outwait_max_s=SECONDS, dax=true|false
+    #[arg(long = "export", value_name = "NAME=DIR[,KEY=VALUE…]")]
     exports: Vec<ExportConfig>,
+
+    /// A TOML file with more exports: [exports.NAME], path = "DIR", and the same keys
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 
     /// Where to listen for clients; port 0 takes a free one and prints it
     #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)))]
@@ -49,16 +60,22 @@ struct Args {
     /// How the log on standard error is written; RUST_LOG filters it
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
-
-    /// What to do instead of serving
-    #[command(subcommand)]
-    command: Option<Command>,
 }
 
+/// What else there is to do than to serve.
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Tell what this host and directories on it are good for, and why not
     Doctor(doctor::Args),
+    /// Lift the seals (chattr +a) that a server with on_truncate=deny left behind when it was killed
+    #[command(after_help = "Exit codes: 0 if no seal is left, 6 if a file is in use, 9 without \
+        CAP_LINUX_IMMUTABLE or another right, 1 for any other failure. Only files with Pinfold's mark \
+        are touched; pinning a file lifts its seal too.")]
+    Undeny {
+        /// Files, and folders with all that is beneath them on the same file system
+        #[arg(required = true)]
+        paths: Vec<PathBuf>,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -72,11 +89,30 @@ enum LogFormat {
 /// How long a blocking call of a client may go on after everything has been taken back.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
+/// What clap has for bad arguments; a bad configuration is one.
+const EXIT_ARGUMENTS: u8 = 2;
+/// The same number as `pinfold` has for what somebody else uses.
+const EXIT_BUSY: u8 = 6;
+/// The same number as `pinfold` has for missing rights.
+const EXIT_PERMISSION: u8 = 9;
 /// The same number as `pinfold` has for an RDMA device that can't be used.
 const EXIT_DEVICE: u8 = 8;
 
+/// The arguments or the configuration file can't be meant so.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadConfiguration(String);
+
 fn main() -> ExitCode {
-    match start() {
+    let args = Args::parse();
+    let done = match args.command {
+        Some(Command::Doctor(args)) => {
+            doctor::run(&args).map(ExitCode::from).context("can't write the report")
+        }
+        Some(Command::Undeny { paths }) => Ok(undeny(&paths)),
+        None => start(args).map(|()| ExitCode::SUCCESS),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("pinfoldd: {error:#}");
@@ -86,24 +122,39 @@ fn main() -> ExitCode {
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<BadConfiguration>() {
+        return ExitCode::from(EXIT_ARGUMENTS);
+    }
     match error.downcast_ref() {
+        Some(pinfold_server::Error::File(pinfold_leases::Error::ExportLocked { .. })) => {
+            ExitCode::from(EXIT_BUSY)
+        }
         Some(pinfold_server::Error::Verbs(_)) => ExitCode::from(EXIT_DEVICE),
         _ => ExitCode::FAILURE,
     }
 }
 
-fn start() -> Result<ExitCode> {
-    let args = Args::parse();
-    if let Some(Command::Doctor(args)) = &args.command {
-        let code = doctor::run(args).context("can't write the report")?;
-        return Ok(ExitCode::from(code));
+/// Reports each file, and the worst of what happened as the exit code.
+fn undeny(paths: &[PathBuf]) -> ExitCode {
+    let done = pinfold_server::undeny(paths, |report| match report {
+        Ok(report) => println!("{report}"),
+        Err(failure) => eprintln!("pinfoldd: {failure}"),
+    });
+    match done {
+        Undenied::All => ExitCode::SUCCESS,
+        Undenied::Busy => ExitCode::from(EXIT_BUSY),
+        Undenied::Denied => ExitCode::from(EXIT_PERMISSION),
+        Undenied::Failed => ExitCode::FAILURE,
     }
+}
+
+fn start(args: Args) -> Result<()> {
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(run(args));
     runtime.shutdown_timeout(LAST_CALLS);
-    served.map(|()| ExitCode::SUCCESS)
+    served
 }
 
 /// Every guarded file takes a descriptor, and the usual soft limit is 1024.
@@ -132,11 +183,23 @@ fn start_log(format: LogFormat) -> WorkerGuard {
     guard
 }
 
+/// From the arguments and from the file, together.
+fn exports(
+    mut exports: Vec<ExportConfig>,
+    file: Option<PathBuf>,
+) -> Result<Vec<ExportConfig>, BadConfiguration> {
+    if let Some(file) = file {
+        exports.extend(read_exports(&file).map_err(BadConfiguration)?);
+    }
+    check_exports(&exports).map_err(BadConfiguration)?;
+    Ok(exports)
+}
+
 async fn run(args: Args) -> Result<()> {
     if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
         bail!(reason);
     }
-    let mut config = Config::new(args.exports);
+    let mut config = Config::new(exports(args.exports, args.config)?);
     config.rdma_devices = args.rdma_devices;
     // Installed before anything is guarded, so that no signal finds us half-way.
     let mut terminate = signal(SignalKind::terminate())?;

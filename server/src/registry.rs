@@ -11,6 +11,9 @@
 //!     └───────────── the last pin is gone ──────────┘
 //! ```
 //!
+//! A reader need not end it: where the policy leaves readers to the kernel, the file stays `Held`, and
+//! is looked at again when the kernel has let the reader through.
+//!
 //! Nothing new starts on a file that is not `Held`. A commit counts as durable if its flush ended
 //! before the fence was complete, and so before the release.
 
@@ -18,7 +21,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pinfold_leases::{BreakKind, FileIdentity, GuardId};
+use pinfold_leases::{BreakKind, FileIdentity, GuardId, GuardState, NoOutwait};
 
 use crate::ids::{Generation, PinId, SessionId};
 
@@ -73,6 +76,31 @@ pub(crate) enum Reason {
     Remove,
 }
 
+/// How long after lease-break-time a file is looked at whose reader was left to the kernel.
+pub(crate) const OUTWAIT_GRACE: Duration = Duration::from_secs(1);
+
+/// What may be done with a reader, by the file's policy and the kernel's settings of this moment.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Readers {
+    /// The pins are taken back for it.
+    Revoke,
+    /// The kernel lets it through after this time, and the pins stay.
+    Outwait(Duration),
+    /// The policy says the same, but it can't be done.
+    CannotOutwait(NoOutwait),
+}
+
+/// Why pins were taken back for a reader though the policy leaves readers to the kernel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub(crate) enum NotOutwaited {
+    /// From the start.
+    #[error(transparent)]
+    Refused(#[from] NoOutwait),
+    /// The kernel's setting was changed after the reader came.
+    #[error("the kernel had not let the reader through when fs.lease-break-time was over")]
+    Overdue,
+}
+
 /// How a pin's bytes travel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Transport {
@@ -122,6 +150,13 @@ pub(crate) enum Action {
         guard: GuardId,
         /// Whether somebody waits for it.
         urgent: bool,
+    },
+    /// Look what became of a reader at this time.
+    LookAt {
+        /// Which file.
+        guard: GuardId,
+        /// When.
+        at: Instant,
     },
     /// Tell a session that its pins are gone.
     NotifyRevoked {
@@ -275,6 +310,8 @@ struct File {
     pins: BTreeSet<PinId>,
     /// Given back, but their keys and stream writes may still be on their way out.
     leaving: HashMap<PinId, Range<u64>>,
+    /// A reader waits for the kernel; when to look what became of it.
+    outwaiting: Option<Instant>,
     phase: Phase,
 }
 
@@ -319,6 +356,7 @@ impl Phase {
 #[derive(Clone, Copy, Debug)]
 struct Revocation {
     reason: Reason,
+    not_outwaited: Option<NotOutwaited>,
     since: Instant,
     timings: Timings,
 }
@@ -331,6 +369,30 @@ struct Pin {
     transport: Transport,
     /// Its keys are out.
     live: bool,
+}
+
+/// Why a file is taken back, and what the audit record says beside that.
+#[derive(Clone, Copy, Debug)]
+struct Taking {
+    reason: Reason,
+    not_outwaited: Option<NotOutwaited>,
+}
+
+impl Taking {
+    fn because(reason: Reason) -> Self {
+        Self { reason, not_outwaited: None }
+    }
+}
+
+/// When a break came, and what time there is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BreakTimes {
+    /// When the kernel's clock started.
+    pub at: Instant,
+    /// Not before `at`.
+    pub now: Instant,
+    /// How long clients may drain, from `at` on.
+    pub budget: Duration,
 }
 
 /// What a commit needs to know of a pin.
@@ -461,6 +523,7 @@ impl Registry {
             generation,
             pins: BTreeSet::new(),
             leaving: HashMap::new(),
+            outwaiting: None,
             phase: Phase::Held,
         };
         self.files.insert(guard, file);
@@ -498,6 +561,11 @@ impl Registry {
     /// Whether a file is in the state in which pins can be made.
     pub(crate) fn is_held(&self, guard: GuardId) -> bool {
         self.files.get(&guard).is_some_and(|file| matches!(file.phase, Phase::Held))
+    }
+
+    /// Whether a file is being taken back, or nobody uses it any more.
+    pub(crate) fn is_going(&self, guard: GuardId) -> bool {
+        self.files.get(&guard).is_some_and(|file| !matches!(file.phase, Phase::Held))
     }
 
     /// Whether the fence is due and not yet complete.
@@ -631,16 +699,70 @@ impl Registry {
         actions
     }
 
-    /// The kernel says that somebody wants the file. `budget` is how long clients may drain.
+    /// The kernel says that somebody wants the file. `readers` is what may be done with one,
+    /// `budget` how long clients may drain.
     pub(crate) fn handle_break(
         &mut self,
         guard: GuardId,
         kind: BreakKind,
-        at: Instant,
-        now: Instant,
-        budget: Duration,
+        readers: Readers,
+        times: &BreakTimes,
     ) -> Vec<Action> {
-        self.take_back(guard, Reason::Break(kind), at, now, budget)
+        let taking = Taking::because(Reason::Break(kind));
+        match (kind, readers) {
+            (BreakKind::Reader, Readers::Outwait(time)) => {
+                self.leave_to_kernel(guard, times.at + time + OUTWAIT_GRACE)
+            }
+            (BreakKind::Reader, Readers::CannotOutwait(why)) => {
+                let not_outwaited = Some(why.into());
+                self.take_back(guard, Taking { not_outwaited, ..taking }, times)
+            }
+            _ => self.take_back(guard, taking, times),
+        }
+    }
+
+    fn leave_to_kernel(&mut self, guard: GuardId, at: Instant) -> Vec<Action> {
+        let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
+        match file.phase {
+            // A file that nobody uses holds nobody up, not even a reader.
+            Phase::Fencing { revocation: None, .. } => {
+                vec![Action::FenceNow { guard, urgent: true }]
+            }
+            Phase::Held if file.outwaiting.is_none() => {
+                file.outwaiting = Some(at);
+                vec![Action::LookAt { guard, at }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether it is time to look what became of a reader.
+    pub(crate) fn reader_is_due(&self, guard: GuardId, now: Instant) -> bool {
+        let file = self.files.get(&guard);
+        file.is_some_and(|file| {
+            matches!(file.phase, Phase::Held) && file.outwaiting.is_some_and(|at| at <= now)
+        })
+    }
+
+    /// What became of it, as the kernel says now (`None`: it can't be learned).
+    pub(crate) fn reader_looked_at(
+        &mut self,
+        guard: GuardId,
+        state: Option<GuardState>,
+        times: &BreakTimes,
+    ) -> Vec<Action> {
+        if let Some(file) = self.files.get_mut(&guard) {
+            file.outwaiting = None;
+        }
+        let (kind, not_outwaited) = match state {
+            Some(GuardState::Held | GuardState::ReadersPass) => return Vec::new(),
+            Some(GuardState::Broken(BreakKind::Reader)) => {
+                (BreakKind::Reader, Some(NotOutwaited::Overdue))
+            }
+            Some(GuardState::Broken(BreakKind::Writer)) | None => (BreakKind::Writer, None),
+        };
+        let taking = Taking { not_outwaited, ..Taking::because(Reason::Break(kind)) };
+        self.take_back(guard, taking, times)
     }
 
     /// The server goes down: every file is taken back, and nothing new starts.
@@ -648,10 +770,9 @@ impl Registry {
         self.shutting_down = true;
         let mut guards: Vec<GuardId> = self.files.keys().copied().collect();
         guards.sort_unstable();
-        guards
-            .into_iter()
-            .flat_map(|guard| self.take_back(guard, Reason::Shutdown, now, now, budget))
-            .collect()
+        let taking = Taking::because(Reason::Shutdown);
+        let times = BreakTimes { at: now, now, budget };
+        guards.into_iter().flat_map(|guard| self.take_back(guard, taking, &times)).collect()
     }
 
     /// A client wants the file's extents changed: its pins are taken back first.
@@ -662,17 +783,12 @@ impl Registry {
         now: Instant,
         budget: Duration,
     ) -> Vec<Action> {
-        self.take_back(guard, reason, now, now, budget)
+        self.take_back(guard, Taking::because(reason), &BreakTimes { at: now, now, budget })
     }
 
-    fn take_back(
-        &mut self,
-        guard: GuardId,
-        reason: Reason,
-        since: Instant,
-        now: Instant,
-        budget: Duration,
-    ) -> Vec<Action> {
+    fn take_back(&mut self, guard: GuardId, taking: Taking, times: &BreakTimes) -> Vec<Action> {
+        let Taking { reason, not_outwaited } = taking;
+        let BreakTimes { at: since, now, budget } = *times;
         // Unknown: it was released while the news was under way.
         let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
         let at = since + budget;
@@ -692,7 +808,7 @@ impl Registry {
         let waiting: BTreeSet<PinId> =
             file.pins.iter().copied().filter(|pin| self.pins[pin].live).collect();
         let timings = Timings { noticed: now - since, ..Timings::default() };
-        let revocation = Revocation { reason, since, timings };
+        let revocation = Revocation { reason, not_outwaited, since, timings };
         let generation = file.generation;
         if waiting.is_empty() || at <= now {
             let drained = waiting.is_empty().then_some(now - since);
@@ -794,6 +910,7 @@ impl Registry {
         let record = Record {
             generation,
             reason: revocation.reason,
+            not_outwaited: revocation.not_outwaited,
             since: revocation.since,
             pins: live.len(),
             sessions: sessions.len(),
@@ -948,6 +1065,8 @@ pub(crate) struct Record {
     pub generation: Generation,
     /// Why.
     pub reason: Reason,
+    /// Why the reader was not left to the kernel, where the policy leaves readers to it.
+    pub not_outwaited: Option<NotOutwaited>,
     /// When it began.
     pub since: Instant,
     /// How many pins lost their keys.
@@ -1029,8 +1148,21 @@ mod tests {
         }
 
         fn broken(&mut self, file: u64) -> Vec<Action> {
-            let kind = BreakKind::Writer;
-            self.registry.handle_break(guard(file), kind, self.now, self.now, BUDGET)
+            self.broken_by(file, BreakKind::Writer, Readers::Revoke)
+        }
+
+        fn times(&self) -> BreakTimes {
+            BreakTimes { at: self.now, now: self.now, budget: BUDGET }
+        }
+
+        fn broken_by(&mut self, file: u64, kind: BreakKind, readers: Readers) -> Vec<Action> {
+            let times = self.times();
+            self.registry.handle_break(guard(file), kind, readers, &times)
+        }
+
+        fn looked_at(&mut self, file: u64, state: Option<GuardState>) -> Vec<Action> {
+            let times = self.times();
+            self.registry.reader_looked_at(guard(file), state, &times)
         }
 
         fn released(&mut self, file: u64) -> (Vec<Action>, Option<Record>) {
@@ -1129,9 +1261,9 @@ mod tests {
         let mut world = World::new();
         world.file(1);
         let pin = world.pin(1, 1);
-        let kind = BreakKind::Reader;
+        let times = BreakTimes { budget: Duration::ZERO, ..world.times() };
         let actions =
-            world.registry.handle_break(guard(1), kind, world.now, world.now, Duration::ZERO);
+            world.registry.handle_break(guard(1), BreakKind::Reader, Readers::Revoke, &times);
         assert_eq!(actions, [Action::FenceNow { guard: guard(1), urgent: true }]);
         let (actions, _) = world.released(1);
         assert!(matches!(&actions[..], [Action::NotifyRevoked { pins, .. }] if *pins == [pin]));
@@ -1376,5 +1508,100 @@ mod tests {
         world.registry.begin_pin(session(2), guard(1), shared(0..200)).unwrap();
         world.registry.unpin(session(1), pin, world.now).unwrap();
         world.registry.begin_pin(session(1), guard(1), shared(0..1000)).unwrap();
+    }
+
+    const TEN: Readers = Readers::Outwait(Duration::from_secs(10));
+
+    #[test]
+    fn a_reader_that_is_left_to_the_kernel_takes_nothing_back() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let pin = world.pin(1, 1);
+        let at = world.now + Duration::from_secs(10) + OUTWAIT_GRACE;
+        let look = Action::LookAt { guard: guard(1), at };
+        assert_eq!(world.broken_by(1, BreakKind::Reader, TEN), [look]);
+        assert_eq!(world.broken_by(1, BreakKind::Reader, TEN), [], "it is looked at once");
+        assert!(world.registry.is_held(guard(1)));
+        assert!(world.registry.begin_commit(session(1), pin, generation).is_ok());
+        world.pin(2, 1);
+        assert!(!world.registry.reader_is_due(guard(1), at - Duration::from_millis(1)));
+        assert!(world.registry.reader_is_due(guard(1), at));
+        assert_eq!(world.looked_at(1, Some(GuardState::ReadersPass)), []);
+        assert!(!world.registry.reader_is_due(guard(1), at), "that was it");
+        assert!(world.registry.is_held(guard(1)));
+        assert_eq!(world.broken(1).len(), 3, "a writer is a break as ever");
+    }
+
+    #[test]
+    fn a_reader_that_the_kernel_still_holds_up_then_takes_the_file_back() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        world.broken_by(1, BreakKind::Reader, TEN);
+        world.pass(11_000);
+        let actions = world.looked_at(1, Some(GuardState::Broken(BreakKind::Reader)));
+        assert!(
+            matches!(&actions[..], [Action::NotifyDraining { pins, .. }, Action::FenceAt { .. }]
+            if *pins == [pin])
+        );
+        let record = world.released(1).1.unwrap();
+        assert_eq!(record.reason, Reason::Break(BreakKind::Reader));
+        assert_eq!(record.not_outwaited, Some(NotOutwaited::Overdue));
+    }
+
+    #[test]
+    fn a_writer_does_not_wait_for_a_reader_that_is_left_to_the_kernel() {
+        for unknown in [Some(GuardState::Broken(BreakKind::Writer)), None] {
+            let mut world = World::new();
+            world.file(1);
+            world.pin(1, 1);
+            let at = world.now + Duration::from_secs(10) + OUTWAIT_GRACE;
+            world.broken_by(1, BreakKind::Reader, TEN);
+            let actions = world.broken(1);
+            assert!(matches!(
+                &actions[..],
+                [Action::NotifyDraining { .. }, Action::FenceAt { .. }]
+            ));
+            assert!(!world.registry.reader_is_due(guard(1), at), "it is going");
+
+            // And one whose news has not come yet is found by the look.
+            world.file(2);
+            world.pin(1, 2);
+            world.broken_by(2, BreakKind::Reader, TEN);
+            let actions = world.looked_at(2, unknown);
+            assert!(matches!(
+                &actions[..],
+                [
+                    Action::NotifyDraining { reason: Reason::Break(BreakKind::Writer), .. },
+                    Action::FenceAt { .. }
+                ]
+            ));
+        }
+    }
+
+    #[test]
+    fn a_reader_that_cant_be_left_to_the_kernel_is_revoked_for_with_the_reason() {
+        let mut world = World::new();
+        world.file(1);
+        world.pin(1, 1);
+        let readers = Readers::CannotOutwait(NoOutwait::Never);
+        assert_eq!(world.broken_by(1, BreakKind::Reader, readers).len(), 2);
+        let record = world.released(1).1.unwrap();
+        assert_eq!(record.not_outwaited, Some(NotOutwaited::Refused(NoOutwait::Never)));
+        // A writer was never to be outwaited.
+        world.file(2);
+        world.pin(1, 2);
+        world.broken_by(2, BreakKind::Writer, readers);
+        assert_eq!(world.released(2).1.unwrap().not_outwaited, None);
+    }
+
+    #[test]
+    fn a_file_that_nobody_uses_holds_up_no_reader_either() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        world.registry.unpin(session(1), pin, world.now).unwrap();
+        let urgent = Action::FenceNow { guard: guard(1), urgent: true };
+        assert_eq!(world.broken_by(1, BreakKind::Reader, TEN), [urgent]);
     }
 }

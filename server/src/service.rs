@@ -13,6 +13,7 @@ use crate::audit::micros;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::held::smallest_page;
 use crate::ids::PinId;
 use crate::registry::Standing;
 use crate::{session, wire};
@@ -91,7 +92,8 @@ impl Pinfold for Service {
             }
             Some(Standing::Going) | None => (None, 0),
         };
-        let guard = self.engine.guard_tier(found.identity()).map(wire::tier);
+        let held = self.engine.held(found.identity());
+        let guard = held.as_ref().map(|file| wire::tier(file.tier()));
         Ok(Response::new(v1::StatResponse {
             identity: Some(wire::identity(found.identity())),
             size: found.size(),
@@ -100,7 +102,7 @@ impl Pinfold for Service {
             generation,
             pins: wire::count(pins),
             guard: guard.unwrap_or_default().into(),
-            page_size_bytes: wire::page_size_bytes(),
+            page_size_bytes: held.map_or_else(smallest_page, |file| file.page_size_bytes()),
         }))
     }
 

@@ -44,7 +44,10 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::UnknownDevice { .. } => (Code::NotFound, Reason::NoRdmaDevice),
         Error::NoQueuePair => (Code::FailedPrecondition, Reason::NoQueuePair),
         Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
-        Error::NotDurable { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
+        Error::NotDurable { .. } | Error::CannotBeGuarded { .. } | Error::NoStreamWrites { .. } => {
+            (Code::FailedPrecondition, Reason::UnsupportedFile)
+        }
+        Error::HeldOtherwise { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
         Error::StillDraining { .. } | Error::WrittenLate { .. } => {
             (Code::Unavailable, Reason::FileDraining)
@@ -86,10 +89,16 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::Exists { .. } => (Code::AlreadyExists, Reason::FileExists),
         FileError::NotRegular { .. } => (Code::InvalidArgument, Reason::NotARegularFile),
         FileError::Denied { .. } => (Code::PermissionDenied, Reason::PermissionDenied),
-        FileError::Busy { .. } => (Code::FailedPrecondition, Reason::FileBusy),
-        FileError::NoGuard { .. } | FileError::UnknownFileSystem { .. } => {
+        FileError::Busy { .. } | FileError::Sealed { .. } => {
+            (Code::FailedPrecondition, Reason::FileBusy)
+        }
+        FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
+        FileError::NoGuard { .. }
+        | FileError::NoSeal { .. }
+        | FileError::UnknownFileSystem { .. } => {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
+        FileError::Cancelled { .. } => (Code::NotFound, Reason::UnknownSession),
         FileError::NoSpace { .. } => (Code::ResourceExhausted, Reason::NoSpace),
         FileError::Broken | FileError::AlreadyFenced => (Code::Unavailable, Reason::FileDraining),
         FileError::OutOfMapping { .. } => (Code::OutOfRange, Reason::RangePastEnd),

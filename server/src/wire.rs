@@ -118,6 +118,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         transport,
         exclusive: request.exclusive,
         reserve_end: file_size(request.reserve_end)?,
+        wait: Duration::from_millis(request.wait_ms.into()),
         expected: request.expected_identity.map(known_identity),
     })
 }
@@ -207,18 +208,13 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         access: access(granted.access).into(),
         guard: tier(file.tier()).into(),
         valid_end: granted.valid_end,
-        page_size_bytes: page_size_bytes(),
+        page_size_bytes: file.page_size_bytes(),
         dax: file.kind() == MappingKind::FsDax,
         map_sync: file.map_sync(),
         durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
         quirks: Some(granted.ways.quirks),
         no_rdma_because: granted.ways.no_rdma_because,
     }
-}
-
-/// Of the pages that map a file, as far as is known: the smallest there are.
-pub(crate) fn page_size_bytes() -> u32 {
-    count(rustix::param::page_size())
 }
 
 /// A number that can't reach four billion.
@@ -237,9 +233,10 @@ fn access(access: PinAccess) -> v1::Access {
 pub(crate) fn tier(tier: GuardTier) -> v1::GuardTier {
     match tier {
         GuardTier::Lease => v1::GuardTier::Lease,
-        GuardTier::Delegation | GuardTier::ReadDelegation => v1::GuardTier::Delegation,
-        // Nothing here asks for these.
-        GuardTier::Unguarded | GuardTier::Sealed => v1::GuardTier::Unspecified,
+        GuardTier::Delegation => v1::GuardTier::Delegation,
+        GuardTier::Unguarded => v1::GuardTier::Unguarded,
+        GuardTier::ReadDelegation => v1::GuardTier::ReadDelegation,
+        GuardTier::Sealed => v1::GuardTier::Sealed,
     }
 }
 

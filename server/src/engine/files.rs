@@ -12,11 +12,12 @@ use pinfold_leases::{
 };
 use pinfold_proto::v1;
 
-use super::pins::{TRY_AGAIN, passes};
-use super::{Engine, Inode, PATIENCE, locked};
+use super::obstacles::{Obstacles, TRY_AGAIN};
+use super::{Engine, Inode, PATIENCE, Served, locked};
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
+use crate::policy::Policy;
 use crate::registry::{Reason, Refusal, Standing};
 use crate::wire;
 
@@ -86,6 +87,15 @@ impl Inode {
 
 impl Engine {
     pub(super) fn export(&self, name: &str) -> Result<&Export> {
+        Ok(&self.served(name)?.export)
+    }
+
+    /// What the operator wants of an export.
+    pub(super) fn policy(&self, name: &str) -> Result<Policy> {
+        Ok(self.served(name)?.policy)
+    }
+
+    fn served(&self, name: &str) -> Result<&Served> {
         self.exports.get(name).ok_or_else(|| {
             let mut known: Vec<&str> = self.exports.keys().map(String::as_str).collect();
             known.sort_unstable();
@@ -110,15 +120,15 @@ impl Engine {
         path: RelativePath,
         size: u64,
     ) -> Result<FileIdentity> {
-        let create = Create { size, mode: FILE_MODE, dax: false };
+        let create = Create { size, mode: FILE_MODE, dax: self.policy(&export)?.dax };
         self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
             .await
     }
 
-    /// What holds a file still, if it is guarded.
-    pub(crate) fn guard_tier(&self, identity: FileIdentity) -> Option<pinfold_leases::GuardTier> {
+    /// The guarded file, if it is one now.
+    pub(crate) fn held(&self, identity: FileIdentity) -> Option<Arc<HeldFile>> {
         let (guard, _) = self.registry().standing(identity)?;
-        Some(self.file(guard)?.tier())
+        self.file(guard)
     }
 
     /// Gives an existing file another size. Refused while it has pins.
@@ -157,15 +167,17 @@ impl Engine {
         size: u64,
         resize: Resize,
     ) -> Result<()> {
+        let strongest = self.policy(export)?.strongest();
         let description = self.open(located)?;
         // Nobody else has it open: what they see of it must not change under them. What is left of
         // our own last guarding is closed on another thread, and passes.
-        let give_up = Instant::now() + PATIENCE;
+        let mut obstacles = Obstacles::default();
         loop {
-            let armed =
-                self.demand_quiet(located).and_then(|()| Ok(description.arm(&self.watcher)?));
+            let armed = self
+                .demand_quiet(located)
+                .and_then(|()| Ok(description.arm_at_most(&self.watcher, strongest)?));
             match armed {
-                Err(error) if passes(&error) && Instant::now() < give_up => {
+                Err(error) if obstacles.pass(&error, || self.just_let_through(located)) => {
                     std::thread::sleep(TRY_AGAIN);
                 }
                 armed => break drop(armed?),
@@ -202,7 +214,9 @@ impl Engine {
                 return Err(Refusal::Draining.into());
             }
             Resize::Longer.demand(file.description().size()?, size)?;
-            Ok(file.description().grow(size)?)
+            file.description().grow(size)?;
+            file.measure_pages();
+            Ok(())
         })();
         drop(inside);
         self.fence_if_awaited(file);
@@ -246,6 +260,7 @@ impl Engine {
         self.blocking(move |engine| {
             let _turn = turn;
             engine.demand_named(&export, &path, located.identity())?;
+            lift_leftover(&located)?;
             engine.export(&export)?.remove(&path)?;
             Ok(revoked)
         })
@@ -382,6 +397,7 @@ impl Engine {
         if let Some(description) = known.and_then(|weak| weak.upgrade()) {
             return Ok(description);
         }
+        lift_leftover(located)?;
         let description = located.open()?;
         let mut inodes = locked(&self.inodes);
         inodes.entry(identity).or_default().description = Some(description.downgrade());
@@ -407,9 +423,25 @@ impl Engine {
         Err(Error::WrittenLate { path: located.path().to_owned() })
     }
 
+    /// Whether somebody who was let through may still be on their way into the file.
+    pub(super) fn just_let_through(&self, located: &Located) -> bool {
+        locked(&self.let_through).is_recent(located.identity(), Instant::now())
+    }
+
     pub(super) fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {
         locked(&self.files).get(&guard).cloned()
     }
+}
+
+/// A server that crashed has left its seal behind: no other one serves this export, and one that
+/// holds the file open all the same is in the kernel's way.
+fn lift_leftover(located: &Located) -> Result<()> {
+    if !located.is_sealed() || !located.unseal()? {
+        return Ok(());
+    }
+    let path = located.path().display();
+    tracing::warn!(%path, "lifted the seal that a server left behind when it ended");
+    Ok(())
 }
 
 pub(super) fn still_draining(path: &Path) -> Error {

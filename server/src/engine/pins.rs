@@ -5,14 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    Break, Error as FileError, FileIdentity, Located, Mapping, RelativePath, waiting_breakers,
+    Break, Description, Error as FileError, FileIdentity, Guard, Located, LockKind, Mapping,
+    RelativePath, waiting_breakers,
 };
 use pinfold_proto::v1;
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode};
+use tokio::sync::oneshot;
 
 use super::files::still_draining;
+use super::obstacles::{FileWait, KeptOpen, Obstacles, TRY_AGAIN, keep_open};
 use super::sessions::no_device;
 use super::{Engine, PATIENCE, SessionParts, locked};
+use crate::config::{GuardWish, OnTruncate, Policy};
 use crate::error::{Error, Result, with_causes};
 use crate::fabric::{self, Fabric};
 use crate::fence::Order;
@@ -22,8 +26,6 @@ use crate::ids::{Generation, PinId, SessionId};
 use crate::registry::{Action, PinAccess, Refusal, Terms, Transport};
 use crate::wire;
 
-/// How soon a pin is tried again when what stands in its way will pass.
-pub(super) const TRY_AGAIN: Duration = Duration::from_millis(20);
 /// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
 /// after the file has been let go.
 const WRITE_CALL_BYTES: usize = 64 << 10;
@@ -118,16 +120,18 @@ pub(crate) struct PinOrder {
     pub exclusive: bool,
     /// Keys reach up to here, if that is past the range.
     pub reserve_end: u64,
+    /// If others have the file open: wait so long for them.
+    pub wait: Duration,
 }
 
 impl Engine {
     /// Guards a file, if it isn't yet, and registers a range of it for a session. Once begun it
     /// runs to its end; if nobody waits for the answer any more, the pin is given back.
     pub(crate) async fn pin(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
-        let (answer, waiting) = tokio::sync::oneshot::channel();
+        let (answer, waiting) = oneshot::channel();
         let engine = self.arc();
         tokio::spawn(async move {
-            let granted = engine.pin_to_the_end(id, order).await;
+            let granted = engine.pin_to_the_end(id, order, &answer).await;
             if let Err(Ok(unwanted)) = answer.send(granted) {
                 // The session may be over too: then there is nothing left to give back.
                 let _ = engine.unpin(id, unwanted.pin).await;
@@ -136,19 +140,52 @@ impl Engine {
         waiting.await.map_err(|_| Error::Task)?
     }
 
-    pub(super) async fn pin_to_the_end(&self, id: SessionId, order: PinOrder) -> Result<Granted> {
-        let give_up = tokio::time::Instant::now() + PATIENCE;
+    /// `caller` waits for the answer, or has given up.
+    async fn pin_to_the_end(
+        &self,
+        id: SessionId,
+        order: PinOrder,
+        caller: &oneshot::Sender<Result<Granted>>,
+    ) -> Result<Granted> {
+        let mut wait = FileWait::new(order.wait);
+        let granted = self.pin_when_free(id, &order, &mut wait, caller).await;
+        wait.end(self);
+        granted
+    }
+
+    async fn pin_when_free(
+        &self,
+        id: SessionId,
+        order: &PinOrder,
+        wait: &mut FileWait,
+        caller: &oneshot::Sender<Result<Granted>>,
+    ) -> Result<Granted> {
+        let mut obstacles = Obstacles::default();
         loop {
-            match self.try_to_pin(id, &order).await {
-                Err(error) if passes(&error) && tokio::time::Instant::now() < give_up => {
-                    tokio::time::sleep(TRY_AGAIN).await;
-                }
-                done => return done,
+            let error = match self.try_to_pin(id, order, wait.kept_open()).await {
+                Ok(granted) => return Ok(granted),
+                Err(error) => error,
+            };
+            let located = self.locate(order.export.clone(), order.path.clone()).await;
+            let just_let_through = || located.as_ref().is_ok_and(|at| self.just_let_through(at));
+            if obstacles.pass(&error, just_let_through) {
+                tokio::time::sleep(TRY_AGAIN).await;
+            } else if wait.is_worth(&error) && !caller.is_closed() {
+                wait.pause(self, located?).await?;
+                // What passes by itself starts anew after a wait.
+                obstacles = Obstacles::default();
+            } else {
+                return Err(error);
             }
         }
     }
 
-    pub(super) async fn try_to_pin(&self, id: SessionId, order: &PinOrder) -> Result<Granted> {
+    pub(super) async fn try_to_pin(
+        &self,
+        id: SessionId,
+        order: &PinOrder,
+        kept_open: Option<KeptOpen>,
+    ) -> Result<Granted> {
         let session = self.session(id)?;
         if order.transport == TransportWish::Rdma {
             let session = Arc::clone(&session);
@@ -168,10 +205,15 @@ impl Engine {
         let order = order.clone();
         self.blocking(move |engine| {
             let _turn = turn;
+            let policy = engine.policy(&order.export)?;
             let file = match held {
                 Some((file, _)) => file,
-                None => engine.guard(&located, order.reserve_end)?,
+                None => engine.guard(&located, policy, order.reserve_end, kept_open.as_ref())?,
             };
+            if file.policy() != policy {
+                let (path, tier) = (file.path().to_owned(), file.tier());
+                return Err(Error::HeldOtherwise { path, tier });
+            }
             let granted = engine
                 .demand_named(&order.export, &order.path, located.identity())
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));
@@ -185,19 +227,27 @@ impl Engine {
     }
 
     /// Opens, guards and maps a file, with room for what a pin reserves past its end.
-    pub(super) fn guard(&self, located: &Located, reserve_end: u64) -> Result<Arc<HeldFile>> {
+    fn guard(
+        &self,
+        located: &Located,
+        policy: Policy,
+        reserve_end: u64,
+        kept_open: Option<&KeptOpen>,
+    ) -> Result<Arc<HeldFile>> {
         // Refused before it is opened: that alone may change the file.
         located.kind()?;
+        let guardable = located.can_be_guarded()?;
+        if policy.guard != GuardWish::None && !guardable {
+            return Err(Error::CannotBeGuarded { path: located.path().to_owned() });
+        }
         self.demand_quiet(located)?;
         self.let_breakers_pass(located)?;
         let description = self.open(located)?;
-        let armed = description.arm(&self.watcher)?;
-        // Only now can the size not change any more.
-        let size = description.size()?;
+        keep_open(kept_open, &description);
         let kind = description.kind()?;
-        let (guard, mapping) = armed.map(size.max(reserve_end).max(1))?;
+        let held = self.arm_and_map(&description, policy, reserve_end)?;
         let identity = description.identity();
-        let file = Arc::new(HeldFile::new(description, kind, guard, mapping));
+        let file = Arc::new(HeldFile::new(description, kind, policy, guardable, held));
         // Known to the fence before it is known to the registry.
         locked(&self.files).insert(file.id(), Arc::clone(&file));
         let added = self.registry().add_file(identity, file.id());
@@ -213,6 +263,22 @@ impl Engine {
             self.handle_break(Break { guard: file.id(), kind, at: Instant::now() });
         }
         Ok(file)
+    }
+
+    fn arm_and_map(
+        &self,
+        description: &Description,
+        policy: Policy,
+        reserve_end: u64,
+    ) -> Result<(Guard, Mapping)> {
+        // Only once it is guarded can the size not change any more.
+        let len = || Ok::<_, FileError>(description.size()?.max(reserve_end).max(1));
+        Ok(match policy.on_truncate {
+            OnTruncate::Deny => description.arm_to_seal(&self.watcher)?.map(len()?)?,
+            OnTruncate::Recall => {
+                description.arm_at_most(&self.watcher, policy.strongest())?.map(len()?)?
+            }
+        })
     }
 
     /// After a break, whoever waited goes first: unlink and rename hold nothing that would keep us
@@ -252,7 +318,7 @@ impl Engine {
             let actions = self.registry().abandon_pin(pin, Instant::now());
             self.perform(actions);
             // What fails on a mapping that is being fenced fails for that reason.
-            if file.broken().is_some() { Refusal::Draining.into() } else { error }
+            if file.is_wanted() { Refusal::Draining.into() } else { error }
         })?;
         let (access, file) = (order.access, Arc::clone(file));
         Ok(Granted { file, pin, generation, access, range, valid_end, ways })
@@ -264,6 +330,11 @@ impl Engine {
         session: &SessionParts,
         job: &Registration<'_>,
     ) -> Result<(Generation, Ways)> {
+        let kind = match job.order.access {
+            PinAccess::Read => LockKind::Shared,
+            PinAccess::ReadWrite => LockKind::Exclusive,
+        };
+        job.file.lock_for(job.pin, job.reach.clone(), kind)?;
         let ways = match job.order.transport {
             TransportWish::Stream => Ways::stream("it was not asked for".to_owned()),
             TransportWish::Rdma => self.register(session, job)?,
@@ -276,6 +347,9 @@ impl Engine {
                 ways => ways?,
             },
         };
+        if ways.segments.is_empty() && job.order.access == PinAccess::ReadWrite {
+            job.file.demand_stream_writes()?;
+        }
         let transport = if ways.segments.is_empty() { Transport::Stream } else { Transport::Rdma };
         let generation = self.registry().finish_pin(job.pin, transport)?;
         Ok((generation, ways))
@@ -306,7 +380,7 @@ impl Engine {
         if start >= reach.end || (start > range.start && order.transport == TransportWish::Rdma) {
             return Err(Error::MisalignedPin { start: range.start, alignment });
         }
-        let go_on = || self.registry().is_held(file.id()) && file.broken().is_none();
+        let go_on = || self.registry().is_held(file.id()) && !file.is_wanted();
         if order.access == PinAccess::ReadWrite {
             mapping.populate((*range).clone(), go_on)?;
         }
@@ -356,6 +430,7 @@ impl Engine {
         self.streaming(piece, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {
+                file.demand_stream_writes()?;
                 write_in_calls(file, inside, &data, piece.offset)
             })
         })
@@ -490,19 +565,6 @@ pub(super) fn piece_fits(offset: u64, len: u64, pin: &Range<u64>, size: u64) -> 
         }
     }
     Ok(())
-}
-
-/// Whether what stands in the way of a pin will be gone in a moment: a revocation, or somebody who
-/// was just let through and has not let go of the file yet. /proc shows no descriptor of a
-/// truncate(2), and may show the one that we are closing.
-pub(super) fn passes(error: &Error) -> bool {
-    let me = std::process::id();
-    match error {
-        Error::Refused(Refusal::Draining) | Error::WrittenLate { .. } => true,
-        Error::File(FileError::Broken | FileError::AlreadyFenced) => true,
-        Error::File(FileError::Busy { openers, .. }) => openers.iter().all(|o| o.pid == me),
-        _ => false,
-    }
 }
 
 /// The bytes of a pin, checked against the file's size.

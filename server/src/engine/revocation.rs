@@ -11,7 +11,7 @@ use crate::error::with_causes;
 use crate::fence::Order;
 use crate::held::HeldFile;
 use crate::ids::SessionId;
-use crate::registry::Record;
+use crate::registry::{BreakTimes, Readers, Record};
 use crate::wire;
 
 /// A drain takes a third of lease-break-time, and never longer than this.
@@ -23,12 +23,45 @@ const FENCE_RETRY_LAST: Duration = Duration::from_millis(100);
 
 impl Engine {
     pub(super) fn handle_break(&self, news: Break) {
-        let budget = self.break_budget();
-        let actions =
-            self.registry().handle_break(news.guard, news.kind, news.at, Instant::now(), budget);
-        // Before anybody is told: from the break on no stream write enters the kernel.
-        if let Some(file) = self.file(news.guard) {
+        let file = self.file(news.guard);
+        let readers = match (&file, news.kind) {
+            (Some(file), BreakKind::Reader) => file.readers(&self.lease_break_time),
+            _ => Readers::Revoke,
+        };
+        let times = self.break_times(news.at);
+        let actions = self.registry().handle_break(news.guard, news.kind, readers, &times);
+        if let Some(file) = file {
+            self.close_if_going(&file);
+            tell_of_reader(&file, readers);
+        }
+        self.perform(actions);
+    }
+
+    fn break_times(&self, at: Instant) -> BreakTimes {
+        BreakTimes { at, now: Instant::now(), budget: self.break_budget() }
+    }
+
+    /// Before anybody is told: from the break on no stream write enters the kernel.
+    fn close_if_going(&self, file: &HeldFile) {
+        if self.registry().is_going(file.id()) {
             file.gate().close();
+        }
+    }
+
+    /// Looks what became of a reader that was left to the kernel, when it is time.
+    fn look_at_reader(&self, guard: GuardId) {
+        if !self.registry().reader_is_due(guard, Instant::now()) {
+            return;
+        }
+        let Some(file) = self.file(guard) else { return };
+        let state = file.state();
+        let times = self.break_times(Instant::now());
+        let actions = self.registry().reader_looked_at(guard, state, &times);
+        self.close_if_going(&file);
+        let (path, guard) = (file.path().display(), file.tier());
+        match actions.is_empty() {
+            true => tracing::info!(%path, %guard, "readers pass"),
+            false => tracing::warn!(%path, %guard, "a reader is still held up: revoking"),
         }
         self.perform(actions);
     }
@@ -44,6 +77,7 @@ impl Engine {
 
     /// The fence thread's work, for one file: fence, release, and hand the rest on.
     pub(super) fn fence(&self, guard: GuardId) {
+        self.look_at_reader(guard);
         let Some(by) = self.registry().fence_due(guard) else { return };
         let Some(file) = self.file(guard) else { return };
         if file.gate().close() > 0 {
@@ -73,8 +107,13 @@ impl Engine {
         let limit = self.lease_break_time.read().unwrap_or_default();
         let (actions, record) =
             self.registry().released(guard, now, |waited| still_pending(&released, waited, limit));
+        if released.still_sealed {
+            let path = file.path().display();
+            tracing::error!(%path, "the seal could not be lifted; pinfoldd undeny does it");
+        }
         if released.broken.is_some() {
             let identity = file.description().identity();
+            locked(&self.let_through).add(identity, now);
             locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = true);
         }
         file.announce_release();
@@ -174,9 +213,27 @@ impl Engine {
                 break;
             }
         }
+        if self.registry().is_idle() {
+            // From here on another server may have them.
+            locked(&self.export_locks).clear();
+        }
         let sessions = std::mem::take(&mut *locked(&self.sessions));
         // Their queue pairs go with them, and their streams end.
         let _ = tokio::task::spawn_blocking(move || drop(sessions)).await;
+    }
+}
+
+fn tell_of_reader(file: &HeldFile, readers: Readers) {
+    let path = file.path().display();
+    match readers {
+        Readers::Revoke => {}
+        Readers::Outwait(time) => {
+            let seconds = time.as_secs();
+            tracing::info!(%path, seconds, "a reader is left to the kernel");
+        }
+        Readers::CannotOutwait(why) => {
+            tracing::warn!(%path, %why, "a reader can't be left to the kernel: revoking");
+        }
     }
 }
 
