@@ -242,7 +242,7 @@ impl Engine {
                 self.tell(session, wire::revoked(&pins, generation, reason, &timings));
             }
             Action::LookAt { guard, at } | Action::FenceAt { guard, at } => {
-                self.order(Order::At(guard, at))
+                self.order(Order::At(guard, at));
             }
             Action::FenceNow { guard, urgent: true } => self.order(Order::Now(guard)),
             Action::FenceNow { guard, urgent: false } => self.order(Order::Idle(guard)),
