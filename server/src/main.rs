@@ -81,6 +81,8 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 
 fn start() -> Result<()> {
     let args = Args::parse();
+    #[cfg(feature = "mutants")]
+    eprintln!("pinfoldd: {}", pinfold_leases::mutant::warning());
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
