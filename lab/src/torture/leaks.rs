@@ -31,6 +31,11 @@ impl Footprint {
         Self { descriptors: descriptors(pid), resident_kib: resident_kib(pid), rdma: rdma() }
     }
 
+    /// As it is when it starts with no client on the machine, like the one before it.
+    pub(super) fn without_clients(self, before: &Self) -> Self {
+        Self { rdma: before.rdma.clone(), ..self }
+    }
+
     /// Nobody is there any more: the daemon must be as it was.
     pub(super) fn check(&self, rig: &Rig, daemon: &Daemon) {
         let leak = |what: String| rig.found("leak", what);

@@ -85,24 +85,26 @@ impl Life {
 
     fn check_block(&self, index: u32, bytes: &[u8], base: &[u8]) -> Result<(), Wrong> {
         let acknowledged = self.acknowledged[index as usize];
-        let lost = |found| {
-            let (sequence, committed) = acknowledged?;
-            Some(Wrong::Lost { index, sequence, committed, found })
+        if acknowledged.is_none() && bytes == base {
+            return Ok(());
+        }
+        let found = Block::find(bytes);
+        let earliest = acknowledged.map_or(0, |(sequence, _)| sequence);
+        let ours = match found {
+            Found::Whole(block) if self.may_hold(index, &block) => {
+                if block.sequence >= earliest {
+                    return Ok(());
+                }
+                true
+            }
+            found => found == Found::Zeroes || bytes == base,
         };
-        if bytes == base {
-            return lost(Block::find(bytes)).map_or(Ok(()), Err);
-        }
-        match Block::find(bytes) {
-            found @ Found::Whole(block) if self.may_hold(index, &block) => match acknowledged {
-                Some((sequence, _)) if block.sequence < sequence => Err(lost(found).unwrap_or(
-                    // `acknowledged` is there.
-                    Wrong::Foreign { index, found },
-                )),
-                _ => Ok(()),
-            },
-            found @ Found::Zeroes => Err(lost(found).unwrap_or(Wrong::Foreign { index, found })),
-            found => Err(Wrong::Foreign { index, found }),
-        }
+        Err(match acknowledged {
+            Some((sequence, committed)) if ours => {
+                Wrong::Lost { index, sequence, committed, found }
+            }
+            _ => Wrong::Foreign { index, found },
+        })
     }
 
     fn may_hold(&self, index: u32, block: &Block) -> bool {

@@ -130,7 +130,7 @@ impl Iterator for Accidents {
 
     fn next(&mut self) -> Option<Accident> {
         let random = &mut self.random;
-        let after = millis(random, 500..3500);
+        let after = millis(random, 300..2000);
         let (target, blow) = match random.below(10) {
             0 => (Target::Server, Blow::Kill),
             // Shorter than the time between a fence's deadline and the kernel's.
