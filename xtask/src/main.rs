@@ -137,7 +137,7 @@ enum VmTask {
         #[command(flatten)]
         options: vm::Options,
         #[command(flatten)]
-        torture: torture::Torture,
+        wishes: torture::Wishes,
     },
     /// Give a prompt in a new guest; leaving the shell ends it
     #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
@@ -196,8 +196,8 @@ fn run(task: Task) -> Result<u8> {
             let job = Job::Run(command, Duration::from_secs(timeout));
             Ok(status(&vm::run(&options, &job, &None)?))
         }
-        Task::Vm(VmTask::Torture { options, torture }) => {
-            Ok(verdict(torture::run(&options, &torture)?))
+        Task::Vm(VmTask::Torture { options, wishes }) => {
+            Ok(verdict(torture::run(&options, &wishes)?))
         }
         Task::Vm(VmTask::Shell { options }) => {
             ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");

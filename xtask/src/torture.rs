@@ -30,7 +30,7 @@ const LONG: u64 = 300;
 
 /// How to run it.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct Torture {
+pub(crate) struct Wishes {
     /// Seconds on each file system
     #[arg(long, default_value_t = BRIEFLY)]
     seconds: u64,
@@ -40,6 +40,9 @@ pub(crate) struct Torture {
     /// A mistake that pinfoldd makes on purpose: the run must turn red
     #[arg(long, value_enum, value_name = "NAME")]
     mutant: Option<Mutant>,
+    /// After a run without a mistake, one with each, until it is noticed: what CI does
+    #[arg(long, conflicts_with = "mutant")]
+    mutants: bool,
 }
 
 /// What `PINFOLD_MUTANT` may be: `leases/src/mutant.rs`.
@@ -84,17 +87,17 @@ impl Run {
 }
 
 /// `vm torture`.
-pub(crate) fn run(options: &Options, torture: &Torture) -> Result<Tally> {
-    let seed = torture.seed.unwrap_or_else(new_seed);
-    let runs: Vec<_> = Run::on_each(torture.seconds, torture.mutant).collect();
+pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<Tally> {
+    let seed = wishes.seed.unwrap_or_else(new_seed);
+    let mistakes = MISTAKES.into_iter().filter(|_| wishes.mutants);
+    let mistakes = mistakes.flat_map(|mutant| Run::on_each(MUTANT_LIMIT, Some(mutant)));
+    let runs: Vec<_> = Run::on_each(wishes.seconds, wishes.mutant).chain(mistakes).collect();
     Ok(carry_out(options, &runs, seed)?.0)
 }
 
-/// In CI: briefly, and each mistake until it is noticed.
+/// In CI: briefly, and with each mistake until it is noticed.
 pub(crate) fn run_in_ci(options: &Options) -> Result<Tally> {
-    let mistakes = MISTAKES.into_iter().flat_map(|mutant| Run::on_each(MUTANT_LIMIT, Some(mutant)));
-    let runs: Vec<_> = Run::on_each(BRIEFLY, None).chain(mistakes).collect();
-    Ok(carry_out(options, &runs, new_seed())?.0)
+    run(options, &Wishes { seconds: BRIEFLY, seed: None, mutant: None, mutants: true })
 }
 
 /// For ten minutes; the result is written down in `docs/results/`.
@@ -132,10 +135,7 @@ fn carry_out(options: &Options, runs: &[Run], seed: u64) -> Result<(Tally, Vec<V
     println!(
         "== torture: seed {seed}; `cargo xtask vm torture --seed {seed}` repeats its schedule"
     );
-    let mutants = match runs.iter().any(|run| run.mutant.is_some()) {
-        true => Some(cargo::mutants()?),
-        false => None,
-    };
+    let mutants = runs.iter().any(|run| run.mutant.is_some()).then(cargo::mutants).transpose()?;
     let programs = cargo::programs()?;
     let mut script = String::new();
     for run in runs {

@@ -109,12 +109,18 @@ impl Writer {
     /// From a pin to its end.
     async fn visit(&mut self, session: &Session) {
         if self.role.kind == Kind::MakesFiles {
-            // What fails is tried again with the next file.
-            let _ = self.make_file(session).await;
+            if let Err(error) = self.make_file(session).await {
+                // The next file is another one.
+                self.failed(error);
+            }
             return;
         }
         let events = session.events();
-        let Some(held) = self.pin(session).await else { return };
+        let Some(held) = self.pin(session).await else {
+            // The server looks through all of /proc for who has the file: not too often.
+            let pause = millis(&mut self.random, 60..200);
+            return tokio::time::sleep(pause).await;
+        };
         match self.role.kind {
             Kind::Drains | Kind::Streams | Kind::Ignores => self.write_on(session, &held).await,
             Kind::Hammers => self.hammer(session, &held).await,

@@ -322,6 +322,10 @@ impl Rig {
 
     /// Keeps what happened to a file.
     pub fn note(&self, file: u32, what: &str) {
+        // A file that a client makes has no other history.
+        if file >= FILES {
+            return;
+        }
         let at = self.began.elapsed().as_millis();
         let mut state = self.state(file);
         if state.events.len() == EVENTS {
@@ -398,6 +402,10 @@ impl Rig {
                 }
             }
             Said::Stale { .. } => self.count("commits too late", 1),
+            Said::Failed { file: FILES.., why } => {
+                self.count("new files that were not made", 1);
+                eprintln!("torture: a new file: {why}");
+            }
             Said::Failed { file, why } => {
                 self.count("writes failed", 1);
                 self.note(*file, &format!("a write by {writer} failed: {why}"));
