@@ -43,6 +43,9 @@ pub(crate) struct Wishes {
     /// After a run without a mistake, one with each, until it is noticed: what CI does
     #[arg(long, conflicts_with = "mutant")]
     mutants: bool,
+    /// Write the result down in docs/results: what `test-full` does, for ten minutes
+    #[arg(long, conflicts_with_all = ["mutant", "mutants"])]
+    record: bool,
 }
 
 /// What `PINFOLD_MUTANT` may be: `leases/src/mutant.rs`.
@@ -92,28 +95,36 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<Tally> {
     let mistakes = MISTAKES.into_iter().filter(|_| wishes.mutants);
     let mistakes = mistakes.flat_map(|mutant| Run::on_each(MUTANT_LIMIT, Some(mutant)));
     let runs: Vec<_> = Run::on_each(wishes.seconds, wishes.mutant).chain(mistakes).collect();
-    Ok(carry_out(options, &runs, seed)?.0)
+    let (tally, results) = carry_out(options, &runs, seed)?;
+    if wishes.record {
+        record(seed, &results)?;
+    }
+    Ok(tally)
 }
 
 /// In CI: briefly, and with each mistake until it is noticed.
 pub(crate) fn run_in_ci(options: &Options) -> Result<Tally> {
-    run(options, &Wishes { seconds: BRIEFLY, seed: None, mutant: None, mutants: true })
+    let wishes =
+        Wishes { seconds: BRIEFLY, seed: None, mutant: None, mutants: true, record: false };
+    run(options, &wishes)
 }
 
-/// For ten minutes; the result is written down in `docs/results/`.
+/// For ten minutes; the result is written down.
 pub(crate) fn run_long(options: &Options) -> Result<Tally> {
-    let runs: Vec<_> = Run::on_each(LONG, None).collect();
-    let seed = new_seed();
-    let (tally, results) = carry_out(options, &runs, seed)?;
+    let wishes = Wishes { seconds: LONG, seed: None, mutant: None, mutants: false, record: true };
+    run(options, &wishes)
+}
+
+fn record(seed: u64, results: &[Value]) -> Result<()> {
     let kernel = results.first().and_then(|result| result["kernel"].as_str());
     let kernel = kernel.context("the rig named no kernel")?;
     let folder = paths::root().join("docs/results");
     fs::create_dir_all(&folder)?;
-    let path = folder.join(format!("torture-{kernel}.json"));
     let written = json!({"kernel": kernel, "commit": commit()?, "seed": seed, "runs": results});
+    let path = folder.join(format!("torture-{kernel}.json"));
     fs::write(&path, serde_json::to_string_pretty(&written)? + "\n")?;
     println!("docs/results/torture-{kernel}.json is written");
-    Ok(tally)
+    Ok(())
 }
 
 fn new_seed() -> u64 {

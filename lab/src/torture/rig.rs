@@ -21,7 +21,7 @@ use crate::{Daemon, EXPORT, FileSystem, LeaseBreakTimeSet};
 /// How many files are pinned and visited.
 pub const FILES: u32 = 6;
 /// Seconds that the kernel gives a guard's holder: short, so that there are many rounds.
-const LEASE_BREAK_TIME: u32 = 4;
+const LEASE_BREAK_TIME: u32 = 5;
 /// Room that is left on the file system: for a second copy of each file, and the kernel's needs.
 const ROOM: u64 = 12 << 20;
 /// Events of a file that are told with a finding.
@@ -29,7 +29,7 @@ const EVENTS: usize = 40;
 /// Findings of a kind that are told.
 const FINDINGS: usize = 4;
 /// Blocks by clients that a local process waits for before it takes a file.
-const ENOUGH: usize = 12;
+const ENOUGH: usize = 8;
 /// … and for how long, since clients may be stopped.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Far beyond anything that works: only a hang reaches it.
@@ -316,7 +316,7 @@ impl Rig {
         let (_state, waited) =
             changed.wait_timeout_while(self.state(file), PATIENCE, too_few).unwrap();
         if waited.timed_out() {
-            self.count("visits to a file that nobody wrote", 1);
+            self.count("visits to a file with few writes", 1);
         }
     }
 
