@@ -74,8 +74,10 @@ impl Writer {
     fn new(role: &Role, file: u32, told: broadcast::Sender<Told>) -> Self {
         let purpose = 100 + u64::from(role.writer);
         let random = stream(role.seed, purpose, u64::from(file) | role.incarnation << 16);
-        // Later than everything that a process before has written.
-        let sequence = role.incarnation << 32;
+        // Later than everything that a process before has written; and no two files that are made
+        // have the same number.
+        let maker = u64::from(NEW_FILE.saturating_sub(file)) & 0xff;
+        let sequence = role.incarnation << 32 | maker << 24;
         Self { role: role.clone(), file, random, sequence, told }
     }
 
@@ -150,6 +152,9 @@ impl Writer {
             {
                 let generation = grant.generation.counter;
                 say(&Said::Pinned { file, life, generation });
+                if self.role.kind == Kind::Drains {
+                    say(&Said::Mapped);
+                }
                 Some(Held { pin, grant, life })
             }
             // What a pin by the stream path reads while it is taken back can be of any time: a fence
@@ -316,14 +321,14 @@ impl Writer {
         let lie_in_wait = async {
             while let Ok(word) = told.recv().await {
                 let mine = Told::Rewritten { file: self.file };
-                if word != mine && word != Told::Mapped {
-                    continue;
-                }
-                // More than one: the first may fail for its queue pair's sake.
-                while self.try_old_key(session, held, &mut buffer).await {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
+                if word == Told::Mapped {
+                    // Once: before the fence it may land, and the queue pair is to be whole after it.
+                    self.try_old_key(session, held, &mut buffer).await;
                 }
                 if word == mine {
+                    while self.try_old_key(session, held, &mut buffer).await {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
                     return;
                 }
             }

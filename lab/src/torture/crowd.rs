@@ -27,8 +27,13 @@ pub struct Crowd {
 struct Client {
     role: Mutex<Role>,
     process: Mutex<Option<Process>>,
-    stdin: Arc<Mutex<Option<ChildStdin>>>,
+    stdin: Stdin,
+    /// Of those who want to know of every file that is mapped.
+    ambushers: Arc<Vec<Stdin>>,
 }
+
+/// Absent while there is no process.
+type Stdin = Arc<Mutex<Option<ChildStdin>>>;
 
 #[derive(Debug)]
 struct Process {
@@ -45,7 +50,7 @@ fn roles() -> Vec<(Kind, Vec<u32>)> {
         (Kind::Ignores, vec![0, 3]),
         (Kind::Hammers, vec![1, 2]),
         (Kind::Ambushes, vec![0, 2, 3, 4]),
-        (Kind::MakesFiles, vec![NEW_FILE]),
+        (Kind::MakesFiles, vec![NEW_FILE, NEW_FILE - 1, NEW_FILE - 2]),
     ]
 }
 
@@ -54,23 +59,28 @@ impl Crowd {
     pub fn start(rig: &Arc<Rig>) -> Self {
         let url = rig.server.lock().unwrap().daemon.url.clone();
         let seed = rig.order.seed;
-        let client = |((kind, files), writer)| {
+        let roles: Vec<_> =
+            roles().into_iter().map(|(kind, files)| (kind, files, Stdin::default())).collect();
+        let ambushes = roles.iter().filter(|role| role.0 == Kind::Ambushes);
+        let ambushers = Arc::new(ambushes.map(|role| Arc::clone(&role.2)).collect::<Vec<_>>());
+        let client = |((kind, files, stdin), writer)| {
             let role = Role { kind, writer, files, url: url.clone(), incarnation: 0, seed };
-            let client =
-                Client { role: Mutex::new(role), process: Mutex::new(None), stdin: Arc::default() };
+            let client = Client {
+                role: Mutex::new(role),
+                process: Mutex::new(None),
+                stdin,
+                ambushers: Arc::clone(&ambushers),
+            };
             client.start(rig);
             client
         };
-        Self { clients: roles().into_iter().zip(0..).map(client).collect() }
+        Self { clients: roles.into_iter().zip(0..).map(client).collect() }
     }
 
-    /// Tells everybody whom it may concern.
+    /// Tells those who lie in wait.
     pub fn tell(&self, told: &Told) {
-        for client in &self.clients {
-            if client.role.lock().unwrap().kind == Kind::Ambushes {
-                tell(&client.stdin, told);
-            }
-        }
+        let ambushers = self.clients.first().into_iter().flat_map(|client| &*client.ambushers);
+        ambushers.for_each(|stdin| tell(stdin, told));
     }
 
     /// Lets happen what the schedule has, until the run is over.
@@ -155,11 +165,15 @@ impl Client {
         *self.stdin.lock().unwrap() = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (rig, stdin) = (Arc::clone(rig), Arc::clone(&self.stdin));
+        let ambushers = Arc::clone(&self.ambushers);
         let reader = std::thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
                 // Who is killed may be in the middle of a line.
                 let Ok(said) = serde_json::from_str(&line) else { continue };
                 rig.hear(role.writer, &said);
+                if said == Said::Mapped {
+                    ambushers.iter().for_each(|stdin| tell(stdin, &Told::Mapped));
+                }
                 if let Said::GaveBack { number, acknowledged } = &said {
                     check_and_remove(&rig, *number, acknowledged);
                     tell(&stdin, &Told::Checked { number: *number });
@@ -208,7 +222,7 @@ pub(super) fn stop(pid: u32, meanwhile: impl FnOnce()) {
     }
 }
 
-fn tell(stdin: &Mutex<Option<ChildStdin>>, told: &Told) {
+fn tell(stdin: &Stdin, told: &Told) {
     let mut stdin = stdin.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(stdin) = &mut *stdin {
         let line = serde_json::to_string(told).expect("plain data");

@@ -419,7 +419,7 @@ impl Rig {
                 self.note(*file, &format!("writer {writer}: an old key worked"));
             }
             Said::Odd { file, what } => self.found_in(*file, "foreign", what),
-            Said::Mapped => self.count("new files mapped", 1),
+            Said::Mapped => self.count("words that a file was mapped", 1),
             Said::GaveBack { .. } => {}
         }
     }
