@@ -129,7 +129,8 @@ fn record(seed: u64, results: &[Value]) -> Result<()> {
 
 fn new_seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    now.as_secs() ^ u64::from(now.subsec_nanos()) << 32
+    // Short enough to be typed, and for every reader of JSON.
+    u64::from(now.subsec_nanos()) ^ now.as_secs() & 0xffff_ffff
 }
 
 fn commit() -> Result<String> {
