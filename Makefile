@@ -1,7 +1,7 @@
 # The usual names for the tasks of `cargo xtask`, which does the work.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint docs demo demo-local try shell clean
+.PHONY: help setup build test test-full lint docs demo demo-local try shell clean
 
 help: ## say this
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -14,6 +14,9 @@ build: ## build everything
 
 test: ## all of CI: setup, format, clippy, docs, tests, the lab's tests
 	cargo xtask test
+
+test-full: ## the same, and ten minutes of the torture rig; writes docs/results
+	cargo xtask test-full
 
 lint: ## format and clippy only
 	cargo xtask lint

@@ -4,6 +4,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -27,11 +29,14 @@ pub struct Daemon {
     pub url: String,
     child: Child,
     log: Arc<Log>,
+    reader: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
 struct Log {
     lines: Mutex<Vec<Value>>,
+    /// When each line came.
+    times: Mutex<Vec<Instant>>,
     more: Condvar,
 }
 
@@ -100,7 +105,7 @@ impl Daemon {
         let log = Arc::new(Log::default());
         let stderr = BufReader::new(child.stderr.take().unwrap());
         let writer = Arc::clone(&log);
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 writer.add(line);
             }
@@ -110,7 +115,7 @@ impl Daemon {
         let url = first.trim().strip_prefix("pinfoldd: listening on ");
         let url =
             url.unwrap_or_else(|| panic!("pinfoldd did not start: {}", log.text())).to_owned();
-        Self { url, child, log }
+        Self { url, child, log, reader: Some(reader) }
     }
 
     /// Its process id.
@@ -137,6 +142,21 @@ impl Daemon {
         self.log.wait_for(|line| {
             line["path"] == path && line["message"].as_str().is_some_and(|m| m.contains(words))
         })
+    }
+
+    /// Whether it has ended, and how.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
+    /// Everything that it has logged, with the time at which each line came; to be called once it
+    /// has ended.
+    pub fn last_words(&mut self) -> Vec<(Instant, Value)> {
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        let times = self.log.times.lock().unwrap().clone();
+        times.into_iter().zip(self.log.lines.lock().unwrap().clone()).collect()
     }
 
     /// How many of its threads are inside this system call now.
@@ -214,6 +234,7 @@ impl Drop for Daemon {
 impl Log {
     fn add(&self, line: String) {
         let line = serde_json::from_str(&line).unwrap_or(Value::String(line));
+        self.times.lock().unwrap().push(Instant::now());
         self.lines.lock().unwrap().push(line);
         self.more.notify_all();
     }

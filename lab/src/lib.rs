@@ -18,6 +18,7 @@ mod place;
 mod process;
 mod random;
 mod screen;
+pub mod torture;
 
 pub use answer::Answer;
 pub use command::{Finished, Running, doctor, finding};

@@ -440,6 +440,10 @@ impl Guard {
         let still_sealed =
             lease.tier == GuardTier::Sealed && seal::lift(&lease.description).is_err();
         lease.let_go();
+        #[cfg(feature = "mutants")]
+        if broken.is_some() {
+            crate::mutant::pause();
+        }
         Ok(Released { broken, lapsed, still_sealed })
     }
 }

@@ -125,6 +125,8 @@ mod guard;
 mod layout;
 mod lock;
 mod mapping;
+#[cfg(feature = "mutants")]
+pub mod mutant;
 mod openers;
 mod report;
 mod seal;

@@ -38,6 +38,8 @@ struct Inner {
     fenced: AtomicBool,
     shares: AtomicUsize,
     pinned_shares: AtomicUsize,
+    #[cfg(feature = "mutants")]
+    unmapped: AtomicBool,
 }
 
 // SAFETY: the pointer is to memory that only system calls and hardware reach, never a reference.
@@ -47,9 +49,7 @@ unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and the last holder of it is being dropped: every share was
-        // given back, so no hardware uses it either.
-        let unmapped = unsafe { sys::unmap(self.address, self.len) };
+        let unmapped = self.unmap();
         debug_assert!(unmapped.is_ok(), "munmap of our own whole mapping: {unmapped:?}");
     }
 }
@@ -102,6 +102,8 @@ impl Mapping {
             fenced: AtomicBool::new(false),
             shares: AtomicUsize::new(0),
             pinned_shares: AtomicUsize::new(0),
+            #[cfg(feature = "mutants")]
+            unmapped: AtomicBool::new(false),
         };
         // A child that inherited the mapping would keep the guard alive after this process.
         inner.advise(MmapAdvise::MADV_DONTFORK).map_err(failed("madvise(MADV_DONTFORK)"))?;
@@ -189,14 +191,34 @@ impl Mapping {
     /// been returned.
     pub fn fence(&self) -> Result<Fenced, FenceFailed> {
         self.inner.fenced.store(true, Ordering::SeqCst);
-        // SAFETY: the range is our own mapping, and this crate makes no references into it.
-        let cut = unsafe { sys::make_inaccessible(self.inner.address, self.inner.len) };
+        let cut = self.cut();
         let pinned = self.inner.pinned_shares.load(Ordering::SeqCst);
         let following = self.inner.shares.load(Ordering::SeqCst);
         match cut {
             _ if pinned > 0 => Err(FenceFailed::PinnedShares { shares: pinned }),
             Err(source) if following > 0 => Err(FenceFailed::Kernel { source }),
             _ => Ok(Fenced { guard: self.guard }),
+        }
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    fn cut(&self) -> std::io::Result<()> {
+        self.inner.cut()
+    }
+
+    /// What the chosen mutant does for a cut.
+    #[cfg(feature = "mutants")]
+    fn cut(&self) -> std::io::Result<()> {
+        use crate::mutant::{self, Mutant};
+        match mutant::chosen() {
+            None | Some(Mutant::Slow) => self.inner.cut(),
+            Some(Mutant::NoFence) => Ok(()),
+            Some(Mutant::ReleaseBeforeFence) => {
+                let inner = Arc::clone(&self.inner);
+                mutant::late(move || drop(inner.cut()));
+                Ok(())
+            }
+            Some(Mutant::UnmapBeforeDeregister) => self.inner.unmap(),
         }
     }
 
@@ -214,6 +236,28 @@ impl Mapping {
 }
 
 impl Inner {
+    fn cut(&self) -> std::io::Result<()> {
+        // SAFETY: the range is our own mapping, and this crate makes no references into it.
+        unsafe { sys::make_inaccessible(self.address, self.len) }
+    }
+
+    #[cfg(not(feature = "mutants"))]
+    fn unmap(&self) -> std::io::Result<()> {
+        // SAFETY: the mapping is ours, and the last holder of it is being dropped: every share was
+        // given back, so no hardware uses it either.
+        unsafe { sys::unmap(self.address, self.len) }
+    }
+
+    /// Once only: the addresses may be another mapping's afterwards.
+    #[cfg(feature = "mutants")]
+    fn unmap(&self) -> std::io::Result<()> {
+        if self.unmapped.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        // SAFETY: as without mutants; or hardware still uses it, which is the mutant that is chosen.
+        unsafe { sys::unmap(self.address, self.len) }
+    }
+
     fn advise(&self, advice: MmapAdvise) -> std::io::Result<()> {
         // SAFETY: the range is our own mapping; the callers' advice concerns fork and core dumps.
         unsafe { sys::advise(self.address, self.len, advice) }

@@ -149,6 +149,8 @@ fn undeny(paths: &[PathBuf]) -> ExitCode {
 }
 
 fn start(args: Args) -> Result<()> {
+    #[cfg(feature = "mutants")]
+    eprintln!("pinfoldd: {}", pinfold_leases::mutant::warning());
     let _flushed_at_exit = start_log(args.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -61,6 +62,22 @@ pub(crate) fn test<S: AsRef<OsStr>>(args: &[S]) -> Result<Tally> {
 pub(crate) fn programs() -> Result<PathBuf> {
     run(&PROGRAMS, &[])?;
     Ok(paths::target_dir()?.join("debug"))
+}
+
+/// Builds a `pinfoldd` that makes mistakes on purpose, and puts it aside, into a folder of its own,
+/// which is returned. What [`programs`] builds must be built after that.
+pub(crate) fn mutants() -> Result<PathBuf> {
+    // As many features of what is shared as in the other builds.
+    let features = ["--features", "pinfold-server/mutants"];
+    let only = |argument: &&str| *argument != "--bins";
+    let args: Vec<&str> =
+        PROGRAMS.into_iter().filter(only).chain(["--bin", "pinfoldd"]).chain(features).collect();
+    run(&args, &[])?;
+    let built = paths::target_dir()?.join("debug");
+    let aside = built.join("mutants");
+    fs::create_dir_all(&aside)?;
+    fs::copy(built.join("pinfoldd"), aside.join("pinfoldd")).context("no pinfoldd was built")?;
+    Ok(aside)
 }
 
 /// Builds the same and the lab's tests; gives the programs' folder and the tests.

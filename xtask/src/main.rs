@@ -18,6 +18,7 @@ mod signals;
 mod steps;
 mod terminal;
 mod test;
+mod torture;
 mod vm;
 
 use std::ffi::OsString;
@@ -57,6 +58,12 @@ enum Task {
     /// All of CI: setup, format, clippy, docs, tests, the lab's tests
     #[command(after_help = "Example:\n  cargo xtask test --kernel trixie")]
     Test {
+        #[command(flatten)]
+        options: vm::Options,
+    },
+    /// The same, and the torture rig for ten minutes, whose result is written down in docs/results
+    #[command(after_help = "Example:\n  cargo xtask test-full")]
+    TestFull {
         #[command(flatten)]
         options: vm::Options,
     },
@@ -126,6 +133,15 @@ enum VmTask {
         /// Part of the name of a file or of a test; without it, all
         filter: Option<String>,
     },
+    /// Run the torture rig on both file systems: clients, local processes and accidents, at random
+    #[command(after_help = "Exit status: 0 if nothing was found and every mutant was, else 1.\n\n\
+        Example:\n  cargo xtask vm torture --seconds 60 --seed 4711")]
+    Torture {
+        #[command(flatten)]
+        options: vm::Options,
+        #[command(flatten)]
+        wishes: torture::Wishes,
+    },
     /// Give a prompt in a new guest; leaving the shell ends it
     #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
     Shell {
@@ -165,6 +181,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Setup { yes } => setup::run(yes).map(|()| 0),
         Task::Build => steps::build().map(|()| 0),
         Task::Test { options } => Ok(verdict(steps::test(&options)?)),
+        Task::TestFull { options } => Ok(verdict(steps::test_full(&options)?)),
         Task::Lint => steps::lint().map(|()| 0),
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
@@ -182,6 +199,9 @@ fn run(task: Task) -> Result<u8> {
         Task::Vm(VmTask::Run { options, timeout, command }) => {
             let job = Job::Run(command, Duration::from_secs(timeout));
             Ok(status(&vm::run(&options, &job, &None)?))
+        }
+        Task::Vm(VmTask::Torture { options, wishes }) => {
+            Ok(verdict(torture::run(&options, &wishes)?))
         }
         Task::Vm(VmTask::Shell { options }) => {
             ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::libtest::Tally;
 use crate::vm::Options;
-use crate::{cargo, setup, test};
+use crate::{cargo, setup, test, torture};
 
 /// A lab run with all of its tests, on an emulated and busy machine.
 pub(crate) const LAB_LIMIT: Duration = Duration::from_secs(1800);
@@ -16,14 +16,29 @@ type Step<'a> = (&'static str, Box<dyn FnOnce() -> Result<Tally> + 'a>);
 
 /// All of CI. Stops at the first step that fails.
 pub(crate) fn test(options: &Options) -> Result<Tally> {
-    let steps: Vec<Step> = vec![
+    run(ci(options))
+}
+
+/// All of CI, and what takes too long for it.
+pub(crate) fn test_full(options: &Options) -> Result<Tally> {
+    let mut steps = ci(options);
+    steps.push(("torture for long", Box::new(|| torture::run_long(options))));
+    run(steps)
+}
+
+fn ci(options: &Options) -> Vec<Step<'_>> {
+    vec![
         ("setup", Box::new(|| untested(setup::run(true)))),
         ("format", Box::new(|| untested(format()))),
         ("clippy", Box::new(|| untested(clippy()))),
         ("docs", Box::new(|| untested(docs()))),
         ("test", Box::new(|| cargo::test(&["test", "--locked", "--no-fail-fast"]))),
         ("lab", Box::new(|| test::run(options, None, LAB_LIMIT))),
-    ];
+        ("torture", Box::new(|| torture::run_in_ci(options))),
+    ]
+}
+
+fn run(steps: Vec<Step<'_>>) -> Result<Tally> {
     let mut sum = Tally::default();
     let mut table = Vec::new();
     for (name, step) in steps {
