@@ -1,8 +1,6 @@
 //! No RDMA device: on neither side, on one, or not the one that was named.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
-
 use pinfold_client::{Code, ConnectOptions, Error, RdmaDevice, Reason, Session};
 use pinfold_lab::{Answer, Daemon, EXPORT, FileSystem, ForeignClient, device_name, shell};
 use pinfold_proto::v1;
@@ -89,20 +87,18 @@ impl Drop for NoNic {
 async fn none_on_either_side() {
     let _gone = NoNic::start();
     let folder = folder();
-    let exports: [(&str, &Path); 1] = [(EXPORT, folder.path())];
-    let daemon = Daemon::start_with(&exports, &["--rdma-device", "auto"]);
+    let daemon = Daemon::start_with(&[(EXPORT, folder.path())], &["--rdma-device", "auto"]);
     let says = ["no usable RDMA device", "none with an active port", "rdma link add"];
     refuses_rdma_and_serves_by_stream(&daemon, &says).await;
-    the_named_one_is_absent(&daemon, &exports, &device_name(), "there is none at all").await;
+    the_named_one_is_absent(&daemon, &device_name(), "there is none at all").await;
 }
 
 #[tokio::test]
 async fn a_named_one_that_is_absent() {
     let folder = folder();
-    let exports: [(&str, &Path); 1] = [(EXPORT, folder.path())];
-    let daemon = Daemon::start(&exports);
+    let daemon = Daemon::start(&[(EXPORT, folder.path())]);
     let present = format!("there is: {}", device_name());
-    the_named_one_is_absent(&daemon, &exports, ABSENT, &present).await;
+    the_named_one_is_absent(&daemon, ABSENT, &present).await;
 
     // On the server's side, by a client's wish.
     let mut foreign = ForeignClient::open(&daemon.url).await;
@@ -117,14 +113,11 @@ async fn a_named_one_that_is_absent() {
 }
 
 /// The daemon does not start, the command does not go on; both list what there is.
-async fn the_named_one_is_absent(
-    daemon: &Daemon,
-    exports: &[(&str, &Path)],
-    name: &str,
-    present: &str,
-) {
+async fn the_named_one_is_absent(daemon: &Daemon, name: &str, present: &str) {
     let named = format!("no RDMA device \"{name}\"");
-    let refused = Daemon::refused(exports, &["--rdma-device", name]);
+    // A folder of its own: who serves one keeps others off it.
+    let folder = folder();
+    let refused = Daemon::refused(&[(EXPORT, folder.path())], &["--rdma-device", name]);
     assert_eq!((refused.code, refused.stdout.as_str()), (DEVICE, ""), "{}", refused.stderr);
     let finished = daemon.pinfold(name, &AS_IT_CAN).await;
     assert_eq!((finished.code, finished.stdout.as_str()), (DEVICE, ""), "{}", finished.stderr);
