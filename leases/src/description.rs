@@ -143,6 +143,13 @@ impl Description {
         Ok(self.attributes()?.size)
     }
 
+    /// When its inode changed last (`st_ctime`), in nanoseconds since 1970: a name, a mode, a size, or
+    /// bytes by write(2) and by a page's first store. By the kernel's clock, which on older kernels
+    /// ticks in milliseconds. `None` if that can't be read.
+    pub fn change_time_ns(&self) -> Option<u64> {
+        self.attributes().ok()?.change_time_ns
+    }
+
     /// What a mapping of the file would consist of.
     pub fn kind(&self) -> Result<MappingKind> {
         kind_of(self.fd(), self.attributes()?.dax, self.path())

@@ -365,6 +365,12 @@ impl Located {
         self.attributes.allocated
     }
 
+    /// When its inode changed last, as seen when it was found: see
+    /// [`Description::change_time_ns`].
+    pub fn change_time_ns(&self) -> Option<u64> {
+        self.attributes.change_time_ns
+    }
+
     /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
     pub fn dax(&self) -> bool {
         self.attributes.dax
@@ -408,6 +414,7 @@ pub(crate) struct Attributes {
     pub(crate) size: u64,
     pub(crate) allocated: u64,
     pub(crate) dax: bool,
+    pub(crate) change_time_ns: Option<u64>,
     kind: FileType,
 }
 
@@ -428,10 +435,8 @@ impl Attributes {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
         let stat = rustix::fs::statx(fd, name, flags, mask)?;
         let born = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
-        let birth_time_ns = match u64::try_from(stat.stx_btime.tv_sec) {
-            Ok(seconds) if born => {
-                seconds.saturating_mul(1_000_000_000) + u64::from(stat.stx_btime.tv_nsec)
-            }
+        let birth_time_ns = match nanoseconds(&stat.stx_btime) {
+            Some(nanoseconds) if born => nanoseconds,
             _ => 0,
         };
         Ok(Self {
@@ -443,6 +448,7 @@ impl Attributes {
             size: stat.stx_size,
             allocated: stat.stx_blocks * 512,
             dax: stat.stx_attributes.contains(StatxAttributes::DAX),
+            change_time_ns: nanoseconds(&stat.stx_ctime),
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
         })
     }
@@ -459,6 +465,12 @@ impl Attributes {
         };
         Err(Error::NotRegular { path: path.to_owned(), kind })
     }
+}
+
+/// Since 1970; `None` before that.
+fn nanoseconds(time: &rustix::fs::StatxTimestamp) -> Option<u64> {
+    let seconds = u64::try_from(time.tv_sec).ok()?;
+    Some(seconds.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec.into()))
 }
 
 /// Writes zeroes over `range` of a file.

@@ -19,7 +19,7 @@ mod sessions;
 use std::collections::HashMap;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pinfold_leases::{
     Export, ExportLock, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription,
@@ -35,6 +35,7 @@ use crate::fence::{self, Order};
 use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
+use crate::passage::Passages;
 use crate::policy::Policy;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
@@ -86,7 +87,7 @@ pub(crate) struct Engine {
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
-    let_through: Mutex<LetThrough>,
+    passages: Mutex<Passages>,
     retired: Notify,
     records: broadcast::Sender<v1::RevocationRecord>,
 }
@@ -98,25 +99,6 @@ struct Served {
     policy: Policy,
 }
 
-/// Files that were let go for a local process a moment ago: it may still be on its way in, and of
-/// truncate(2) /proc shows no descriptor.
-#[derive(Debug, Default)]
-struct LetThrough(HashMap<FileIdentity, Instant>);
-
-impl LetThrough {
-    /// How long it may take to get there.
-    const LASTS: Duration = Duration::from_secs(2);
-
-    fn add(&mut self, identity: FileIdentity, now: Instant) {
-        self.0.retain(|_, at| now.duration_since(*at) < Self::LASTS);
-        self.0.insert(identity, now);
-    }
-
-    fn is_recent(&self, identity: FileIdentity, now: Instant) -> bool {
-        self.0.get(&identity).is_some_and(|at| now.duration_since(*at) < Self::LASTS)
-    }
-}
-
 /// What outlives one guarding of an inode.
 #[derive(Clone, Debug, Default)]
 struct Inode {
@@ -124,8 +106,6 @@ struct Inode {
     turn: Arc<AsyncMutex<()>>,
     /// While an old mapping lives, only its own description can be guarded again.
     description: Option<WeakDescription>,
-    /// The last guarding ended by a break: somebody may still be on their way in.
-    broken: bool,
     /// Of earlier guardings that were let go while stream writes were inside the kernel.
     left_behind: Vec<Arc<Gate>>,
 }
@@ -183,7 +163,7 @@ impl Engine {
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
-            let_through: Mutex::default(),
+            passages: Mutex::default(),
             retired: Notify::new(),
             records: broadcast::Sender::new(RECORDS_KEPT),
         });

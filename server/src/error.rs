@@ -201,15 +201,3 @@ impl Error {
 fn counted(pins: usize) -> String {
     format!("{pins} {}", if pins == 1 { "pin" } else { "pins" })
 }
-
-/// The message of an error and of everything below it, for where only text can go.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}

@@ -7,11 +7,11 @@ use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
 use pinfold_verbs::checkup::Examined;
 use pinfold_verbs::{
     Access, Connected, Device, Endpoint, MemoryRegion, Mtu, ProtectionDomain, QueuePair,
-    QueuePairBuilder, Quirks, RegistrationMode, self_test,
+    QueuePairBuilder, Quirks, RegistrationMode, self_test, with_causes,
 };
 
 use crate::config::DeviceChoice;
-use crate::error::{Error, Result, with_causes};
+use crate::error::{Error, Result};
 use crate::registry::{PinAccess, Refusal};
 
 /// Borders of segments lie on a multiple of this, so that a huge page is not cut.

@@ -17,6 +17,7 @@ mod fence;
 mod gate;
 mod held;
 mod ids;
+mod passage;
 mod policy;
 mod registry;
 mod service;

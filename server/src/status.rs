@@ -4,10 +4,11 @@ use std::collections::HashMap;
 
 use pinfold_leases::Error as FileError;
 use pinfold_proto::{ERROR_DOMAIN, Reason};
+use pinfold_verbs::with_causes;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::error::{Error, with_causes};
+use crate::error::Error;
 use crate::registry::Refusal;
 
 impl From<Error> for Status {

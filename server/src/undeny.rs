@@ -5,8 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use pinfold_leases::{Error as FileError, Export, Located, RelativePath};
-
-use crate::error::with_causes;
+use pinfold_verbs::with_causes;
 
 /// How it went with all files together: the worst counts.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]

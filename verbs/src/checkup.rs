@@ -163,7 +163,7 @@ pub struct HostFacts {
 
 impl HostFacts {
     fn gather() -> Self {
-        let listed = devices().map_err(|error| with_causes(&error));
+        let listed = devices().map_err(|error| with_new_causes(&error));
         let listed = listed.map(|names| names.iter().map(ToString::to_string).collect());
         let closed =
             |path: &String| fs::OpenOptions::new().read(true).write(true).open(path).is_err();
@@ -363,7 +363,7 @@ pub fn examine() -> (Vec<Finding>, Vec<Examined>) {
                 examined.push(Examined { device, on_demand, pinned });
             }
             Err(error) => findings.push(
-                Finding::missing("open", "can't be opened", with_causes(&error))
+                Finding::missing("open", "can't be opened", with_new_causes(&error))
                     .remedy("give this user read and write permission on /dev/infiniband/uverbs*")
                     .about(name),
             ),
@@ -378,7 +378,7 @@ fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
         // Each transfer would be waited for in vain.
         return Err(format!("not tested: the port is {state}"));
     }
-    self_test(device, mode).map(|report| report.quirks).map_err(|error| with_causes(&error))
+    self_test(device, mode).map(|report| report.quirks).map_err(|error| with_new_causes(&error))
 }
 
 /// The network interface under a RoCE device, as far as /sys tells.
@@ -400,13 +400,13 @@ fn names_in(folder: &Path) -> Vec<String> {
     names
 }
 
-/// An error with all that caused it, in one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
+/// As [`with_causes`](crate::with_causes), without what has been said already: for errors of
+/// libraries, some of which repeat their cause's words.
+pub fn with_new_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let words = error.to_string();
-        // Some libraries repeat their cause's words.
         if !text.contains(&words) {
             text += &format!(": {words}");
         }

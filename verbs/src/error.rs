@@ -437,6 +437,18 @@ fn say_hint(source: &io::Error) -> &'static str {
     }
 }
 
+/// The message of an error and of everything below it, for where only text can go.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use std::error::Error as _;

@@ -84,7 +84,7 @@ pub use completion::{CompletionQueue, CompletionStatus, WorkCompletion};
 pub use device::{
     Capabilities, Device, DeviceName, LinkLayer, OdpCapabilities, Port, PortState, devices,
 };
-pub use error::Error;
+pub use error::{Error, with_causes};
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
     Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,

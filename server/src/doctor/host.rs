@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use pinfold_leases::{GuardTier, LeaseBreakTime};
 use pinfold_verbs::checkup::Finding;
+use pinfold_verbs::with_causes;
 use rustix::process::{Resource, geteuid, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::bytes;
 use super::trial::{Trial, TrialError};
 use crate::engine::drain_budget;
-use crate::error::with_causes;
 
 /// Without these nothing can be served.
 pub(super) const ESSENTIAL: [&str; 2] = ["guards", "leases_enable"];

@@ -8,9 +8,8 @@ use pinfold_leases::{
     Create, Description, Error, Export, Guard, GuardTier, Layout, Mapping, MappingKind,
     RelativePath, Watcher,
 };
-use pinfold_verbs::{ProtectionDomain, RegistrationMode};
+use pinfold_verbs::{ProtectionDomain, RegistrationMode, with_causes};
 
-use crate::error::with_causes;
 use crate::fabric::{Fabric, Manner, register};
 use crate::registry::PinAccess;
 

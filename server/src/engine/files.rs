@@ -425,7 +425,7 @@ impl Engine {
 
     /// Whether somebody who was let through may still be on their way into the file.
     pub(super) fn just_let_through(&self, located: &Located) -> bool {
-        locked(&self.let_through).is_recent(located.identity(), Instant::now())
+        locked(&self.passages).is_recent(located.identity(), Instant::now())
     }
 
     pub(super) fn file(&self, guard: GuardId) -> Option<Arc<HeldFile>> {

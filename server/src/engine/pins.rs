@@ -9,7 +9,7 @@ use pinfold_leases::{
     RelativePath, waiting_breakers,
 };
 use pinfold_proto::v1;
-use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode};
+use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode, with_causes};
 use tokio::sync::oneshot;
 
 use super::files::still_draining;
@@ -17,7 +17,7 @@ use super::obstacles::{FileWait, KeptOpen, Obstacles, TRY_AGAIN, keep_open};
 use super::sessions::no_device;
 use super::{Engine, PATIENCE, SessionParts, locked};
 use crate::config::{GuardWish, OnTruncate, Policy};
-use crate::error::{Error, Result, with_causes};
+use crate::error::{Error, Result};
 use crate::fabric::{self, Fabric};
 use crate::fence::Order;
 use crate::gate::Inside;
@@ -245,7 +245,12 @@ impl Engine {
         let description = self.open(located)?;
         keep_open(kept_open, &description);
         let kind = description.kind()?;
-        let held = self.arm_and_map(&description, policy, reserve_end)?;
+        let held = self.arm_and_map(&description, policy, reserve_end).inspect_err(|error| {
+            // So early that there was nothing to take back yet.
+            if matches!(error, Error::File(FileError::Broken)) {
+                self.begin_passage(&description, description.change_time_ns());
+            }
+        })?;
         let identity = description.identity();
         let file = Arc::new(HeldFile::new(description, kind, policy, guardable, held));
         // Known to the fence before it is known to the registry.
@@ -281,18 +286,17 @@ impl Engine {
         })
     }
 
-    /// After a break, whoever waited goes first: unlink and rename hold nothing that would keep us
-    /// from guarding the file again before they have woken up.
-    pub(super) fn let_breakers_pass(&self, located: &Located) -> Result<()> {
-        let identity = located.identity();
-        let broken = locked(&self.inodes).get(&identity).is_some_and(|inode| inode.broken);
-        if !broken {
-            return Ok(());
-        }
-        if !waiting_breakers(identity).is_empty() {
+    /// After a break, whoever waited goes first.
+    fn let_breakers_pass(&self, located: &Located) -> Result<()> {
+        let (identity, changed) = (located.identity(), located.change_time_ns());
+        let now = Instant::now();
+        let (recent, over) = {
+            let mut passages = locked(&self.passages);
+            (passages.is_recent(identity, now), passages.is_over(identity, changed, now))
+        };
+        if !over || (recent && !waiting_breakers(identity).is_empty()) {
             return Err(Refusal::Draining.into());
         }
-        locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = false);
         Ok(())
     }
 

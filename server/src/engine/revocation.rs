@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pinfold_leases::{Break, BreakKind, FenceFailed, FileIdentity, GuardId};
+use pinfold_leases::{Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId};
+use pinfold_verbs::with_causes;
 
 use super::{Engine, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
-use crate::error::with_causes;
 use crate::fence::Order;
 use crate::held::HeldFile;
 use crate::ids::SessionId;
@@ -102,6 +102,7 @@ impl Engine {
             let path = file.path().display();
             tracing::error!(%path, late_stream_writes, "released with stream writes inside");
         }
+        let changed = file.description().change_time_ns();
         let Some(released) = file.release(fenced) else { return };
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
@@ -112,13 +113,16 @@ impl Engine {
             tracing::error!(%path, "the seal could not be lifted; pinfoldd undeny does it");
         }
         if released.broken.is_some() {
-            let identity = file.description().identity();
-            locked(&self.let_through).add(identity, now);
-            locked(&self.inodes).entry(identity).and_modify(|inode| inode.broken = true);
+            self.begin_passage(file.description(), changed);
         }
         file.announce_release();
         self.perform(actions);
         self.retire(&file, record, late_stream_writes);
+    }
+
+    /// Somebody was let into a file that had changed last at this time.
+    pub(super) fn begin_passage(&self, description: &Description, changed_ns: Option<u64>) {
+        locked(&self.passages).begin(description.identity(), changed_ns, Instant::now());
     }
 
     /// Something still reaches the file: a region that is being registered at this moment, and will

@@ -1,0 +1,74 @@
+//! Who was let into a file goes first, however quickly its clients come back.
+#![forbid(unsafe_code)]
+
+use std::process::{Child, Command};
+
+use pinfold_client::{Event, Pin, PinRequest, Reason, Session};
+use pinfold_lab::{EXPORT, eventually, on_each_file_system};
+
+const LEN: u64 = 64 << 10;
+const CLIENTS: usize = 4;
+
+/// Processes that keep every processor busy, until they are dropped.
+struct Busy(Vec<Child>);
+
+impl Busy {
+    fn start() -> Self {
+        let processors = std::thread::available_parallelism().unwrap().get();
+        let spin = || Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        Self((0..processors).map(|_| spin()).collect())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        for process in &mut self.0 {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+}
+
+/// Pins the file again whenever the pin is lost, at once, until its name is another file's.
+async fn come_back(session: Session, first: Pin) {
+    let file = first.grant().identity;
+    let mut events = session.events();
+    let mut pin = first;
+    loop {
+        while !matches!(events.next().await.expect("the session ended"), Event::Draining { .. }) {}
+        drop(pin);
+        pin = loop {
+            match session.pin(request().expect_identity(file)).await {
+                Ok(pin) => break pin,
+                Err(error) if error.reason() == Some(Reason::FileChanged) => return,
+                Err(error) => println!("not yet: {error}"),
+            }
+        };
+    }
+}
+
+fn request() -> PinRequest {
+    PinRequest::read_write(EXPORT, "file")
+}
+
+on_each_file_system! {
+    async fn a_process_with_little_time_gets_to_rename(lab in Lab) {
+        lab.make_file("file", LEN);
+        lab.make_file("other", LEN);
+        let mut clients = Vec::new();
+        for _ in 0..CLIENTS {
+            let session = lab.session().await;
+            let pin = session.pin(request()).await.unwrap();
+            clients.push(tokio::spawn(come_back(session, pin)));
+        }
+        let _busy = Busy::start();
+        let mut rename = Command::new("nice");
+        rename.args(["-n", "19", "mv", "-f"]).arg(lab.path("other")).arg(lab.path("file"));
+        let mut rename = rename.spawn().unwrap();
+        eventually("the file is renamed", async || rename.try_wait().unwrap().is_some()).await;
+        assert!(rename.wait().unwrap().success());
+        for client in clients {
+            client.await.unwrap();
+        }
+    }
+}
