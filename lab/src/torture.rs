@@ -5,8 +5,8 @@
 //!
 //! [`block`] is what bytes look like, [`life`] what a file must hold, [`schedule`] what happens when:
 //! those are pure. [`client`] runs in processes of its own, [`local`] does what local processes do,
-//! [`crowd`] starts, feeds, kills and stops processes, [`leaks`] looks at what is left, [`outcome`]
-//! sums up, and [`rig`] puts it together.
+//! [`crowd`] starts, feeds, kills and stops processes, [`leaks`] looks at what is left, `stuck` tells
+//! where everybody hangs, [`outcome`] sums up, and [`rig`] puts it together.
 //!
 //! `cargo xtask vm torture` runs it.
 
@@ -19,4 +19,5 @@ pub mod local;
 pub mod outcome;
 pub mod rig;
 pub mod schedule;
+mod stuck;
 pub mod words;

@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::fs;
-use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,6 +36,9 @@ pub(crate) struct Wishes {
     /// What the schedule comes from; another one each time, and printed, if not given
     #[arg(long)]
     seed: Option<u64>,
+    /// Only on this file system
+    #[arg(long, value_name = "ext4|xfs", value_parser = FILE_SYSTEMS)]
+    on: Option<String>,
     /// A mistake that pinfoldd makes on purpose: the run must turn red
     #[arg(long, value_enum, value_name = "NAME")]
     mutant: Option<Mutant>,
@@ -46,6 +48,12 @@ pub(crate) struct Wishes {
     /// Write the result down in docs/results: what `test-full` does, for ten minutes
     #[arg(long, conflicts_with_all = ["mutant", "mutants"])]
     record: bool,
+}
+
+impl Wishes {
+    fn of(seconds: u64) -> Self {
+        Self { seconds, seed: None, on: None, mutant: None, mutants: false, record: false }
+    }
 }
 
 /// What `PINFOLD_MUTANT` may be: `leases/src/mutant.rs`.
@@ -84,6 +92,10 @@ impl Run {
         FILE_SYSTEMS.into_iter().map(move |file_system| Self { file_system, seconds, mutant })
     }
 
+    fn is_wanted(&self, wishes: &Wishes) -> bool {
+        wishes.on.as_ref().is_none_or(|name| name == self.file_system)
+    }
+
     fn must_be_red(&self) -> bool {
         self.mutant.is_some_and(|mutant| MISTAKES.contains(&mutant))
     }
@@ -94,7 +106,8 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<Tally> {
     let seed = wishes.seed.unwrap_or_else(new_seed);
     let mistakes = MISTAKES.into_iter().filter(|_| wishes.mutants);
     let mistakes = mistakes.flat_map(|mutant| Run::on_each(MUTANT_LIMIT, Some(mutant)));
-    let runs: Vec<_> = Run::on_each(wishes.seconds, wishes.mutant).chain(mistakes).collect();
+    let runs = Run::on_each(wishes.seconds, wishes.mutant).chain(mistakes);
+    let runs: Vec<_> = runs.filter(|run| run.is_wanted(wishes)).collect();
     let (tally, results) = carry_out(options, &runs, seed)?;
     if wishes.record {
         record(seed, &results)?;
@@ -104,15 +117,12 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<Tally> {
 
 /// In CI: briefly, and with each mistake until it is noticed.
 pub(crate) fn run_in_ci(options: &Options) -> Result<Tally> {
-    let wishes =
-        Wishes { seconds: BRIEFLY, seed: None, mutant: None, mutants: true, record: false };
-    run(options, &wishes)
+    run(options, &Wishes { mutants: true, ..Wishes::of(BRIEFLY) })
 }
 
 /// For ten minutes; the result is written down.
 pub(crate) fn run_long(options: &Options) -> Result<Tally> {
-    let wishes = Wishes { seconds: LONG, seed: None, mutant: None, mutants: false, record: true };
-    run(options, &wishes)
+    run(options, &Wishes { record: true, ..Wishes::of(LONG) })
 }
 
 fn record(seed: u64, results: &[Value]) -> Result<()> {
@@ -120,7 +130,8 @@ fn record(seed: u64, results: &[Value]) -> Result<()> {
     let kernel = kernel.context("the rig named no kernel")?;
     let folder = paths::root().join("docs/results");
     fs::create_dir_all(&folder)?;
-    let written = json!({"kernel": kernel, "commit": commit()?, "seed": seed, "runs": results});
+    let commit = paths::git(&["describe", "--always", "--dirty"])?;
+    let written = json!({"kernel": kernel, "commit": commit, "seed": seed, "runs": results});
     let path = folder.join(format!("torture-{kernel}.json"));
     fs::write(&path, serde_json::to_string_pretty(&written)? + "\n")?;
     println!("docs/results/torture-{kernel}.json is written");
@@ -131,14 +142,6 @@ fn new_seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     // Short enough to be typed, and for every reader of JSON.
     u64::from(now.subsec_nanos()) ^ now.as_secs() & 0xffff_ffff
-}
-
-fn commit() -> Result<String> {
-    let mut git = Command::new("git");
-    git.args(["describe", "--always", "--dirty"]).current_dir(paths::root());
-    let output = git.output().context("git did not start")?;
-    ensure!(output.status.success(), "git describe ended with {}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// Builds, boots once, runs one after the other; a run that ends as it must is a test passed.

@@ -15,6 +15,7 @@ use super::leaks::Footprint;
 use super::life::{Life, Wrong};
 use super::local::Local;
 use super::outcome::{Finding, Latencies, Outcome};
+use super::stuck;
 use super::words::{Said, file_name};
 use crate::{Daemon, EXPORT, FileSystem, LeaseBreakTimeSet};
 
@@ -158,11 +159,11 @@ impl Rig {
         let mut threads: Vec<_> = (0..FILES)
             .map(|file| {
                 let local = Local::new(self, &crowd, file);
-                spawn("a local process", move || local.run())
+                spawn(file_name(file), move || local.run())
             })
             .collect();
         let (rig, accidents) = (Arc::clone(self), Arc::clone(&crowd));
-        threads.push(spawn("the accidents", move || accidents.suffer(&rig)));
+        threads.push(spawn("accidents".to_owned(), move || accidents.suffer(&rig)));
         self.pause(self.order.time);
         self.end();
         let finished = self.join(threads);
@@ -179,12 +180,14 @@ impl Rig {
         self.close_down();
     }
 
-    fn join(&self, threads: Vec<(&'static str, JoinHandle<()>)>) -> bool {
+    fn join(&self, threads: Vec<(String, JoinHandle<()>)>) -> bool {
         let give_up = Instant::now() + DEADLINE;
         for (name, thread) in threads {
             while !thread.is_finished() {
                 if Instant::now() > give_up {
-                    self.found("hang", format!("{name} did not come to its end"));
+                    let threads = stuck::threads_of_all();
+                    let what = format!("{name} did not come to its end{threads}");
+                    self.found("hang", what + &self.all_events());
                     return false;
                 }
                 std::thread::sleep(Duration::from_millis(10));
@@ -359,10 +362,18 @@ impl Rig {
         }
     }
 
+    fn events(&self, file: u32) -> String {
+        self.state(file).events.iter().map(|event| format!("\n    {event}")).collect()
+    }
+
+    fn all_events(&self) -> String {
+        let told = |file| format!("\n  {}:{}", file_name(file), self.events(file));
+        (0..FILES).map(told).collect()
+    }
+
     /// Something in a file that must not be: tells what happened to it before.
     pub fn found_in(&self, file: u32, check: &str, what: &str) {
-        let events = self.state(file).events.iter().map(|event| format!("\n    {event}")).collect();
-        let events: String = events;
+        let events = self.events(file);
         self.found(check, format!("{}: {what}{events}", file_name(file)));
     }
 
@@ -439,11 +450,10 @@ impl Rig {
     }
 }
 
-fn spawn(
-    name: &'static str,
-    work: impl FnOnce() + Send + 'static,
-) -> (&'static str, JoinHandle<()>) {
-    (name, std::thread::spawn(work))
+/// A thread that has its name wherever threads are told.
+fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> (String, JoinHandle<()>) {
+    let thread = std::thread::Builder::new().name(name.clone());
+    (name, thread.spawn(work).unwrap())
 }
 
 /// Removes a file that may be gone already.
