@@ -166,6 +166,23 @@ pub(crate) enum Command {
     Man(Man),
 }
 
+// No documentation: it would become that of the commands.
+#[derive(Args, Debug)]
+pub(crate) struct Requests {
+    /// Bytes per request, rounded up to whole pages
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_chunk)]
+    pub(crate) chunk: usize,
+
+    /// Requests in flight at a time
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..=256)
+    )]
+    pub(crate) window: u32,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct Put {
     /// The file to copy
@@ -180,18 +197,8 @@ pub(crate) struct Put {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Bytes per request, rounded up to whole pages
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_chunk)]
-    pub(crate) chunk: usize,
-
-    /// Requests in flight at a time
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 8,
-        value_parser = clap::value_parser!(u32).range(1..=256)
-    )]
-    pub(crate) window: u32,
+    #[command(flatten)]
+    pub(crate) requests: Requests,
 }
 
 #[derive(Args, Debug)]
@@ -212,18 +219,8 @@ pub(crate) struct Get {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Bytes per request, rounded up to whole pages
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_chunk)]
-    pub(crate) chunk: usize,
-
-    /// Requests in flight at a time
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 8,
-        value_parser = clap::value_parser!(u32).range(1..=256)
-    )]
-    pub(crate) window: u32,
+    #[command(flatten)]
+    pub(crate) requests: Requests,
 }
 
 #[derive(Args, Debug)]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use pinfold_client::checkup::{self, Finding, Verdict, draw, with_causes};
+use pinfold_client::checkup::{self, Finding, Verdict, draw, with_new_causes};
 use pinfold_client::{ConnectOptions, Error, RdmaDevice, Session};
 use serde::Serialize;
 
@@ -88,7 +88,7 @@ async fn connect(
             };
             return Ok((session, rdma));
         }
-        Err(error) if Exit::of_error(&error) == Exit::Device => with_causes(&error),
+        Err(error) if Exit::of_error(&error) == Exit::Device => with_new_causes(&error),
         Err(error) => return Err(error),
     };
     let without = ConnectOptions::new(url).rdma_device(RdmaDevice::None);
@@ -96,7 +96,7 @@ async fn connect(
 }
 
 fn unreachable(url: &str, failure: &Failure) -> Finding {
-    Finding::missing("reachable", url, with_causes(failure))
+    Finding::missing("reachable", url, with_new_causes(failure))
         .remedy("start `pinfoldd` there, or name it with --server http://HOST:PORT")
         .about("server")
 }

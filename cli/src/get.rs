@@ -70,7 +70,7 @@ pub(crate) async fn run(connection: Connection, args: Get) -> Result<(), Failure
     let to_stdout = target.is_stdout();
     let left_behind = target.left_behind();
     let carried =
-        work::by_transport(connection, Some(args.window), &left_behind, async |session| {
+        work::by_transport(connection, Some(args.requests.window), &left_behind, async |session| {
             get(session, transport, &args, target).await
         })
         .await?;
@@ -143,7 +143,7 @@ async fn copy(
     target: &Target,
     progress: &mut Progress,
 ) -> Result<(), Failure> {
-    let chunk = transfer::chunk_bytes(args.chunk, len, pin.grant());
+    let chunk = transfer::chunk_bytes(args.requests.chunk, len, pin.grant());
     let bar = transfer::progress_bar(&args.file, len, args.json);
     let mut offsets = (0..len).step_by(chunk);
     let start = |offset: u64, buffer: Buffer| {
@@ -153,7 +153,7 @@ async fn copy(
         Reading { len, task: tokio::spawn(read) }
     };
     let mut readings = VecDeque::new();
-    for offset in offsets.by_ref().take(args.window as usize) {
+    for offset in offsets.by_ref().take(args.requests.window as usize) {
         readings.push_back(start(offset, session.buffer(chunk).await?));
     }
     while let Some(reading) = readings.pop_front() {

@@ -58,10 +58,11 @@ pub(crate) async fn run(connection: Connection, args: Put) -> Result<(), Failure
     let source = Arc::new(Source::open(&args.local)?);
     let transport = connection.transport;
     let left_behind = format!("{} is incomplete on the server", args.file);
-    let report = work::by_transport(connection, Some(args.window), &left_behind, async |session| {
-        put(session, transport, &args, source).await
-    })
-    .await?;
+    let report =
+        work::by_transport(connection, Some(args.requests.window), &left_behind, async |session| {
+            put(session, transport, &args, source).await
+        })
+        .await?;
     if args.json { terminal::print_json(&report) } else { terminal::print(&report.to_string()) }
 }
 
@@ -165,9 +166,9 @@ async fn copy(
     pin: &Arc<Pin>,
     progress: &Arc<Progress>,
 ) -> Result<(), Failure> {
-    let chunk = transfer::chunk_bytes(args.chunk, source.len, pin.grant());
+    let chunk = transfer::chunk_bytes(args.requests.chunk, source.len, pin.grant());
     let bar = transfer::progress_bar(&args.file, source.len, args.json);
-    let workers = source.len.div_ceil(chunk as u64).min(args.window.into());
+    let workers = source.len.div_ceil(chunk as u64).min(args.requests.window.into());
     let mut running = JoinSet::new();
     for _ in 0..workers {
         let worker = Worker {
@@ -302,7 +303,7 @@ mod tests {
     use pinfold_client::Code;
 
     use super::*;
-    use crate::args::FileArg;
+    use crate::args::{FileArg, Requests};
 
     #[test]
     fn a_file_that_was_cut_to_nothing_is_told_like_any_other_size() {
@@ -310,8 +311,7 @@ mod tests {
             local: "app.log".into(),
             file: FileArg { export: "data".to_owned(), path: "log".to_owned() },
             json: false,
-            chunk: 1 << 20,
-            window: 8,
+            requests: Requests { chunk: 1 << 20, window: 8 },
         };
         let refused = |reason| Error::Refused {
             doing: "pin data/log".to_owned(),

@@ -248,6 +248,7 @@ const ALL: Range<u64> = 0..u64::MAX;
 #[allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 mod tests {
     use super::*;
+    use crate::random::Random;
 
     fn wrote(ledger: &mut Ledger, range: Range<u64>) {
         let write = ledger.begin(range);
@@ -395,18 +396,7 @@ mod tests {
         }
     }
 
-    /// A small deterministic generator (SplitMix64).
-    struct Random(u64);
-
     impl Random {
-        fn below(&mut self, bound: u64) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (z ^ (z >> 31)) % bound
-        }
-
         fn range(&mut self, bytes: u64) -> Range<u64> {
             let start = self.below(bytes);
             start..start + self.below(bytes - start + 1)

@@ -60,6 +60,8 @@ mod pin;
 mod pin_state;
 mod pin_table;
 mod plan;
+#[cfg(test)]
+mod random;
 mod retry;
 mod revocation;
 mod session;

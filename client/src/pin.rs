@@ -491,10 +491,7 @@ impl Pin {
                 self.read_pieces(transfer, pieces, take).await
             }
         };
-        match done {
-            Ok(()) => Ok(buffer),
-            Err(error) => Err(TransferError::new(error, buffer)),
-        }
+        with_buffer(done, buffer)
     }
 
     /// Both ways at a time. The device has the buffer meanwhile, so the stream path works on
@@ -533,10 +530,7 @@ impl Pin {
         for (local, data) in arrived {
             buffer.as_mut_slice()[local].copy_from_slice(&data);
         }
-        match streamed {
-            Ok(()) => Ok(buffer),
-            Err(error) => Err(TransferError::new(error, buffer)),
-        }
+        with_buffer(streamed, buffer)
     }
 
     async fn run_requests(
@@ -761,6 +755,14 @@ impl Drop for Pin {
 /// Every change of a ledger is a single step.
 fn lock(ledger: &Mutex<Ledger>) -> std::sync::MutexGuard<'_, Ledger> {
     ledger.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A transfer gives its buffer back either way.
+fn with_buffer(done: Result<(), Error>, buffer: Buffer) -> Result<Buffer, TransferError> {
+    match done {
+        Ok(()) => Ok(buffer),
+        Err(error) => Err(TransferError::new(error, buffer)),
+    }
 }
 
 fn to_piece(request: &Request) -> Piece {

@@ -185,6 +185,7 @@ fn buffer_range(bytes: Range<u64>, wanted_start: u64) -> Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::Random;
     use crate::{Access, FileIdentity, Generation, GuardTier, Quirks};
 
     const BOTH: Ways = Ways { rdma: true, stream: NonZeroU64::new(1 << 20) };
@@ -355,18 +356,7 @@ mod tests {
         assert_eq!(past_end.reach().probe(), None);
     }
 
-    /// A small deterministic generator (SplitMix64), so that a failure names its case.
-    struct Random(u64);
-
     impl Random {
-        fn below(&mut self, bound: u64) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            (z ^ (z >> 31)) % bound
-        }
-
         fn grant(&mut self) -> Grant {
             let alignment = 1 << self.below(14);
             let start = self.below(3) * self.below(10_000);

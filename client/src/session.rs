@@ -1,6 +1,5 @@
 //! A session: everything a client has at a server hangs off one.
 
-use std::error::Error as _;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +8,7 @@ use pinfold_proto::v1;
 use pinfold_proto::v1::pinfold_client::PinfoldClient;
 use pinfold_proto::v1::session_event::Event as Heard;
 use pinfold_proto::v1::session_request::Message as Said;
-use pinfold_verbs::{CompletionStatus, Piece, RemoteSlice};
+use pinfold_verbs::{CompletionStatus, Piece, RemoteSlice, with_causes};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -621,18 +620,6 @@ fn stream_survives(error: &Error) -> bool {
         Error::Verbs { .. } => true,
         error => matches!(error.reason(), Some(Reason::NoRdmaDevice | Reason::QueuePairFailed)),
     }
-}
-
-/// The message of an error and of everything below it.
-fn with_causes(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Completes "the server refused to …".

@@ -1,6 +1,9 @@
 //! The library against the real server, on this machine's own file system and without RDMA: what
 //! works on any Linux.
 
+#[path = "../src/random.rs"]
+mod random;
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
@@ -12,6 +15,7 @@ use pinfold_client::{
 };
 use pinfold_server::Server;
 use pinfold_server::config::{Config, ExportConfig};
+use random::Random;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, oneshot};
@@ -451,18 +455,7 @@ async fn pins_end_with_the_server() {
     assert!(matches!(pin.check(), Err(Error::Revoked { .. })));
 }
 
-/// A small deterministic generator (SplitMix64), so that a failure can be run again.
-struct Random(u64);
-
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-
     /// Mostly short, sometimes longer than a piece of the stream path.
     fn stretch(&mut self, within: &std::ops::Range<u64>) -> (u64, usize) {
         let longest = match self.below(100) {

@@ -18,6 +18,7 @@ mod place;
 mod process;
 mod random;
 mod screen;
+mod story;
 pub mod torture;
 
 pub use answer::Answer;
@@ -29,11 +30,12 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, device_name, required};
 pub use process::{
-    Frozen, Mounted, Opener, Truncation, read_by_another_process, rewrite_by_another_process,
-    shell, tool,
+    Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process,
+    rewrite_by_another_process, shell, tool,
 };
 pub use random::Random;
 pub use screen::{Screen, summary};
+pub use story::taken_back;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};

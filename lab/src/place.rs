@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::shell;
+
 /// A file system of the lab. ext4 and XFS are mounted with `dax=always` on emulated persistent
 /// memory.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -31,6 +33,29 @@ impl FileSystem {
             Self::Xfs => "xfs",
             Self::Tmpfs => "tmpfs",
         }
+    }
+
+    /// What it lies on; none for tmpfs.
+    pub fn device(self) -> Option<String> {
+        if self == Self::Tmpfs {
+            return None;
+        }
+        let mount_point = self.mount_point();
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let device = mounts.lines().find_map(|line| {
+            let mut words = line.split(' ');
+            let device = words.next()?;
+            (words.next()? == mount_point.to_str()?).then(|| device.to_owned())
+        });
+        assert!(device.is_some(), "nothing is mounted on {}", mount_point.display());
+        device
+    }
+
+    /// Unmounts and mounts again, which fails if anything still holds a file.
+    pub fn remount(self, options: &str) {
+        let (at, device) = (self.mount_point(), self.device().expect("it lies on a device"));
+        let (at, kind) = (at.display(), self.kind());
+        shell(&format!("umount {at}; mount -t {kind} -o {options} {device} {at}"));
     }
 }
 

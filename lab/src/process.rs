@@ -70,6 +70,30 @@ impl Drop for Mounted {
     }
 }
 
+/// A mounted hugetlbfs with room for some pages, given back after.
+#[derive(Debug)]
+pub struct HugePages(Option<Mounted>);
+
+impl HugePages {
+    /// Reserves so many pages of 2 MiB.
+    pub fn mount(pages: u32) -> Self {
+        shell(&format!("echo {pages} > /proc/sys/vm/nr_hugepages"));
+        Self(Some(Mounted::new("hugetlbfs", "mode=0755,pagesize=2M")))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.as_ref().expect("taken only by drop").path()
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        drop(self.0.take());
+        shell("echo 0 > /proc/sys/vm/nr_hugepages");
+    }
+}
+
 /// A file system on which nothing can be written; until it is dropped.
 #[derive(Debug)]
 pub struct Frozen(PathBuf);

@@ -1,7 +1,6 @@
 //! Files made ready for hardware: DAX asked for file by file, and how large their pages can be.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use pinfold_lab::{Bench, FileSystem, on_each_bench};
@@ -10,38 +9,18 @@ use pinfold_leases::{Create, Error, Export, MappingKind, RelativePath};
 const HUGE: u64 = 2 << 20;
 
 /// One of the lab's file systems, mounted with other options; as the lab has it after.
-struct Remounted {
-    device: String,
-    kind: &'static str,
-    folder: PathBuf,
-}
+struct Remounted(FileSystem);
 
 impl Remounted {
     fn with(file_system: FileSystem, options: &str) -> Self {
-        let folder = file_system.mount_point();
-        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-        let device = mounts
-            .lines()
-            .map(|line| line.split(' ').collect::<Vec<_>>())
-            .find(|words| words[1] == folder.to_str().unwrap())
-            .unwrap()[0]
-            .to_owned();
-        let this = Self { device, kind: file_system.kind(), folder };
-        this.mount(options);
-        this
-    }
-
-    fn mount(&self, option: &str) {
-        let run = |command: &mut Command| assert!(command.status().unwrap().success());
-        run(Command::new("umount").arg(&self.folder));
-        let mut mount = Command::new("mount");
-        run(mount.args(["-t", self.kind, "-o", option, &self.device]).arg(&self.folder));
+        file_system.remount(options);
+        Self(file_system)
     }
 }
 
 impl Drop for Remounted {
     fn drop(&mut self) {
-        self.mount("dax=always");
+        self.0.remount("dax=always");
     }
 }
 

@@ -1,16 +1,15 @@
 //! `guard=none`: nothing holds pinned files still, and everything says so. And one server per
 //! directory, whatever its policy.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 use std::path::Path;
 
-use memmap2::MmapOptions;
 use pinfold_client::{
     Code, ConnectOptions, GuardTier, PinRequest, RdmaDevice, Reason, Session, Transport,
 };
 use pinfold_lab::{
-    Answer, Daemon, EXPORT, FileSystem, Mounted, Opener, Pattern, device_name,
-    on_each_file_system_with, read_by_another_process, shell,
+    Answer, Daemon, EXPORT, FileSystem, HugePages, Opener, Pattern, device_name,
+    on_each_file_system_with, read_by_another_process,
 };
 use pinfold_leases::{Export, LockKind, RelativePath};
 
@@ -75,31 +74,12 @@ on_each_file_system_with! { "guard=none";
     }
 }
 
-/// Some huge pages, given back after.
-struct HugePages;
-
-impl HugePages {
-    fn reserve() -> Self {
-        shell("echo 8 > /proc/sys/vm/nr_hugepages");
-        Self
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        shell("echo 0 > /proc/sys/vm/nr_hugepages");
-    }
-}
-
 #[tokio::test]
 async fn hugetlbfs_is_served_by_pinned_registration() {
     const HUGE: usize = 2 << 20;
-    let _pages = HugePages::reserve();
-    let mounted = Mounted::new("hugetlbfs", "mode=0755,pagesize=2M");
+    let mounted = HugePages::mount(8);
     let path = mounted.path().join("file");
-    let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).open(&path);
-    let file = file.unwrap();
-    file.set_len(2 * HUGE as u64).unwrap();
+    std::fs::File::create_new(&path).unwrap().set_len(2 * HUGE as u64).unwrap();
     let daemon = Daemon::start_with_policy(&[], mounted.path(), "guard=none");
     let options = ConnectOptions::new(&daemon.url).rdma_device(RdmaDevice::Named(device_name()));
     let session = Session::connect(options).await.unwrap();
@@ -114,14 +94,7 @@ async fn hugetlbfs_is_served_by_pinned_registration() {
     let (code, reason) = (Code::FailedPrecondition, Reason::UnsupportedFile);
     Answer { code, reason, exit: 5, says: &says }.check(refused);
     pin.unpin().await.unwrap();
-    Pattern(5).check(HUGE as u64, &mapped(&file)[HUGE..], "by the CPU");
-}
-
-/// hugetlbfs has no write(2), so what is there is looked at by mapping.
-#[allow(unsafe_code, reason = "a mapping of a file that only this test has")]
-fn mapped(file: &std::fs::File) -> Vec<u8> {
-    // SAFETY: nobody writes to the file while it is copied.
-    unsafe { MmapOptions::new().map(file) }.unwrap().to_vec()
+    Pattern(5).check(HUGE as u64, &read_by_another_process(&path)[HUGE..], "by the CPU");
 }
 
 fn folder() -> tempfile::TempDir {

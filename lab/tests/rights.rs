@@ -5,9 +5,8 @@
 use std::fs::Permissions;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
-use std::process::Command;
 
-use pinfold_lab::{Holder, on_each_bench};
+use pinfold_lab::{Holder, HugePages, on_each_bench};
 use pinfold_leases::{Error, Export, GuardState, GuardTier, MappingKind, RelativePath, Watcher};
 
 /// nobody, with none of root's rights.
@@ -66,39 +65,16 @@ on_each_bench! {
     }
 }
 
-/// A mounted hugetlbfs with room for a few pages, taken down again after.
-struct HugePages(tempfile::TempDir);
-
-impl HugePages {
-    const COUNT: &str = "/proc/sys/vm/nr_hugepages";
-
-    fn mount() -> Self {
-        std::fs::write(Self::COUNT, "4").unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"]).arg(folder.path());
-        assert!(mount.status().unwrap().success());
-        Self(folder)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-        let _ = std::fs::write(Self::COUNT, "0");
-    }
-}
-
 #[test]
 fn hugetlbfs_takes_no_guard_and_no_seal_but_goes_unguarded() {
     const LEN: u64 = 4 << 20;
-    let huge = HugePages::mount();
-    let path = huge.0.path().join("file");
+    let huge = HugePages::mount(4);
+    let path = huge.path().join("file");
     let file = std::fs::File::create(&path).unwrap();
     rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, LEN).unwrap();
     drop(file);
     let (watcher, _breaks) = Watcher::start().unwrap();
-    let export = Export::open(huge.0.path()).unwrap();
+    let export = Export::open(huge.path()).unwrap();
     let file = export.locate(&RelativePath::parse("file").unwrap()).unwrap().open().unwrap();
     assert_eq!(file.kind().unwrap(), MappingKind::SharedMemory);
     let refused = file.arm(&watcher).unwrap_err();

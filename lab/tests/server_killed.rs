@@ -1,29 +1,10 @@
 //! The server dies without a word: the file system is free, and a new server takes over.
 #![forbid(unsafe_code)]
 
-use std::process::Command;
-
 use pinfold_client::{Event, PinRequest};
-use pinfold_lab::{EXPORT, FileSystem, Pattern, on_each_file_system, read_by_another_process};
+use pinfold_lab::{EXPORT, Pattern, on_each_file_system, read_by_another_process};
 
 const LEN: usize = 64 << 10;
-
-/// Unmounts and mounts again, which fails if anything still holds a file.
-fn remount(file_system: FileSystem) {
-    let place = file_system.mount_point();
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-    let device = mounts
-        .lines()
-        .map(|line| line.split(' ').collect::<Vec<_>>())
-        .find(|words| words[1] == place.to_str().unwrap())
-        .map(|words| words[0].to_owned())
-        .expect("the file system is mounted");
-    let unmounted = Command::new("umount").arg(&place).status().unwrap();
-    assert!(unmounted.success(), "something still holds a file");
-    let mut mount = Command::new("mount");
-    mount.args(["-t", file_system.kind(), "-o", "dax=always", &device]).arg(&place);
-    assert!(mount.status().unwrap().success());
-}
 
 on_each_file_system! {
     async fn the_file_system_unmounts_and_a_new_server_serves_the_file(lab in Lab) {
@@ -41,7 +22,7 @@ on_each_file_system! {
         lab.daemon.kill();
         let Some(Event::Disconnected { loss }) = events.next().await else { panic!("not told") };
         println!("the client learned: {loss}");
-        remount(lab.file_system);
+        lab.file_system.remount("dax=always");
         Pattern(1).check(0, &read_by_another_process(&lab.path("file")), "what was committed");
 
         lab.restart();

@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -59,7 +58,11 @@ struct Cell {
 
 /// Boots each kernel, collects, writes.
 pub(crate) fn run(options: &Options, limit: Duration) -> Result<()> {
-    let mut results = Results { kernels: BTreeMap::new(), commit: commit()?, rows: Vec::new() };
+    let mut results = Results {
+        kernels: BTreeMap::new(),
+        commit: paths::git(&["rev-parse", "--short", "HEAD"])?,
+        rows: Vec::new(),
+    };
     for suite in SUITES {
         let options = Options { kernel: suite, ..options.clone() };
         let lines = test::collect(&options, TEST, limit)?;
@@ -88,14 +91,6 @@ fn json_path() -> PathBuf {
 
 fn text_path() -> PathBuf {
     paths::root().join("docs/guarantees.md")
-}
-
-fn commit() -> Result<String> {
-    let mut git = Command::new("git");
-    git.args(["rev-parse", "--short", "HEAD"]).current_dir(paths::root());
-    let output = git.output().context("git did not start")?;
-    ensure!(output.status.success(), "git rev-parse ended with {}", output.status);
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// The text with the table in it exchanged.

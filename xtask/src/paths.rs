@@ -2,8 +2,9 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// The checkout.
 pub(crate) fn root() -> &'static Path {
@@ -44,6 +45,14 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
         .map(|dir| dir.join(name))
         .find(|file| file.is_file())
+}
+
+/// What git says of the checkout.
+pub(crate) fn git(args: &[&str]) -> Result<String> {
+    let output = Command::new("git").args(args).current_dir(root()).output();
+    let output = output.context("git did not start")?;
+    ensure!(output.status.success(), "git {} ended with {}", args.join(" "), output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn made(dir: PathBuf) -> Result<PathBuf> {

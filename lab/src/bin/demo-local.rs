@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result, bail, ensure};
-use pinfold_cli::timeline;
-use pinfold_client::{ConnectOptions, Event, Pin, PinRequest, RdmaDevice, Session};
+use anyhow::{Result, ensure};
+use pinfold_client::{ConnectOptions, DrainNotice, Pin, PinRequest, RdmaDevice, Session};
 use pinfold_lab::{
     Daemon, EXPORT, Screen, read_by_another_process, rewrite_by_another_process, summary,
+    taken_back,
 };
 
 const PIECE: usize = 4096;
@@ -46,22 +46,9 @@ async fn show(screen: &Screen) -> Result<()> {
         let path = path.clone();
         tokio::task::spawn_blocking(move || rewrite_by_another_process(&path, 'L', LEN))
     };
-    let revocation = loop {
-        match events.next().await.context("the session ended")? {
-            Event::Draining { notice, .. } => {
-                screen.step("remote", &format!("is told: {}; drains", notice.reason));
-            }
-            Event::Revoked { revocation, .. } => break revocation,
-            other => bail!("unexpected: {other:?}"),
-        }
-    };
-    job.await?;
-    let timings = revocation.timings.context("the server sent no timings")?;
-    ensure!(timings.break_pending_at_release, "the kernel's timer let the local process through");
-    screen.step("local", "... goes through, because Pinfold let go:");
-    println!();
-    print!("{}", timeline::draw(&timeline::revocation(&timings), screen.look));
-    println!();
+    let told = |notice: &DrainNotice| format!("is told: {}; drains", notice.reason);
+    let through = "... goes through, because Pinfold let go:";
+    taken_back(screen, &mut events, job, told, through).await?;
 
     let refused = write(&session, &pin, b'R').await.expect_err("the pin still works");
     screen.step("remote", &format!("write 4096 x 'R' at 0   -> {refused}"));

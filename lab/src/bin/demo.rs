@@ -6,13 +6,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use memmap2::{MmapOptions, MmapRaw};
-use pinfold_cli::timeline;
-use pinfold_client::{CompletionStatus, ConnectOptions, Event, PinRequest, RdmaDevice, Session};
+use pinfold_client::{
+    CompletionStatus, ConnectOptions, DrainNotice, PinRequest, RdmaDevice, Session,
+};
 use pinfold_lab::{
     Daemon, EXPORT, FileSystem, Screen, device_name, read_by_another_process, remote_slice,
-    rewrite_by_another_process, summary,
+    rewrite_by_another_process, summary, taken_back,
 };
 use pinfold_verbs::{
     Access, Buffer, Connected, Device, Lane, MemoryRegion, Mtu, Piece, ProtectionDomain, QueuePair,
@@ -136,26 +137,12 @@ async fn guarded(screen: &Screen, folder: &Path) -> Result<()> {
         let path = path.clone();
         tokio::task::spawn_blocking(move || rewrite_by_another_process(&path, 'L', LEN))
     };
-    let revocation = loop {
-        match events.next().await.context("the session ended")? {
-            Event::Draining { notice, .. } => {
-                let budget = notice.drain_budget.as_millis();
-                screen.step(
-                    "remote",
-                    &format!("is told: {}; drains (it may take {budget} ms)", notice.reason),
-                );
-            }
-            Event::Revoked { revocation, .. } => break revocation,
-            other => anyhow::bail!("unexpected: {other:?}"),
-        }
+    let told = |notice: &DrainNotice| {
+        let budget = notice.drain_budget.as_millis();
+        format!("is told: {}; drains (it may take {budget} ms)", notice.reason)
     };
-    job.await?;
-    let timings = revocation.timings.context("the server sent no timings")?;
-    ensure!(timings.break_pending_at_release, "the kernel's timer let the local process through");
-    screen.step("local", "... goes through, because Pinfold let go after the fence:");
-    println!();
-    print!("{}", timeline::draw(&timeline::revocation(&timings), screen.look));
-    println!();
+    let through = "... goes through, because Pinfold let go after the fence:";
+    taken_back(screen, &mut events, job, told, through).await?;
 
     let before = read_by_another_process(&path);
     screen.step("local", &format!("reads its file          -> {}", summary(&before)));

@@ -79,10 +79,8 @@ impl Place {
 
     fn of(name: &'static str, file_system: FileSystem) -> Self {
         let path = file_system.mount_point();
-        let (device, options) = match file_system {
-            FileSystem::Tmpfs => (None, ""),
-            _ => (Some(device_below(&path)), "dax=always"),
-        };
+        let device = file_system.device();
+        let options = if device.is_some() { "dax=always" } else { "" };
         Self { name, kind: file_system.kind(), device, options, path, _image: None }
     }
 
@@ -136,16 +134,6 @@ impl Drop for Image {
         let _ = Command::new("umount").arg(&self.mount_point).status();
         let _ = Command::new("losetup").args(["--detach", &self.device]).status();
     }
-}
-
-fn device_below(path: &Path) -> String {
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
-    let device = mounts.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        let device = words.next()?;
-        (words.next()? == path.to_str()?).then(|| device.to_owned())
-    });
-    device.unwrap_or_else(|| panic!("nothing is mounted on {}", path.display()))
 }
 
 /// Runs a program that must succeed.
