@@ -858,13 +858,16 @@ impl Registry {
         Some(Action::FenceNow { guard, urgent: true })
     }
 
-    /// The fence is due: by order, or because the deadline of a drain has come. If it is still to be
-    /// done: the time by which it falls even if a stream write is still inside the kernel; `None` as
-    /// long as nobody waits for the file.
-    pub(crate) fn fence_due(&mut self, guard: GuardId) -> Option<Option<Instant>> {
+    /// Whether the fence is due: by order, or because the deadline of a drain has come; not while
+    /// clients may still drain, whatever the file was looked at for. If so: the time by which it falls
+    /// even if a stream write is still inside the kernel; `None` as long as nobody waits for the file.
+    pub(crate) fn fence_due(&mut self, guard: GuardId, now: Instant) -> Option<Option<Instant>> {
         let file = self.files.get_mut(&guard)?;
-        if let Phase::Draining { revocation, by, .. } = &file.phase {
-            file.phase = Phase::due(*revocation, *by);
+        match &file.phase {
+            Phase::Draining { revocation, by, .. } if *by <= now => {
+                file.phase = Phase::due(*revocation, *by);
+            }
+            _ => {}
         }
         match file.phase {
             Phase::Fencing { by, .. } => Some(by),
@@ -1090,6 +1093,9 @@ fn by_session(
 }
 
 #[cfg(test)]
+mod interleavings;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -1166,7 +1172,10 @@ mod tests {
         }
 
         fn released(&mut self, file: u64) -> (Vec<Action>, Option<Record>) {
-            assert!(self.registry.fence_due(guard(file)).is_some());
+            if self.registry.fence_due(guard(file), self.now).is_none() {
+                self.now += BUDGET;
+                assert!(self.registry.fence_due(guard(file), self.now).is_some());
+            }
             self.registry.fenced(guard(file), self.now);
             self.registry.released(guard(file), self.now, |_| true)
         }
@@ -1289,7 +1298,9 @@ mod tests {
         assert!(commit(&world).is_ok());
         world.broken(1);
         assert!(commit(&world).is_ok(), "draining");
-        assert!(world.registry.fence_due(guard(1)).is_some());
+        assert_eq!(world.registry.fence_due(guard(1), world.now), None, "they may still drain");
+        world.pass(3000);
+        assert!(world.registry.fence_due(guard(1), world.now).is_some());
         assert!(commit(&world).is_ok(), "the fence is due, not complete");
         world.registry.fenced(guard(1), world.now);
         let fenced = Err(Refusal::Stale { pin, asked: generation });

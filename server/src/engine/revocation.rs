@@ -78,7 +78,7 @@ impl Engine {
     /// The fence thread's work, for one file: fence, release, and hand the rest on.
     pub(super) fn fence(&self, guard: GuardId) {
         self.look_at_reader(guard);
-        let Some(by) = self.registry().fence_due(guard) else { return };
+        let Some(by) = self.registry().fence_due(guard, Instant::now()) else { return };
         let Some(file) = self.file(guard) else { return };
         if file.gate().close() > 0 {
             // The last one out orders the fence; who waits for the file waits until the deadline.
