@@ -1,8 +1,11 @@
 //! `pinfold ps`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
-use pinfold_client::{FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport};
+use pinfold_client::{
+    BrokenFile, FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport,
+};
 use serde::Serialize;
 
 use crate::args::{Connection, Ps};
@@ -14,6 +17,7 @@ use crate::{terminal, work};
 struct Report {
     sessions: Vec<SessionReport>,
     files: Vec<FileReport>,
+    broken: Vec<BrokenReport>,
 }
 
 #[derive(Serialize)]
@@ -35,6 +39,17 @@ struct FileReport {
     guard: String,
     state: &'static str,
     pins: Vec<PinReport>,
+}
+
+/// How often local processes have wanted a file back within the last ten minutes.
+#[derive(Serialize)]
+struct BrokenReport {
+    /// On the server.
+    path: String,
+    breaks: u64,
+    /// How many of them by which command.
+    by: BTreeMap<String, u64>,
+    last_ago_ms: u128,
 }
 
 #[derive(Serialize)]
@@ -73,6 +88,7 @@ impl Report {
         Self {
             sessions: seen.sessions.into_iter().map(SessionReport::new).collect(),
             files: seen.files.into_iter().map(|file| FileReport::new(file, &clients)).collect(),
+            broken: seen.broken.into_iter().map(BrokenReport::new).collect(),
         }
     }
 
@@ -85,6 +101,10 @@ impl Report {
         if self.sessions.iter().any(|session| !session.yours) {
             drawn.push('\n');
             drawn += &self.sessions(colour);
+        }
+        if !self.broken.is_empty() {
+            drawn.push('\n');
+            drawn += &self.broken(colour);
         }
         drawn
     }
@@ -138,6 +158,36 @@ impl Report {
             ]);
         }
         table.draw(colour)
+    }
+}
+
+impl Report {
+    fn broken(&self, colour: bool) -> String {
+        let mut table = Table::new([
+            ("BREAKS", Align::Right),
+            ("LAST", Align::Left),
+            ("BY", Align::Left),
+            ("FILE", Align::Left),
+        ]);
+        for file in &self.broken {
+            let ago = Duration::from_millis(u64::try_from(file.last_ago_ms).unwrap_or(u64::MAX));
+            let by = file.by.iter().map(|(command, breaks)| format!("{command} {breaks}"));
+            let by: Vec<String> = by.collect();
+            table.push([
+                file.breaks.to_string(),
+                format!("{} s ago", ago.as_secs()),
+                printable(&by.join(", ")),
+                printable(&file.path),
+            ]);
+        }
+        table.draw(colour)
+    }
+}
+
+impl BrokenReport {
+    fn new(file: BrokenFile) -> Self {
+        let (by, last_ago_ms) = (file.by.into_iter().collect(), file.last_ago.as_millis());
+        Self { path: file.path, breaks: file.breaks, by, last_ago_ms }
     }
 }
 
@@ -223,6 +273,12 @@ mod tests {
         };
         Inspection {
             sessions: vec![session(1, "app", false), session(2, "pinfold", true)],
+            broken: vec![BrokenFile {
+                path: "/data/a".to_owned(),
+                breaks: 12,
+                by: vec![("find".to_owned(), 11), ("sh".to_owned(), 1)],
+                last_ago: Duration::from_millis(3400),
+            }],
             files: vec![
                 file("/data/a", FileState::Held, vec![pin(7, 1, true), pin(12, 9, false)]),
                 file("/data/b", FileState::Released, vec![]),
@@ -242,13 +298,17 @@ released  lease    -  -        -                      -       -       /data/b
 
 SESSION  PINS  DEVICE  CLIENT
       1     1  -       app
+
+BREAKS  LAST     BY             FILE
+    12  3 s ago  find 11, sh 1  /data/a
 ",
         );
     }
 
     #[test]
     fn an_idle_server_is_told_in_words() {
-        let idle = Inspection { sessions: vec![session(2, "pinfold", true)], files: vec![] };
+        let sessions = vec![session(2, "pinfold", true)];
+        let idle = Inspection { sessions, ..Inspection::default() };
         assert_eq!(Report::new(idle).tables(false), "no file is pinned\n");
     }
 
@@ -260,5 +320,6 @@ SESSION  PINS  DEVICE  CLIENT
         assert_eq!(pins[1]["client"], serde_json::Value::Null);
         assert_eq!(json["files"][1]["state"], "released");
         assert_eq!(json["sessions"][1]["yours"], true);
+        assert_eq!(json["broken"][0]["by"]["find"], 11);
     }
 }

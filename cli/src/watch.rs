@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pinfold_cli::timeline::{self, Step};
-use pinfold_client::{RevocationRecord, Session};
+use pinfold_client::{Breaker, RevocationRecord, Session};
 use serde::Serialize;
 
 use crate::args::{Connection, FileArg, Watch};
@@ -25,6 +25,14 @@ struct Report {
     deregistered_us: u128,
     unmapped_us: u128,
     late_stream_writes: u32,
+    /// Who was seen waiting for the file.
+    breakers: Vec<BreakerReport>,
+}
+
+#[derive(Serialize)]
+struct BreakerReport {
+    pid: u32,
+    command: String,
 }
 
 /// Tells until it has told enough.
@@ -85,15 +93,23 @@ fn line(record: &RevocationRecord) -> String {
         late => format!("; {late} stream writes ended after the release"),
     };
     format!(
-        "{}: {}; {} of {} taken back, fenced after {}, released after {}; {}{late}\n",
+        "{}: {}{}; {} of {} taken back, fenced after {}, released after {}; {}{late}\n",
         printable(&record.path),
         record.reason,
+        names(&record.breakers),
         counted(record.pins, "pin"),
         counted(record.sessions, "session"),
         timeline::figure(record.timings.fenced),
         timeline::figure(record.timings.released),
         verdict(record.reason, &record.timings),
     )
+}
+
+/// ` (find, process 4711)`; nothing if nobody was seen.
+fn names(breakers: &[Breaker]) -> String {
+    let name = |one: &Breaker| format!("{}, process {}", printable(&one.command), one.pid);
+    let names: Vec<String> = breakers.iter().map(name).collect();
+    if names.is_empty() { String::new() } else { format!(" ({})", names.join("; ")) }
 }
 
 fn counted(number: u32, what: &str) -> String {
@@ -120,7 +136,14 @@ impl Report {
             deregistered_us: record.deregistered.as_micros(),
             unmapped_us: record.unmapped.as_micros(),
             late_stream_writes: record.late_stream_writes,
+            breakers: record.breakers.iter().map(BreakerReport::new).collect(),
         }
+    }
+}
+
+impl BreakerReport {
+    fn new(breaker: &Breaker) -> Self {
+        Self { pid: breaker.pid, command: breaker.command.clone() }
     }
 }
 
@@ -149,6 +172,7 @@ mod tests {
             deregistered: Duration::from_micros(9_500),
             unmapped: Duration::from_micros(9_600),
             late_stream_writes: 0,
+            breakers: Vec::new(),
         }
     }
 
@@ -162,6 +186,9 @@ mod tests {
         );
         let late = RevocationRecord { late_stream_writes: 3, ..record() };
         assert!(line(&late).ends_with("; 3 stream writes ended after the release\n"));
+        let breakers = vec![Breaker { pid: 4711, command: "sh".to_owned() }];
+        let seen = line(&RevocationRecord { breakers, ..record() });
+        assert!(seen.contains("wants to change the file (sh, process 4711); 2 pins"), "{seen}");
     }
 
     #[test]

@@ -19,6 +19,32 @@ pub struct Inspection {
     pub sessions: Vec<SessionInfo>,
     /// All guarded files.
     pub files: Vec<FileInfo>,
+    /// Files that processes of the server's host have wanted back within the last ten minutes, the
+    /// most often first.
+    pub broken: Vec<BrokenFile>,
+}
+
+/// How often processes of the server's host have wanted a file back lately.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct BrokenFile {
+    /// Its path on the server.
+    pub path: String,
+    /// How often.
+    pub breaks: u64,
+    /// How many of them by which command, the most often first. `unseen` did not wait, or was through
+    /// before the server looked.
+    pub by: Vec<(String, u64)>,
+    /// Since the last one.
+    pub last_ago: Duration,
+}
+
+/// A process of the server's host that has waited for a file.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Breaker {
+    /// Its id there.
+    pub pid: u32,
+    /// Its short name.
+    pub command: String,
 }
 
 /// A session, as others may see it.
@@ -105,6 +131,8 @@ pub struct RevocationRecord {
     pub unmapped: Duration,
     /// Stream writes that were still inside the kernel when the guard was let go.
     pub late_stream_writes: u32,
+    /// Who was seen waiting for the file.
+    pub breakers: Vec<Breaker>,
 }
 
 /// The revocations of a server, from the call of [`Session::watch`](crate::Session::watch) on.
@@ -153,7 +181,9 @@ impl Records {
 impl Inspection {
     pub(crate) fn parse(wire: v1::InspectResponse) -> Result<Self, Malformed> {
         let files = wire.files.into_iter().map(FileInfo::parse).collect::<Result<_, _>>()?;
-        Ok(Self { sessions: wire.sessions.into_iter().map(SessionInfo::from).collect(), files })
+        let sessions = wire.sessions.into_iter().map(SessionInfo::from).collect();
+        let broken = wire.broken.into_iter().map(BrokenFile::from).collect();
+        Ok(Self { sessions, files, broken })
     }
 }
 
@@ -196,7 +226,24 @@ impl RevocationRecord {
             deregistered: Duration::from_micros(wire.deregistered_us),
             unmapped: Duration::from_micros(wire.unmapped_us),
             late_stream_writes: wire.late_stream_writes,
+            breakers: wire.breakers.into_iter().map(Breaker::from).collect(),
         })
+    }
+}
+
+impl From<v1::BrokenFile> for BrokenFile {
+    fn from(wire: v1::BrokenFile) -> Self {
+        let mut by: Vec<(String, u64)> =
+            wire.by.into_iter().map(|by| (by.command, by.breaks)).collect();
+        by.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        let last_ago = Duration::from_millis(wire.last_ago_ms);
+        Self { path: wire.path, breaks: wire.breaks, by, last_ago }
+    }
+}
+
+impl From<v1::Breaker> for Breaker {
+    fn from(wire: v1::Breaker) -> Self {
+        Self { pid: wire.pid, command: wire.command }
     }
 }
 

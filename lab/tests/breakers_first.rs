@@ -8,6 +8,7 @@ use pinfold_lab::{EXPORT, eventually, on_each_file_system};
 
 const LEN: u64 = 64 << 10;
 const CLIENTS: usize = 4;
+const READS: u64 = 40;
 
 /// Processes that keep every processor busy, until they are dropped.
 struct Busy(Vec<Child>);
@@ -70,5 +71,25 @@ on_each_file_system! {
         for client in clients {
             client.await.unwrap();
         }
+    }
+
+    async fn a_process_that_reads_again_and_again_gets_through_and_is_counted(lab in Lab) {
+        lab.make_file("file", LEN);
+        let session = lab.session().await;
+        let pin = session.pin(request()).await.unwrap();
+        let client = tokio::spawn(come_back(session, pin));
+        // Reads that come while the file is not guarded again break nothing: the pause grows so fast
+        // that all of them take less time than that many pauses would.
+        let script = format!("for i in $(seq {READS}); do cat file > /dev/null || exit; done");
+        let mut reads = Command::new("sh");
+        let mut reads = reads.args(["-c", &script]).current_dir(lab.folder()).spawn().unwrap();
+        eventually("all reads are done", async || reads.try_wait().unwrap().is_some()).await;
+        assert!(reads.wait().unwrap().success());
+        let broken = lab.session().await.inspect().await.unwrap().broken;
+        println!("{broken:?}");
+        let file = broken.iter().find(|file| file.path.ends_with("/file")).unwrap();
+        assert!((1..READS).contains(&file.breaks), "each read took the pin back");
+        assert_eq!(file.by.iter().map(|(_, breaks)| breaks).sum::<u64>(), file.breaks);
+        client.abort();
     }
 }

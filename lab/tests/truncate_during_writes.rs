@@ -127,6 +127,7 @@ on_each_file_system! {
         lab.make_file("file", BLOCKS * BLOCK as u64);
         let deaf = lab.session_with(lab.options().drain_policy(DrainPolicy::Ignore)).await;
         let mut events = deaf.events();
+        let mut records = deaf.watch().await.unwrap();
         let pin = deaf.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap();
         let key = pin.grant().segments[0];
         let (started, streaming) = tokio::sync::oneshot::channel();
@@ -141,6 +142,12 @@ on_each_file_system! {
         assert_eq!(timings.drained, None, "nobody drained");
         assert!(timings.break_pending_at_release, "and still it was we who let go");
         check_content(&lab, &written);
+        let record = records.next().await.unwrap().unwrap();
+        let pids: Vec<u32> = record.breakers.iter().map(|breaker| breaker.pid).collect();
+        assert_eq!(pids, [std::process::id()], "the truncate is ours: {record:?}");
+        let broken = deaf.inspect().await.unwrap().broken;
+        let by = vec![(record.breakers[0].command.clone(), 1)];
+        assert!(broken.iter().any(|file| file.breaks == 1 && file.by == by), "{broken:?}");
 
         let before = read_by_another_process(&lab.path("file"));
         let mut buffer = deaf.buffer(BLOCK).await.unwrap();

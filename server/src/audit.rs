@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use pinfold_leases::{BreakKind, GuardTier};
+use pinfold_leases::{BreakKind, GuardTier, Opener};
 
 use crate::registry::{Reason, Record};
 
@@ -21,7 +21,13 @@ pub(crate) struct Teardown {
 }
 
 /// Writes the record to the log, target `pinfold::audit`.
-pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown: &Teardown) {
+pub(crate) fn revocation(
+    path: &Path,
+    tier: GuardTier,
+    record: &Record,
+    teardown: &Teardown,
+    breakers: &[Opener],
+) {
     let timings = &record.timings;
     tracing::info!(
         target: "pinfold::audit",
@@ -29,6 +35,7 @@ pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown
         generation = %record.generation,
         guard = %tier,
         reason = reason(record.reason),
+        breakers = names(breakers),
         pins = record.pins,
         sessions = record.sessions,
         noticed_us = micros(timings.noticed),
@@ -43,6 +50,13 @@ pub(crate) fn revocation(path: &Path, tier: GuardTier, record: &Record, teardown
         late_stream_writes = teardown.late_stream_writes,
         "revoked"
     );
+}
+
+/// `find (4711), cat (4712)`; `None`: nobody was seen.
+fn names(breakers: &[Opener]) -> Option<String> {
+    let names = breakers.iter().map(|breaker| format!("{} ({})", breaker.command, breaker.pid));
+    let names: Vec<String> = names.collect();
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 /// One word for a log.

@@ -28,6 +28,7 @@ use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
+use crate::breakers::{Breaks, Looks};
 use crate::config::{Config, DeviceChoice, ExportConfig};
 use crate::error::{Error, Result};
 use crate::fabric::{Fabric, Link};
@@ -88,6 +89,8 @@ pub(crate) struct Engine {
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
     passages: Mutex<Passages>,
+    breaks: Mutex<Breaks>,
+    looks: Mutex<Looks>,
     retired: Notify,
     records: broadcast::Sender<v1::RevocationRecord>,
 }
@@ -164,6 +167,8 @@ impl Engine {
             files: Mutex::default(),
             inodes: Mutex::default(),
             passages: Mutex::default(),
+            breaks: Mutex::default(),
+            looks: Mutex::default(),
             retired: Notify::new(),
             records: broadcast::Sender::new(RECORDS_KEPT),
         });

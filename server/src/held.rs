@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use pinfold_leases::{
     BreakKind, Description, Error as FileError, FenceFailed, Fenced, Guard, GuardId, GuardState,
-    GuardTier, LeaseBreakTime, LockKind, Mapping, MappingKind, RangeLock, Released,
+    GuardTier, LeaseBreakTime, LockKind, Mapping, MappingKind, Opener, RangeLock, Released,
 };
 use tokio::sync::watch;
 
@@ -43,6 +43,8 @@ pub(crate) struct HeldFile {
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
     failed: Mutex<Vec<Segment>>,
     fence_failures: AtomicU32,
+    /// Who wanted it back, as far as they were seen.
+    breakers: Mutex<Vec<Opener>>,
     gate: Arc<Gate>,
     released: watch::Sender<bool>,
 }
@@ -73,6 +75,7 @@ impl HeldFile {
             locks: Mutex::default(),
             failed: Mutex::default(),
             fence_failures: AtomicU32::new(0),
+            breakers: Mutex::default(),
             gate: Arc::default(),
             released: watch::Sender::new(false),
         };
@@ -101,6 +104,19 @@ impl HeldFile {
         if now == Some(GuardTier::ReadDelegation) {
             self.readers_pass.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// These are held up by its guard.
+    pub(crate) fn note_breakers(&self, seen: Vec<Opener>) {
+        let mut breakers = locked(&self.breakers);
+        let new = seen.into_iter().filter(|one| breakers.iter().all(|known| known.pid != one.pid));
+        let new: Vec<Opener> = new.collect();
+        breakers.extend(new);
+    }
+
+    /// Those who were seen to be held up by its guard.
+    pub(crate) fn breakers(&self) -> Vec<Opener> {
+        locked(&self.breakers).clone()
     }
 
     /// What the operator wants of its export.

@@ -10,6 +10,7 @@ pub mod config;
 pub mod doctor;
 
 mod audit;
+mod breakers;
 mod engine;
 mod error;
 mod fabric;

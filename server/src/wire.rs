@@ -4,15 +4,16 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    BreakKind, Entry, EntryKind, FileIdentity, GuardTier, MappingKind, RelativePath,
+    BreakKind, Entry, EntryKind, FileIdentity, GuardTier, MappingKind, Opener, RelativePath,
 };
 use pinfold_proto::v1;
 use pinfold_verbs::{Endpoint, Gid, QueuePairNumber, Quirks};
 
 use crate::audit::{Teardown, micros};
+use crate::breakers::Broken;
 use crate::engine::{Granted, PageOrder, PinOrder, StreamPiece, TransportWish};
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
@@ -306,7 +307,13 @@ pub(crate) fn file_info(view: &FileView, file: &HeldFile) -> v1::FileInfo {
 }
 
 /// A complete revocation, for those who watch.
-pub(crate) fn record(path: &Path, record: &Record, teardown: &Teardown) -> v1::RevocationRecord {
+pub(crate) fn record(
+    path: &Path,
+    record: &Record,
+    teardown: &Teardown,
+    breakers: &[Opener],
+) -> v1::RevocationRecord {
+    let breakers = breakers.iter();
     v1::RevocationRecord {
         path: path.display().to_string(),
         generation: Some(generation(record.generation)),
@@ -317,6 +324,23 @@ pub(crate) fn record(path: &Path, record: &Record, teardown: &Teardown) -> v1::R
         deregistered_us: micros(teardown.deregistered),
         unmapped_us: micros(teardown.unmapped),
         late_stream_writes: count(teardown.late_stream_writes),
+        breakers: breakers
+            .map(|breaker| v1::Breaker { pid: breaker.pid, command: breaker.command.clone() })
+            .collect(),
+    }
+}
+
+/// How often a file was taken back for local processes.
+pub(crate) fn broken_file(broken: Broken, now: Instant) -> v1::BrokenFile {
+    v1::BrokenFile {
+        path: broken.path.display().to_string(),
+        breaks: broken.breaks,
+        by: broken
+            .by
+            .into_iter()
+            .map(|(command, breaks)| v1::BreaksBy { command, breaks })
+            .collect(),
+        last_ago_ms: u64::try_from((now - broken.last).as_millis()).unwrap_or(u64::MAX),
     }
 }
 

@@ -325,7 +325,10 @@ impl Engine {
             .into_iter()
             .filter_map(|view| Some(wire::file_info(&view, self.file(view.guard)?.as_ref())))
             .collect();
-        v1::InspectResponse { sessions, files }
+        let now = Instant::now();
+        let broken = locked(&self.breaks).view(now);
+        let broken = broken.into_iter().map(|broken| wire::broken_file(broken, now)).collect();
+        v1::InspectResponse { sessions, files, broken }
     }
 
     /// Asked before pins are revoked, so that nobody loses them for a path that names another file

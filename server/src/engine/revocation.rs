@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pinfold_leases::{Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId};
+use pinfold_leases::{
+    Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId, Opener, waiting_breakers,
+};
 use pinfold_verbs::with_causes;
 
 use super::{Engine, Inode, PATIENCE, Retired, locked};
@@ -11,7 +13,7 @@ use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
 use crate::ids::SessionId;
-use crate::registry::{BreakTimes, Readers, Record};
+use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
 
 /// A drain takes a third of lease-break-time, and never longer than this.
@@ -30,11 +32,25 @@ impl Engine {
         };
         let times = self.break_times(news.at);
         let actions = self.registry().handle_break(news.guard, news.kind, readers, &times);
-        if let Some(file) = file {
-            self.close_if_going(&file);
-            tell_of_reader(&file, readers);
+        if let Some(file) = &file {
+            self.close_if_going(file);
+            tell_of_reader(file, readers);
         }
         self.perform(actions);
+        if let Some(file) = file {
+            self.look_for_breakers(&file);
+        }
+    }
+
+    /// Once all is under way: who is it? As far as there is time to look.
+    fn look_for_breakers(&self, file: &HeldFile) {
+        let began = Instant::now();
+        if !locked(&self.looks).are_free(began) {
+            return;
+        }
+        file.note_breakers(waiting_breakers(file.description().identity()));
+        let now = Instant::now();
+        locked(&self.looks).took(now - began, now);
     }
 
     fn break_times(&self, at: Instant) -> BreakTimes {
@@ -176,11 +192,24 @@ impl Engine {
                 failed_regions,
                 late_stream_writes,
             };
-            audit::revocation(file.path(), file.tier(), &record, &teardown);
+            let breakers = file.breakers();
+            audit::revocation(file.path(), file.tier(), &record, &teardown, &breakers);
+            if let Reason::Break(_) = record.reason {
+                self.count_break(&file, &breakers);
+            }
             // Nobody watches: no error.
-            let _ = self.records.send(wire::record(file.path(), &record, &teardown));
+            let _ = self.records.send(wire::record(file.path(), &record, &teardown, &breakers));
         }
         self.forget(file);
+    }
+
+    fn count_break(&self, file: &HeldFile, breakers: &[Opener]) {
+        let (identity, now) = (file.description().identity(), Instant::now());
+        let mut breaks = locked(&self.breaks);
+        if let Some(storm) = breaks.count(identity, file.path(), breakers, now) {
+            let (path, breaks, mostly_by) = (storm.path.display(), storm.breaks, storm.mostly_by());
+            tracing::warn!(%path, breaks, mostly_by, "taken back again and again: keep it off");
+        }
     }
 
     pub(super) fn forget(&self, file: Arc<HeldFile>) {
