@@ -8,6 +8,7 @@
 
 mod answer;
 mod command;
+pub mod crash;
 mod daemon;
 mod foreign;
 mod guarded;
