@@ -211,9 +211,13 @@ impl Mapping {
     fn cut(&self) -> std::io::Result<()> {
         use crate::mutant::{self, Mutant};
         match mutant::chosen() {
-            None | Some(Mutant::Slow | Mutant::NoSync | Mutant::CommitWithoutFlush) => {
-                self.inner.cut()
-            }
+            None
+            | Some(
+                Mutant::Slow
+                | Mutant::NoSync
+                | Mutant::NamesWithoutSync
+                | Mutant::CommitWithoutFlush,
+            ) => self.inner.cut(),
             Some(Mutant::NoFence) => Ok(()),
             Some(Mutant::ReleaseBeforeFence) => {
                 let inner = Arc::clone(&self.inner);

@@ -4,7 +4,7 @@
 //! Each also pauses after a release that somebody waited for, as if the scheduler had taken the
 //! thread's processor away: the right order bears that at any length, which `slow` shows.
 //!
-//! Two concern what survives a power cut, and leave the order as it is.
+//! Three concern what survives a power cut, and leave the order as it is.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -28,6 +28,8 @@ pub(crate) enum Mutant {
     /// Nothing is made durable: files are made of holes, neither they nor their names are flushed,
     /// mappings lack `MAP_SYNC`, and commits flush nothing.
     NoSync,
+    /// Files that are made, resized or removed are not flushed, nor their names.
+    NamesWithoutSync,
     /// Only commits flush nothing.
     CommitWithoutFlush,
 }
@@ -45,6 +47,7 @@ fn parse(name: &str) -> Mutant {
         "release-before-fence" => Mutant::ReleaseBeforeFence,
         "unmap-before-deregister" => Mutant::UnmapBeforeDeregister,
         "no-sync" => Mutant::NoSync,
+        "names-without-sync" => Mutant::NamesWithoutSync,
         "commit-without-flush" => Mutant::CommitWithoutFlush,
         other => panic!("{VARIABLE}={other} is no mutant"),
     }
@@ -53,6 +56,11 @@ fn parse(name: &str) -> Mutant {
 /// Whether nothing is to be made durable.
 pub(crate) fn syncs_nothing() -> bool {
     chosen() == Some(Mutant::NoSync)
+}
+
+/// Whether what is made or removed is not to be flushed.
+pub(crate) fn syncs_no_names() -> bool {
+    matches!(chosen(), Some(Mutant::NoSync | Mutant::NamesWithoutSync))
 }
 
 /// Whether a commit is to flush nothing.

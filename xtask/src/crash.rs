@@ -30,6 +30,8 @@ const DIED: &str = "crash-died ";
 const PLACES: [&str; 3] = ["ext4", "xfs", "page-cache"];
 /// Steps that each place takes before the cut: at least so many, and less than so many more.
 const STEPS: (u64, u64) = (6, 16);
+/// The file after which a place rests, if it does; not one that comes by `pinfold put`.
+const LAST_FILE: u64 = 3;
 /// Looking, and working until the cut, on an emulated machine.
 const LIMIT: Duration = Duration::from_secs(400);
 /// MiB of the disk.
@@ -61,6 +63,8 @@ pub(crate) struct Wishes {
 enum Mutant {
     /// Files of holes, nothing flushed, no MAP_SYNC
     NoSync,
+    /// Files that are made, resized or removed are not flushed, nor their names
+    NamesWithoutSync,
     /// Commits flush nothing; with DAX the bytes are on the medium all the same
     CommitWithoutFlush,
 }
@@ -85,7 +89,7 @@ impl Work {
     fn must_be_red(self) -> bool {
         match self.mutant {
             None => false,
-            Some(Mutant::NoSync) => true,
+            Some(Mutant::NoSync | Mutant::NamesWithoutSync) => true,
             Some(Mutant::CommitWithoutFlush) => self.place == "page-cache",
         }
     }
@@ -150,7 +154,11 @@ fn rounds(wishes: &Wishes) -> Vec<Vec<Work>> {
 
 /// The one that must be noticed in this place.
 fn mistake(place: &str) -> Option<Mutant> {
-    Some(if place == "page-cache" { Mutant::CommitWithoutFlush } else { Mutant::NoSync })
+    Some(match place {
+        "ext4" => Mutant::NoSync,
+        "xfs" => Mutant::NamesWithoutSync,
+        _ => Mutant::CommitWithoutFlush,
+    })
 }
 
 /// A guest's work.
@@ -183,13 +191,15 @@ impl Rig {
     fn work(&self, round: &Round) -> String {
         let (program, folder) = (self.program(), round.folder());
         let mut script = String::new();
-        for Work { place, mutant } in &round.works {
+        for work @ Work { place, mutant } in &round.works {
+            let last = self.last_file(round, work).map(|file| format!(" {file}"));
+            let last = last.unwrap_or_default();
             let servers = if mutant.is_some() { &self.mutants } else { &self.programs };
             let servers = vm::quoted(&servers.to_string_lossy());
             let mutant = mutant.map(|name| format!("PINFOLD_MUTANT={name} ")).unwrap_or_default();
             let seed = self.number(round, place);
             script += &format!(
-                "({mutant}PINFOLD_BIN_DIR={servers} {program} work {place} {folder} {seed}; \
+                "({mutant}PINFOLD_BIN_DIR={servers} {program} work {place} {folder} {seed}{last}; \
                  echo '{DIED}{place}') &\n"
             );
         }
@@ -208,10 +218,22 @@ impl Rig {
     fn goals(&self, round: &Round) -> Vec<Goal> {
         let (least, more) = STEPS;
         let goal = |work: &Work| {
+            if let Some(file) = self.last_file(round, work) {
+                let json = format!("{{\"Created\":{{\"file\":{file}}}}}");
+                return Goal { begin: format!("{ACKNOWLEDGED}{} {json}", work.place), left: 1 };
+            }
             let left = least + self.number(round, work.place) % more;
             Goal { begin: format!("{ACKNOWLEDGED}{} ", work.place), left }
         };
         round.works.iter().map(goal).collect()
+    }
+
+    /// Half of the places rest when they have made a file: else a commit that comes after it makes it
+    /// durable too, and hides that its creation did not.
+    fn last_file(&self, round: &Round, work: &Work) -> Option<u64> {
+        let must_rest = work.mutant == Some(Mutant::NamesWithoutSync);
+        let rests = must_rest || self.number(round, work.place).is_multiple_of(2);
+        rests.then_some(LAST_FILE)
     }
 
     /// Another one for each round and place.
@@ -409,10 +431,10 @@ mod tests {
         let wishes = Wishes { mutants: true, cuts: 1, ..Wishes::default() };
         let rounds = rounds(&wishes);
         let mutants = |round: &[Work]| round.iter().map(|work| work.mutant).collect::<Vec<_>>();
-        let (sync, flush) = (Some(Mutant::NoSync), Some(Mutant::CommitWithoutFlush));
+        let mistakes = [Mutant::NoSync, Mutant::NamesWithoutSync, Mutant::CommitWithoutFlush];
         assert_eq!(
             rounds.iter().map(|round| mutants(round)).collect::<Vec<_>>(),
-            [vec![None; 3], vec![sync, sync, flush]]
+            [vec![None; 3], mistakes.map(Some).to_vec()]
         );
     }
 }

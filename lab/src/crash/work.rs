@@ -26,8 +26,9 @@ const PUT_EVERY: u64 = 5;
 /// The file of whoever never commits.
 const NEVER_COMMITTED: u64 = 1_000_000;
 
-/// Works in a new folder of the place until the guest is gone.
-pub async fn work(place: Place, folder: &str, seed: u64) -> Result<Infallible> {
+/// Works in a new folder of the place until the guest is gone; once this file is made, if there is one,
+/// the maker takes no further step, which could make the file durable after all.
+pub async fn work(place: Place, folder: &str, seed: u64, last: Option<u64>) -> Result<Infallible> {
     let folder = new_folder(place, folder)?;
     let daemon = Daemon::start(&[(EXPORT, &folder)]);
     let device = RdmaDevice::Named(device_name());
@@ -35,7 +36,7 @@ pub async fn work(place: Place, folder: &str, seed: u64) -> Result<Infallible> {
     let session = Session::connect(options.clone()).await?;
     let buffer = session.buffer(PIECE).await?;
     let writer = tokio::spawn(write_on(place, Session::connect(options).await?));
-    let maker = Maker { place, session, random: Random::new(seed), buffer: Some(buffer) };
+    let maker = Maker { place, session, random: Random::new(seed), last, buffer: Some(buffer) };
     let writer = async { writer.await? };
     tokio::try_join!(maker.run(&daemon.url), writer).map(|(never, _)| never)
 }
@@ -60,6 +61,7 @@ struct Maker {
     place: Place,
     session: Session,
     random: Random,
+    last: Option<u64>,
     buffer: Option<Buffer>,
 }
 
@@ -91,6 +93,9 @@ impl Maker {
     async fn make(&mut self, file: u64) -> Result<()> {
         let size = self.size();
         create(self.place, &self.session, file, size).await?;
+        if self.last == Some(file) {
+            std::future::pending::<()>().await;
+        }
         let grown = size + self.size();
         let request = PinRequest::read_write(EXPORT, name(file)).reserve_end(grown);
         let transport = [Transport::Auto, Transport::Auto, Transport::Stream][self.random.below(3)];
