@@ -8,6 +8,7 @@
 
 mod answer;
 mod command;
+pub mod crash;
 mod daemon;
 mod foreign;
 mod guarded;
@@ -20,6 +21,7 @@ mod random;
 mod screen;
 mod story;
 pub mod torture;
+mod write_backs;
 
 pub use answer::Answer;
 pub use command::{Finished, Running, doctor, finding};
@@ -36,6 +38,7 @@ pub use process::{
 pub use random::Random;
 pub use screen::{Screen, summary};
 pub use story::taken_back;
+pub use write_backs::WriteBacks;
 
 use std::future::Future;
 use std::path::{Path, PathBuf};

@@ -177,10 +177,19 @@ impl Description {
             let _ = rustix::fs::ftruncate(self.fd(), old);
             return Err(error);
         }
+        #[cfg(feature = "mutants")]
+        if crate::mutant::syncs_no_names() {
+            return Ok(());
+        }
         self.sync()
     }
 
     fn extend(&self, old: u64, size: u64) -> Result<()> {
+        #[cfg(feature = "mutants")]
+        if crate::mutant::syncs_nothing() {
+            return rustix::fs::ftruncate(self.fd(), size)
+                .map_err(|e| self.failed("ftruncate", e.into()));
+        }
         // Allocating in one go gives contiguous extents, and says at once if there is no room.
         match rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old) {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
@@ -200,6 +209,10 @@ impl Description {
 
     /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard.
     pub fn sync(&self) -> Result<()> {
+        #[cfg(feature = "mutants")]
+        if crate::mutant::syncs_nothing() {
+            return Ok(());
+        }
         rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
     }
 

@@ -34,7 +34,7 @@ struct Inner {
     map_sync: bool,
     /// The mapping keeps the kernel's description open; this keeps ours with it, so that the file
     /// can be guarded again while an old mapping lives. Dropped after the unmapping.
-    _description: Description,
+    description: Description,
     fenced: AtomicBool,
     shares: AtomicUsize,
     pinned_shares: AtomicUsize,
@@ -98,7 +98,7 @@ impl Mapping {
             address,
             len: len.get(),
             map_sync,
-            _description: description.clone(),
+            description: description.clone(),
             fenced: AtomicBool::new(false),
             shares: AtomicUsize::new(0),
             pinned_shares: AtomicUsize::new(0),
@@ -211,7 +211,13 @@ impl Mapping {
     fn cut(&self) -> std::io::Result<()> {
         use crate::mutant::{self, Mutant};
         match mutant::chosen() {
-            None | Some(Mutant::Slow) => self.inner.cut(),
+            None
+            | Some(
+                Mutant::Slow
+                | Mutant::NoSync
+                | Mutant::NamesWithoutSync
+                | Mutant::CommitWithoutFlush,
+            ) => self.inner.cut(),
             Some(Mutant::NoFence) => Ok(()),
             Some(Mutant::ReleaseBeforeFence) => {
                 let inner = Arc::clone(&self.inner);
@@ -291,6 +297,17 @@ impl Flusher {
         unsafe { sys::sync(self.inner.at(range.start), range.len()) }
             .map_err(|source| Error::Memory { call: "msync", len: range.len(), source })
     }
+
+    /// Makes what was stored in `range`, by hardware too, survive power loss: flushes it, and without
+    /// `MAP_SYNC` the file's metadata too, since the blocks behind the data may not be recorded yet.
+    pub fn make_durable(&self, range: Range<u64>) -> Result<()> {
+        #[cfg(feature = "mutants")]
+        if crate::mutant::commits_nothing() {
+            return Ok(());
+        }
+        self.flush(range)?;
+        if self.inner.map_sync { Ok(()) } else { self.inner.description.sync() }
+    }
 }
 
 fn whole_pages(range: Range<usize>, len: usize) -> Range<usize> {
@@ -332,6 +349,10 @@ fn map_file(address: NonNull<u8>, len: NonZeroUsize, file: &Description) -> std:
 const SYNCHRONOUS: MapFlags = MapFlags::MAP_SHARED_VALIDATE.union(MapFlags::MAP_SYNC);
 
 fn takes_map_sync(file: &Description) -> std::io::Result<bool> {
+    #[cfg(feature = "mutants")]
+    if crate::mutant::syncs_nothing() {
+        return Ok(false);
+    }
     let len = NonZeroUsize::new(HUGE_PAGE).expect("not 0");
     match sys::map_anywhere(len, SYNCHRONOUS, file.fd()) {
         Ok(address) => {

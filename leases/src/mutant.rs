@@ -3,6 +3,8 @@
 //!
 //! Each also pauses after a release that somebody waited for, as if the scheduler had taken the
 //! thread's processor away: the right order bears that at any length, which `slow` shows.
+//!
+//! Three concern what survives a power cut, and leave the order as it is.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -23,6 +25,13 @@ pub(crate) enum Mutant {
     ReleaseBeforeFence,
     /// The memory is unmapped while regions are still registered on it.
     UnmapBeforeDeregister,
+    /// Nothing is made durable: files are made of holes, neither they nor their names are flushed,
+    /// mappings lack `MAP_SYNC`, and commits flush nothing.
+    NoSync,
+    /// Files that are made, resized or removed are not flushed, nor their names.
+    NamesWithoutSync,
+    /// Only commits flush nothing.
+    CommitWithoutFlush,
 }
 
 /// What is chosen; none without the variable.
@@ -37,8 +46,26 @@ fn parse(name: &str) -> Mutant {
         "no-fence" => Mutant::NoFence,
         "release-before-fence" => Mutant::ReleaseBeforeFence,
         "unmap-before-deregister" => Mutant::UnmapBeforeDeregister,
+        "no-sync" => Mutant::NoSync,
+        "names-without-sync" => Mutant::NamesWithoutSync,
+        "commit-without-flush" => Mutant::CommitWithoutFlush,
         other => panic!("{VARIABLE}={other} is no mutant"),
     }
+}
+
+/// Whether nothing is to be made durable.
+pub(crate) fn syncs_nothing() -> bool {
+    chosen() == Some(Mutant::NoSync)
+}
+
+/// Whether what is made or removed is not to be flushed.
+pub(crate) fn syncs_no_names() -> bool {
+    matches!(chosen(), Some(Mutant::NoSync | Mutant::NamesWithoutSync))
+}
+
+/// Whether a commit is to flush nothing.
+pub(crate) fn commits_nothing() -> bool {
+    matches!(chosen(), Some(Mutant::NoSync | Mutant::CommitWithoutFlush))
 }
 
 /// To be shown by every program that has this compiled in, at its start.

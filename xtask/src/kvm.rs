@@ -61,8 +61,14 @@ fn probe(kernel: &Kernel) -> Result<bool> {
     console.set_read_timeout(Some(PROBE_LIMIT))?;
     let image = kernel.image();
     let channels = vec![(Port::Serial, far.into())];
-    let machine =
-        Machine { accel: Accel::Kvm, kernel: &image, initrd: &initrd, pmem_mib: 0, channels };
+    let machine = Machine {
+        accel: Accel::Kvm,
+        kernel: &image,
+        initrd: &initrd,
+        pmem_mib: 0,
+        kept: None,
+        channels,
+    };
     let running = machine.start()?;
     let mut lines = BufReader::new(console).lines().map_while(Result::ok);
     let answered = lines.any(|line| line.contains("init: success"));

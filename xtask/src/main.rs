@@ -3,6 +3,7 @@
 
 mod cargo;
 mod console;
+mod crash;
 mod demo;
 mod hazards;
 mod initramfs;
@@ -142,6 +143,17 @@ enum VmTask {
         #[command(flatten)]
         wishes: torture::Wishes,
     },
+    /// Cut the power of guests at work, and look in the next one for all that was acknowledged
+    #[command(
+        after_help = "Exit status: 0 if all was there and every mistake was noticed, else 1.\n\n\
+        Example:\n  cargo xtask vm crash --on xfs --seed 4711"
+    )]
+    Crash {
+        #[command(flatten)]
+        options: vm::Options,
+        #[command(flatten)]
+        wishes: crash::Wishes,
+    },
     /// Give a prompt in a new guest; leaving the shell ends it
     #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
     Shell {
@@ -203,6 +215,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Vm(VmTask::Torture { options, wishes }) => {
             Ok(verdict(torture::run(&options, &wishes)?))
         }
+        Task::Vm(VmTask::Crash { options, wishes }) => Ok(verdict(crash::run(&options, &wishes)?)),
         Task::Vm(VmTask::Shell { options }) => {
             ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");
             Ok(status(&vm::run(&options, &Job::Terminal(vm::shell()), &None)?))
@@ -222,6 +235,7 @@ fn status(end: &End) -> u8 {
     match end {
         End::Exit(status) => *status,
         End::Lost { .. } => LAB_FAILED,
+        End::PowerCut => LAB_FAILED,
         End::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(0),
     }
 }

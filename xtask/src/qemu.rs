@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,52 @@ pub(crate) enum Port {
     Terminal,
 }
 
+/// Storage of a guest in files of the host's: it outlives the guest, however that ends.
+#[derive(Clone, Debug)]
+pub(crate) struct Kept {
+    /// Both pmem devices, and what lies between them.
+    pub(crate) pmem: PathBuf,
+    /// A disk; what the guest has not flushed is lost with the guest's memory.
+    pub(crate) disk: PathBuf,
+    /// Whether an earlier guest has made its file systems: they are mounted as they were left.
+    pub(crate) used: bool,
+}
+
+impl Kept {
+    /// For the guest's init.
+    pub(crate) fn word(&self) -> &'static str {
+        if self.used { "used" } else { "new" }
+    }
+
+    /// The guest's memory in two nodes, the first of which is anonymous, and the second, all of it
+    /// above the hole, is the file; and the disk, whose cache is the host's.
+    fn args(&self, pmem_mib: u32) -> Result<Vec<String>> {
+        let pmem = argument(&self.pmem)?;
+        let above = memory_mib(pmem_mib) - MEMORY_MIB;
+        Ok([
+            "-object".to_owned(),
+            format!("memory-backend-ram,id=ram,size={MEMORY_MIB}M"),
+            "-object".to_owned(),
+            format!("memory-backend-file,id=pmem,size={above}M,share=on,mem-path={pmem}"),
+            "-numa".to_owned(),
+            "node,nodeid=0,cpus=0-1,memdev=ram".to_owned(),
+            "-numa".to_owned(),
+            "node,nodeid=1,memdev=pmem".to_owned(),
+            "-drive".to_owned(),
+            format!("if=none,id=disk,format=raw,cache=writeback,file={}", argument(&self.disk)?),
+            "-device".to_owned(),
+            "virtio-blk-pci,drive=disk".to_owned(),
+        ]
+        .to_vec())
+    }
+}
+
+/// A path among QEMU's options, where a comma is doubled.
+fn argument(path: &Path) -> Result<String> {
+    let text = path.to_str().map(|text| text.replace(',', ",,"));
+    text.with_context(|| format!("{} is not UTF-8", path.display()))
+}
+
 /// A machine to start.
 pub(crate) struct Machine<'a> {
     /// How to run it.
@@ -64,6 +110,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) initrd: &'a Path,
     /// MiB of each of the two pmem devices; 0 for none.
     pub(crate) pmem_mib: u32,
+    /// What of its storage outlives it; without, nothing does.
+    pub(crate) kept: Option<&'a Kept>,
     /// Streams to the guest.
     pub(crate) channels: Vec<(Port, OwnedFd)>,
 }
@@ -99,6 +147,9 @@ impl Machine<'_> {
         args.extend(["-initrd".to_owned(), path(self.initrd)?]);
         args.extend(["-append".to_owned(), append(self.pmem_mib)]);
         args.extend(root_args());
+        if let Some(kept) = self.kept {
+            args.extend(kept.args(self.pmem_mib)?);
+        }
         for (index, (port, fd)) in self.channels.iter().enumerate() {
             args.extend(channel_args(index, *port, fd.as_raw_fd()));
         }

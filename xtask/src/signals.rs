@@ -49,3 +49,12 @@ pub(crate) fn forward(events: Sender<Event>) {
         *session = Some(events);
     }
 }
+
+/// Tells the session that runs now, if there is one.
+pub(crate) fn tell(event: Event) {
+    let session = SESSION.lock().ok().and_then(|session| session.clone());
+    if let Some(session) = session {
+        // Fails only when that session is over.
+        let _ = session.send(event);
+    }
+}

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::libtest::Tally;
 use crate::vm::Options;
-use crate::{cargo, setup, test, torture};
+use crate::{cargo, crash, setup, test, torture};
 
 /// A lab run with all of its tests, on an emulated and busy machine.
 pub(crate) const LAB_LIMIT: Duration = Duration::from_secs(1800);
@@ -35,6 +35,7 @@ fn ci(options: &Options) -> Vec<Step<'_>> {
         ("test", Box::new(|| cargo::test(&["test", "--locked", "--no-fail-fast"]))),
         ("lab", Box::new(|| test::run(options, None, LAB_LIMIT))),
         ("torture", Box::new(|| torture::run_in_ci(options))),
+        ("crash", Box::new(|| crash::run_in_ci(options))),
     ]
 }
 

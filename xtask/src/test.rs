@@ -208,8 +208,13 @@ mod tests {
     }
 
     fn planned(names: &[&str]) -> Vec<(Suite, u8, Vec<String>)> {
-        let options =
-            Options { kernel: Suite::Newest, fs_size: 384, lease_break_time: 10, hosts: 1 };
+        let options = Options {
+            kernel: Suite::Newest,
+            fs_size: 384,
+            lease_break_time: 10,
+            hosts: 1,
+            kept: None,
+        };
         let selected =
             names.iter().map(|name| Selected { binary: binary(name), filter: None }).collect();
         plans(&options, selected)

@@ -138,7 +138,8 @@ fn record(seed: u64, results: &[Value]) -> Result<()> {
     Ok(())
 }
 
-fn new_seed() -> u64 {
+/// Another one each time.
+pub(crate) fn new_seed() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     // Short enough to be typed, and for every reader of JSON.
     u64::from(now.subsec_nanos()) ^ now.as_secs() & 0xffff_ffff
@@ -214,6 +215,7 @@ fn boot(options: &Options, script: String, limit: Duration) -> Result<Vec<Value>
     match vm::run(options, &Job::Run(argv, limit), &Some(sender))? {
         End::Exit(_) => {}
         End::Lost { why, .. } => bail!("the VM was lost: {why}"),
+        End::PowerCut => bail!("the VM's power was cut"),
         End::Interrupted(signal) => bail!("interrupted by signal {signal}"),
     }
     reader.join().ok().context("the reader of the guest's output panicked")

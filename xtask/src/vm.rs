@@ -17,7 +17,7 @@ use clap::Args;
 
 use crate::console::{self, Tail, UntilMark, Verdict};
 use crate::kernel::{Kernel, Suite};
-use crate::qemu::{Accel, Machine, Port, Running};
+use crate::qemu::{Accel, Kept, Machine, Port, Running};
 use crate::{initramfs, kvm, mounts, paths, setup, signals, terminal};
 
 /// A boot that is not up by then is dead: ten times what an idle machine needs under TCG.
@@ -45,6 +45,9 @@ pub(crate) struct Options {
     /// 2: the command runs on a second host, and finds the storage host over a wire
     #[arg(long, value_name = "1|2", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     pub(crate) hosts: u8,
+    /// Storage of an earlier guest, or for a later one
+    #[arg(skip)]
+    pub(crate) kept: Option<Kept>,
 }
 
 /// What to do in the guest.
@@ -65,6 +68,8 @@ pub(crate) enum End {
     Lost { started: bool, why: String },
     /// We were told to stop, by this signal.
     Interrupted(i32),
+    /// [`cut_power`] was called while the command ran.
+    PowerCut,
 }
 
 /// Where the command's standard output goes, besides our own.
@@ -127,7 +132,8 @@ fn session(
     let started = Instant::now();
     let image = kernel.image();
     let pmem_mib = options.fs_size;
-    let machine = Machine { accel, kernel: &image, initrd: &initrd.0, pmem_mib, channels };
+    let kept = options.kept.as_ref();
+    let machine = Machine { accel, kernel: &image, initrd: &initrd.0, pmem_mib, kept, channels };
     let mut running = machine.start()?;
     watch_console(running.take_stderr()?, console_log, "qemu: ", events);
     let mut watch = Watch {
@@ -170,6 +176,14 @@ pub(crate) enum Event {
     StreamEnded,
     /// We got this signal.
     Signal(i32),
+    /// The guest's power is to be cut.
+    PowerCut,
+}
+
+/// Ends the guest that runs now as a power failure would: nothing in it learns of it. The session
+/// ends with [`End::PowerCut`]; one that is over already is not concerned.
+pub(crate) fn cut_power() {
+    signals::tell(Event::PowerCut);
 }
 
 /// The state of one session.
@@ -200,6 +214,11 @@ impl Watch {
                 Event::Control(line) => self.read_control(&line)?,
                 Event::StreamEnded => self.streams -= 1,
                 Event::Signal(signal) => return Ok(End::Interrupted(signal)),
+                Event::PowerCut => {
+                    // SIGKILL, and waits for its end.
+                    drop(self.running.take());
+                    return Ok(End::PowerCut);
+                }
             }
             if let (Some(status), 0) = (self.status, self.streams) {
                 return self.finish(status);
@@ -405,6 +424,7 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
         ("LEASE_BREAK_TIME", OsStr::new(&options.lease_break_time.to_string())),
         ("HOST_IP", ip.as_os_str()),
         ("HOSTS", OsStr::new(&options.hosts.to_string())),
+        ("STORAGE", OsStr::new(options.kept.as_ref().map_or("", Kept::word))),
         ("END_MARK", OsStr::new(mark)),
     ] {
         assign(&mut text, "", OsStr::new(name), value);
@@ -430,6 +450,9 @@ fn command_script(options: &Options, job: &Job) -> Result<Vec<u8>> {
         OsStr::new("PINFOLD_LAB_SUITE"),
         options.kernel.to_string().as_ref(),
     );
+    if options.kept.is_some() {
+        text.extend_from_slice(b"export PINFOLD_LAB_DISK=\"$LAB_BASE/disk\"\n");
+    }
     let (variables, prefix) = host(options);
     text.extend_from_slice(variables.as_bytes());
     text.extend_from_slice(b"cd ");

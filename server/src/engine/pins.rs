@@ -509,11 +509,7 @@ impl Engine {
             }
             let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
             let start = Instant::now();
-            flusher.flush(range)?;
-            if !file.map_sync() {
-                // Without MAP_SYNC the blocks behind the data may not be recorded yet.
-                file.description().sync()?;
-            }
+            flusher.make_durable(range)?;
             let took = start.elapsed();
             // Too late if the fence has fallen, or if the kernel has let somebody through itself.
             engine.registry().demand_unfenced(view.guard, pin, generation)?;

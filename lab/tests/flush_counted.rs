@@ -1,0 +1,74 @@
+//! A commit flushes what was written, and nothing else. That killing the guest can't show: what has
+//! reached the medium's addresses survives it, flushed or not. So the kernel's write-backs are counted.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use pinfold_client::{IfExists, Pin, PinRequest, Session, Transport};
+use pinfold_lab::{EXPORT, Lab, Pattern, WriteBacks, on_each_file_system};
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 64;
+
+/// A file of whole pages and a bit, which were all flushed by a first commit: made writable for the
+/// pin, they count as written.
+async fn pinned(lab: &Lab, session: &Session, transport: Transport) -> (Pin, WriteBacks) {
+    session.create(EXPORT, "file", PAGES * PAGE + 100, IfExists::Fail).await.unwrap();
+    let write_backs = WriteBacks::of(&lab.path("file"));
+    let request = PinRequest::read_write(EXPORT, "file").transport(transport);
+    let pin = session.pin(request).await.unwrap();
+    pin.commit().await.unwrap();
+    println!("{} pages are written back by the first commit", write_backs.take().len());
+    (pin, write_backs)
+}
+
+async fn write(session: &Session, pin: &Pin, bytes: Range<u64>) {
+    let len = (bytes.end - bytes.start) as usize;
+    let mut buffer = session.buffer(len).await.unwrap();
+    Pattern(5).fill(bytes.start, buffer.as_mut_slice());
+    pin.write(bytes.start, buffer, len).await.unwrap();
+}
+
+fn pages(numbers: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
+    numbers.into_iter().collect()
+}
+
+on_each_file_system! {
+    async fn a_commit_writes_back_each_page_that_was_written_by_rdma(lab in Lab) {
+        let session = lab.session().await;
+        let (pin, write_backs) = pinned(&lab, &session, Transport::Rdma).await;
+        write(&session, &pin, 3 * PAGE..4 * PAGE).await;
+        write(&session, &pin, 7 * PAGE..9 * PAGE + 1).await;
+        write(&session, &pin, PAGES * PAGE..PAGES * PAGE + 100).await;
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages([3, 7, 8, 9, PAGES]));
+
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages([]), "all is on the medium already");
+        write(&session, &pin, 3 * PAGE..4 * PAGE).await;
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages([3]), "the NIC's second write to a page is seen too");
+        write(&session, &pin, 0..PAGES * PAGE).await;
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages(0..PAGES));
+    }
+
+    async fn a_commit_of_a_range_writes_back_that_range(lab in Lab) {
+        let session = lab.session().await;
+        let (pin, write_backs) = pinned(&lab, &session, Transport::Rdma).await;
+        write(&session, &pin, 0..16 * PAGE).await;
+        pin.commit_range(4 * PAGE + 1..6 * PAGE + 1).await.unwrap();
+        assert_eq!(write_backs.take(), pages(4..7));
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages((0..4).chain(7..16)));
+    }
+
+    async fn what_came_by_the_stream_path_needs_none(lab in Lab) {
+        let session = lab.session().await;
+        let (pin, write_backs) = pinned(&lab, &session, Transport::Stream).await;
+        write(&session, &pin, 0..8 * PAGE).await;
+        pin.commit().await.unwrap();
+        assert_eq!(write_backs.take(), pages([]), "write(2) stores past the caches with DAX");
+    }
+}
