@@ -2,11 +2,14 @@
 
 use std::collections::HashMap;
 
-use pinfold_client::{FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport};
+use pinfold_client::{
+    ExportInfo, FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport,
+};
 use serde::Serialize;
 
 use crate::args::{Connection, Ps};
 use crate::failure::Failure;
+use crate::list::QuiescedReport;
 use crate::table::{Align, Table, printable};
 use crate::{terminal, work};
 
@@ -14,6 +17,15 @@ use crate::{terminal, work};
 struct Report {
     sessions: Vec<SessionReport>,
     files: Vec<FileReport>,
+    /// Those that are not served for now.
+    quiesced: Vec<ExportReport>,
+}
+
+#[derive(Serialize)]
+struct ExportReport {
+    export: String,
+    #[serde(flatten)]
+    quiesced: QuiescedReport,
 }
 
 #[derive(Serialize)]
@@ -70,7 +82,12 @@ impl Report {
             .iter()
             .map(|session| (session.number, session.client_name.clone()))
             .collect();
+        let quiet = |export: ExportInfo| {
+            let quiesced = QuiescedReport::new(export.quiesced?);
+            Some(ExportReport { export: export.name, quiesced })
+        };
         Self {
+            quiesced: seen.exports.into_iter().filter_map(quiet).collect(),
             sessions: seen.sessions.into_iter().map(SessionReport::new).collect(),
             files: seen.files.into_iter().map(|file| FileReport::new(file, &clients)).collect(),
         }
@@ -81,6 +98,9 @@ impl Report {
             true => "no file is pinned\n".to_owned(),
             false => self.files(colour),
         };
+        for ExportReport { export, quiesced } in &self.quiesced {
+            drawn += &format!("\nexport {}: {}\n", printable(export), quiesced.shown());
+        }
         // The one of this command holds nothing and is gone when this is read.
         if self.sessions.iter().any(|session| !session.yours) {
             drawn.push('\n');
@@ -196,7 +216,9 @@ impl PinReport {
 
 #[cfg(test)]
 mod tests {
-    use pinfold_client::{Access, Generation};
+    use std::time::Duration;
+
+    use pinfold_client::{Access, Generation, Quiesced};
 
     use super::*;
 
@@ -223,6 +245,7 @@ mod tests {
         };
         Inspection {
             sessions: vec![session(1, "app", false), session(2, "pinfold", true)],
+            exports: vec![],
             files: vec![
                 file("/data/a", FileState::Held, vec![pin(7, 1, true), pin(12, 9, false)]),
                 file("/data/b", FileState::Released, vec![]),
@@ -248,8 +271,20 @@ SESSION  PINS  DEVICE  CLIENT
 
     #[test]
     fn an_idle_server_is_told_in_words() {
-        let idle = Inspection { sessions: vec![session(2, "pinfold", true)], files: vec![] };
+        let sessions = || vec![session(2, "pinfold", true)];
+        let idle = Inspection { sessions: sessions(), ..Inspection::default() };
         assert_eq!(Report::new(idle).tables(false), "no file is pinned\n");
+        let quiesced =
+            Quiesced { time: Duration::from_secs(5), by: "ops".to_owned(), complete: true };
+        let exports = vec![
+            ExportInfo { name: "data".to_owned(), quiesced: Some(quiesced) },
+            ExportInfo { name: "logs".to_owned(), quiesced: None },
+        ];
+        let quiet = Inspection { sessions: sessions(), exports, files: vec![] };
+        assert_eq!(
+            Report::new(quiet).tables(false),
+            "no file is pinned\n\nexport data: quiesced for 5 s, by ops\n"
+        );
     }
 
     #[test]

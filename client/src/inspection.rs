@@ -19,6 +19,38 @@ pub struct Inspection {
     pub sessions: Vec<SessionInfo>,
     /// All guarded files.
     pub files: Vec<FileInfo>,
+    /// All exports.
+    pub exports: Vec<ExportInfo>,
+}
+
+/// An export, as clients see it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ExportInfo {
+    /// Its name.
+    pub name: String,
+    /// Set while it is quiesced.
+    pub quiesced: Option<Quiesced>,
+}
+
+/// How an export is quiesced: what names it is refused with
+/// [`Reason::ExportQuiesced`](crate::Reason::ExportQuiesced) until it is resumed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Quiesced {
+    /// For how long it has been.
+    pub time: Duration,
+    /// Who the client that quiesced it says it is.
+    pub by: String,
+    /// Whether nothing of it is open any more.
+    pub complete: bool,
+}
+
+/// What [`quiesce`](crate::Session::quiesce) did.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Quieted {
+    /// How many pins were revoked.
+    pub revoked_pins: u32,
+    /// Exports on the same file system that are not quiesced: to unmount it, quiesce them too.
+    pub beside: Vec<String>,
 }
 
 /// A session, as others may see it.
@@ -153,7 +185,9 @@ impl Records {
 impl Inspection {
     pub(crate) fn parse(wire: v1::InspectResponse) -> Result<Self, Malformed> {
         let files = wire.files.into_iter().map(FileInfo::parse).collect::<Result<_, _>>()?;
-        Ok(Self { sessions: wire.sessions.into_iter().map(SessionInfo::from).collect(), files })
+        let sessions = wire.sessions.into_iter().map(SessionInfo::from).collect();
+        let exports = wire.exports.into_iter().map(ExportInfo::from).collect();
+        Ok(Self { sessions, files, exports })
     }
 }
 
@@ -209,6 +243,19 @@ impl From<v1::SessionInfo> for SessionInfo {
             pins: wire.pins,
             rdma_device: Some(wire.rdma_device).filter(|name| !name.is_empty()),
         }
+    }
+}
+
+impl From<v1::ExportInfo> for ExportInfo {
+    fn from(wire: v1::ExportInfo) -> Self {
+        Self { name: wire.name, quiesced: wire.quiesced.map(Into::into) }
+    }
+}
+
+impl From<v1::Quiesced> for Quiesced {
+    fn from(wire: v1::Quiesced) -> Self {
+        let v1::Quiesced { for_ms, by, complete } = wire;
+        Self { time: Duration::from_millis(for_ms), by, complete }
     }
 }
 

@@ -183,10 +183,11 @@ impl PinRequest {
         self
     }
 
-    /// If a process of the storage host has the file open: waits for so long until it is free. The
-    /// pin is had as soon as the last one has closed it; with nothing to wait for
-    /// [`Reason::FileBusy`](crate::Reason::FileBusy) comes at once. To give up on the call ends the
-    /// wait.
+    /// If a process of the storage host has the file open, or its export is quiesced: waits for so long
+    /// until it is free. The pin is had as soon as the last one has closed it, or soon after the export is
+    /// resumed; with nothing to wait for [`Reason::FileBusy`](crate::Reason::FileBusy) or
+    /// [`Reason::ExportQuiesced`](crate::Reason::ExportQuiesced) comes at once. To give up on the call ends
+    /// the wait.
     #[must_use]
     pub fn wait(mut self, at_most: Duration) -> Self {
         self.wait = at_most;

@@ -53,6 +53,8 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::Shutdown => "shutdown",
         Reason::Shrink => "shrink",
         Reason::Remove => "remove",
+        Reason::Operator => "operator",
+        Reason::Quiesce => "quiesce",
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct HeldFile {
     failed: Mutex<Vec<Segment>>,
     fence_failures: AtomicU32,
     gate: Arc<Gate>,
+    /// The exports by which it was pinned.
+    exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
 }
 
@@ -74,10 +76,24 @@ impl HeldFile {
             failed: Mutex::default(),
             fence_failures: AtomicU32::new(0),
             gate: Arc::default(),
+            exports: Mutex::default(),
             released: watch::Sender::new(false),
         };
         file.measure_pages();
         file
+    }
+
+    /// It is about to be pinned by this export.
+    pub(crate) fn reach_by(&self, export: &str) {
+        let mut exports = locked(&self.exports);
+        if !exports.iter().any(|known| known == export) {
+            exports.push(export.to_owned());
+        }
+    }
+
+    /// Whether it may have pins that were had by this export.
+    pub(crate) fn is_reached_by(&self, export: &str) -> bool {
+        locked(&self.exports).iter().any(|known| known == export)
     }
 
     /// Names this guarding.

@@ -74,6 +74,10 @@ pub(crate) enum Reason {
     Shrink,
     /// A client wants the file gone.
     Remove,
+    /// An operator wants it free.
+    Operator,
+    /// An operator wants its whole export free.
+    Quiesce,
 }
 
 /// How long after lease-break-time a file is looked at whose reader was left to the kernel.

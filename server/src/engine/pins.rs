@@ -166,6 +166,14 @@ impl Engine {
                 Ok(granted) => return Ok(granted),
                 Err(error) => error,
             };
+            if matches!(error, Error::Quiesced { .. }) {
+                if !wait.is_worth(&error) || caller.is_closed() {
+                    return Err(error);
+                }
+                wait.pause_outside(self).await?;
+                obstacles = Obstacles::default();
+                continue;
+            }
             let located = self.locate(order.export.clone(), order.path.clone()).await;
             let just_let_through = || located.as_ref().is_ok_and(|at| self.just_let_through(at));
             if obstacles.pass(&error, just_let_through) {
@@ -214,6 +222,8 @@ impl Engine {
                 let (path, tier) = (file.path().to_owned(), file.tier());
                 return Err(Error::HeldOtherwise { path, tier });
             }
+            // Before the look whether the export is quiesced, so that one of the two is seen.
+            file.reach_by(&order.export);
             let granted = engine
                 .demand_named(&order.export, &order.path, located.identity())
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));

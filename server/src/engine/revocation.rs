@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use pinfold_leases::{Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId};
 use pinfold_verbs::with_causes;
 
+use super::exports::Served;
 use super::{Engine, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
@@ -219,7 +220,7 @@ impl Engine {
         }
         if self.registry().is_idle() {
             // From here on another server may have them.
-            locked(&self.export_locks).clear();
+            self.exports.values().for_each(Served::unlock);
         }
         let sessions = std::mem::take(&mut *locked(&self.sessions));
         // Their queue pairs go with them, and their streams end.
