@@ -145,6 +145,31 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  pinfold shrink data/log 1M     # to 1 MiB")]
     Shrink(Shrink),
 
+    /// Take all pins of a file back, with notice
+    #[command(
+        after_help = "Example:\n  pinfold revoke data/log\n\nThe clients are told to finish \
+        what is in flight, then their keys die and the file is let go. Clients that keep their pins \
+        (`pinfold pin --keep`) pin it again at once: `pinfold quiesce` keeps them away."
+    )]
+    Revoke(Revoke),
+
+    /// Let go of an export, so that its file system can be frozen, snapshotted or unmounted
+    #[command(
+        after_help = "Example:\n  pinfold quiesce data && fsfreeze -f /mnt/pmem0     # then: \
+        fsfreeze -u /mnt/pmem0 && pinfold resume data\n\nAll pins of its files are taken back, with \
+        notice, and the server closes everything of it, the folder too. Until `pinfold resume` what \
+        names the export is refused with exit code 6; clients that keep their pins, or wait for them, \
+        come back by themselves. It does not outlive the server."
+    )]
+    Quiesce(Quiesce),
+
+    /// Serve a quiesced export again
+    #[command(
+        after_help = "Example:\n  pinfold resume data\n\nThe export must be the folder that \
+        it was: while its file system is not mounted the exit code is 4 or 7."
+    )]
+    Resume(Resume),
+
     /// Tell what this host's devices and the server are good for, and why not
     #[command(after_help = "Examples:\n  pinfold doctor --server http://storage:7350\n  pinfold \
         doctor --json | jq '.findings[] | select(.result != \"ok\")'\n\nIt tests each RDMA device \
@@ -211,7 +236,8 @@ pub(crate) struct Get {
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) local: PathBuf,
 
-    /// If a process of the storage host has the file open, wait so long until it is free
+    /// If a process of the storage host has the file open, or the export is quiesced, wait so long until
+    /// it is free
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) wait: u32,
 
@@ -306,6 +332,37 @@ pub(crate) struct Shrink {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct Revoke {
+    /// The file whose pins to take back
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) file: FileArg,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Quiesce {
+    /// The export to let go of
+    pub(crate) export: String,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Resume {
+    /// The export to serve again
+    pub(crate) export: String,
+
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct Doctor {
     /// Print one JSON object
     #[arg(long)]
@@ -339,15 +396,20 @@ pub(crate) struct Pin {
     #[arg(long)]
     pub(crate) read_only: bool,
 
-    /// Let nobody else pin these bytes; refused if somebody has
+    /// Let nobody else pin these bytes; refused if somebody has, unless with --steal
     #[arg(long)]
     pub(crate) exclusive: bool,
+
+    /// With --exclusive: take the file's pins back first, whoever has them, with notice
+    #[arg(long, requires = "exclusive")]
+    pub(crate) steal: bool,
 
     /// Reach up to this byte when the file grows; +SIZE: that far past its end
     #[arg(long, value_name = "[+]SIZE")]
     pub(crate) reserve: Option<NewSize>,
 
-    /// If a process of the storage host has the file open, wait so long until it is free
+    /// If a process of the storage host has the file open, or the export is quiesced, wait so long until
+    /// it is free
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) wait: u32,
 

@@ -31,7 +31,7 @@ Exit codes:
   3    the server can't be reached, or the session was lost
   4    no such export or file
   5    the server refused the request as it is
-  6    the file is in use, pinned, held or being taken back: try again later
+  6    the file is in use, pinned, held or being taken back, or the export quiesced: try again later
   7    the pin was taken back, or the file is another one by now
   8    no usable RDMA device, or it failed
   9    permission denied, or the pin is for reading only
@@ -99,9 +99,11 @@ impl Exit {
             | Reason::BadRange
             | Reason::RangePastEnd => Self::BadRequest,
             Reason::PermissionDenied | Reason::ReadOnlyPin => Self::Permission,
-            Reason::FileBusy | Reason::FileDraining | Reason::FilePinned | Reason::RangeHeld => {
-                Self::Busy
-            }
+            Reason::FileBusy
+            | Reason::FileDraining
+            | Reason::FilePinned
+            | Reason::RangeHeld
+            | Reason::ExportQuiesced => Self::Busy,
             Reason::FileChanged | Reason::UnknownPin | Reason::StaleGeneration => Self::Revoked,
             Reason::NoSpace | Reason::QuotaExceeded => Self::NoRoom,
             Reason::NoRdmaDevice
@@ -161,7 +163,8 @@ mod tests {
                 | "UNSUPPORTED_FILE"
                 | "BAD_RANGE"
                 | "RANGE_PAST_END" => 5,
-                "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD" => 6,
+                "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD"
+                | "EXPORT_QUIESCED" => 6,
                 "FILE_CHANGED" | "UNKNOWN_PIN" | "STALE_GENERATION" => 7,
                 "NO_RDMA_DEVICE"
                 | "NO_QUEUE_PAIR"

@@ -149,6 +149,9 @@ fn refusal_hint(reason: Reason) -> Option<&'static str> {
             Some("retry when the pins on it are gone; `pinfold ps` shows who has them")
         }
         Reason::FileChanged | Reason::StaleGeneration => Some("pin it again and start over"),
+        Reason::ExportQuiesced => {
+            Some("retry when the export is resumed; `pinfold ls -l` shows it")
+        }
         Reason::NoSpace => Some("free some space on the server's file system"),
         Reason::DeviceCannotRegister => Some("`pinfoldd doctor` on the server says what it can"),
         _ => None,

@@ -1,6 +1,6 @@
 //! `pinfold ls`.
 
-use pinfold_client::{Entry, EntryKind, Session};
+use pinfold_client::{Entry, EntryKind, Quiesced, Session};
 use serde::Serialize;
 
 use crate::args::{Connection, FolderArg, Ls};
@@ -23,6 +23,29 @@ struct EntryReport {
     size: Option<u64>,
     allocated: Option<u64>,
     pins: u32,
+    /// Null unless it is an export that is quiesced.
+    quiesced: Option<QuiescedReport>,
+}
+
+#[derive(Serialize)]
+pub(crate) struct QuiescedReport {
+    seconds: u64,
+    by: String,
+    /// Whether nothing of it is open any more.
+    complete: bool,
+}
+
+impl QuiescedReport {
+    pub(crate) fn new(quiesced: Quiesced) -> Self {
+        let Quiesced { time, by, complete } = quiesced;
+        Self { seconds: time.as_secs(), by, complete }
+    }
+
+    /// For people, behind the export's name.
+    pub(crate) fn shown(&self) -> String {
+        let word = if self.complete { "quiesced" } else { "being quiesced" };
+        format!("{word} for {} s, by {}", self.seconds, printable(&self.by))
+    }
 }
 
 /// Lists, by gRPC alone.
@@ -57,7 +80,8 @@ async fn list(session: &Session, folder: Option<&FolderArg>) -> Result<Vec<Entry
     {
         let name = path.rsplit('/').next().unwrap_or(path).to_owned();
         let (size, allocated, pins) = (stat.size, stat.allocated, stat.pins);
-        return Ok(vec![Entry { name, kind: EntryKind::File, size, allocated, pins }]);
+        let kind = EntryKind::File;
+        return Ok(vec![Entry { name, kind, size, allocated, pins, quiesced: None }]);
     }
     Err(refused.into())
 }
@@ -83,7 +107,7 @@ fn table(entries: &[EntryReport], colour: bool) -> String {
             bytes(entry.size),
             bytes(entry.allocated),
             pins,
-            entry.shown(),
+            entry.shown_in_full(),
         ]);
     }
     table.draw(colour)
@@ -103,6 +127,14 @@ impl EntryReport {
             size: is_file.then_some(entry.size),
             allocated: is_file.then_some(entry.allocated),
             pins: entry.pins,
+            quiesced: entry.quiesced.map(QuiescedReport::new),
+        }
+    }
+
+    fn shown_in_full(&self) -> String {
+        match &self.quiesced {
+            None => self.shown(),
+            Some(quiesced) => format!("{}  ({})", self.shown(), quiesced.shown()),
         }
     }
 
@@ -119,7 +151,7 @@ mod tests {
     fn entries() -> Vec<EntryReport> {
         let entry = |name: &str, kind, size| {
             let (name, allocated) = (name.to_owned(), 2 * size);
-            EntryReport::new(Entry { name, kind, size, allocated, pins: 1 })
+            EntryReport::new(Entry { name, kind, size, allocated, pins: 1, quiesced: None })
         };
         vec![
             entry("a\nb", EntryKind::File, 4096),

@@ -9,6 +9,7 @@ mod generate;
 mod get;
 mod interrupt;
 mod list;
+mod operate;
 mod pin;
 mod ps;
 mod put;
@@ -57,6 +58,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Rm(args) => remove::run(connection, args).await,
             Command::Grow(args) => resize::grow(connection, args).await,
             Command::Shrink(args) => resize::shrink(connection, args).await,
+            Command::Revoke(args) => operate::revoke(connection, args).await,
+            Command::Quiesce(args) => operate::quiesce(connection, args).await,
+            Command::Resume(args) => operate::resume(connection, args).await,
             Command::Doctor(args) => doctor::run(connection, args).await,
             Command::Completions(args) => generate::completions(&args),
             Command::Man(args) => generate::man(&args),

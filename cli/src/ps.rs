@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use pinfold_client::{
-    BrokenFile, FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo, Transport,
+    BrokenFile, ExportInfo, FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo,
+    Transport,
 };
 use serde::Serialize;
 
 use crate::args::{Connection, Ps};
 use crate::failure::Failure;
+use crate::list::QuiescedReport;
 use crate::table::{Align, Table, printable};
 use crate::{terminal, work};
 
@@ -18,6 +20,15 @@ struct Report {
     sessions: Vec<SessionReport>,
     files: Vec<FileReport>,
     broken: Vec<BrokenReport>,
+    /// Those that are not served for now.
+    quiesced: Vec<ExportReport>,
+}
+
+#[derive(Serialize)]
+struct ExportReport {
+    export: String,
+    #[serde(flatten)]
+    quiesced: QuiescedReport,
 }
 
 #[derive(Serialize)]
@@ -85,7 +96,12 @@ impl Report {
             .iter()
             .map(|session| (session.number, session.client_name.clone()))
             .collect();
+        let quiet = |export: ExportInfo| {
+            let quiesced = QuiescedReport::new(export.quiesced?);
+            Some(ExportReport { export: export.name, quiesced })
+        };
         Self {
+            quiesced: seen.exports.into_iter().filter_map(quiet).collect(),
             sessions: seen.sessions.into_iter().map(SessionReport::new).collect(),
             files: seen.files.into_iter().map(|file| FileReport::new(file, &clients)).collect(),
             broken: seen.broken.into_iter().map(BrokenReport::new).collect(),
@@ -97,6 +113,9 @@ impl Report {
             true => "no file is pinned\n".to_owned(),
             false => self.files(colour),
         };
+        for ExportReport { export, quiesced } in &self.quiesced {
+            drawn += &format!("\nexport {}: {}\n", printable(export), quiesced.shown());
+        }
         // The one of this command holds nothing and is gone when this is read.
         if self.sessions.iter().any(|session| !session.yours) {
             drawn.push('\n');
@@ -246,7 +265,9 @@ impl PinReport {
 
 #[cfg(test)]
 mod tests {
-    use pinfold_client::{Access, Generation};
+    use std::time::Duration;
+
+    use pinfold_client::{Access, Generation, Quiesced};
 
     use super::*;
 
@@ -279,6 +300,7 @@ mod tests {
                 by: vec![("find".to_owned(), 11), ("sh".to_owned(), 1)],
                 last_ago: Duration::from_millis(3400),
             }],
+            exports: vec![],
             files: vec![
                 file("/data/a", FileState::Held, vec![pin(7, 1, true), pin(12, 9, false)]),
                 file("/data/b", FileState::Released, vec![]),
@@ -307,9 +329,20 @@ BREAKS  LAST     BY             FILE
 
     #[test]
     fn an_idle_server_is_told_in_words() {
-        let sessions = vec![session(2, "pinfold", true)];
-        let idle = Inspection { sessions, ..Inspection::default() };
+        let sessions = || vec![session(2, "pinfold", true)];
+        let idle = Inspection { sessions: sessions(), ..Inspection::default() };
         assert_eq!(Report::new(idle).tables(false), "no file is pinned\n");
+        let quiesced =
+            Quiesced { time: Duration::from_secs(5), by: "ops".to_owned(), complete: true };
+        let exports = vec![
+            ExportInfo { name: "data".to_owned(), quiesced: Some(quiesced) },
+            ExportInfo { name: "logs".to_owned(), quiesced: None },
+        ];
+        let quiet = Inspection { sessions: sessions(), exports, ..Inspection::default() };
+        assert_eq!(
+            Report::new(quiet).tables(false),
+            "no file is pinned\n\nexport data: quiesced for 5 s, by ops\n"
+        );
     }
 
     #[test]

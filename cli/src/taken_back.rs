@@ -34,16 +34,22 @@ pub(crate) fn token(reason: RevocationReason) -> &'static str {
         RevocationReason::Shutdown => "shutdown",
         RevocationReason::Shrink => "shrink",
         RevocationReason::Remove => "remove",
+        RevocationReason::Operator => "operator",
+        RevocationReason::Quiesce => "quiesce",
+        RevocationReason::Steal => "steal",
         _ => "unknown",
     }
 }
 
 /// What the release did for the one who wanted the file.
 pub(crate) fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> &'static str {
-    use RevocationReason::{Remove, Shrink, Shutdown};
+    use RevocationReason::{Operator, Quiesce, Remove, Shrink, Shutdown, Steal};
     match (reason, timings.break_pending_at_release) {
         (Shutdown, _) => "nobody waited for the file",
-        (Shrink | Remove, _) => "no local process waited for the file: a client asked for it",
+        (Shrink | Remove | Steal, _) => {
+            "no local process waited for the file: a client asked for it"
+        }
+        (Operator | Quiesce, _) => "no local process waited for the file: an operator asked for it",
         (_, true) => "the local process was let through by the release",
         (_, false) => "the local process had given up, or the kernel had let it through",
     }
@@ -71,9 +77,14 @@ mod tests {
             assert!(verdict(reason, &timings(true)).contains("let through by the release"));
             assert!(verdict(reason, &timings(false)).contains("given up"));
         }
-        for reason in
-            [RevocationReason::Shrink, RevocationReason::Remove, RevocationReason::Shutdown]
-        {
+        for reason in [
+            RevocationReason::Shrink,
+            RevocationReason::Remove,
+            RevocationReason::Shutdown,
+            RevocationReason::Operator,
+            RevocationReason::Quiesce,
+            RevocationReason::Steal,
+        ] {
             assert!(!verdict(reason, &timings(false)).contains("given up"), "{reason}");
         }
     }

@@ -171,6 +171,13 @@ impl Host {
         assert_eq!(fs::metadata(self.path(name)).unwrap().len(), 0);
     }
 
+    /// What the server's process has open of the folder, the folder itself included.
+    fn open_files(&self) -> Vec<PathBuf> {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.server.child.id())).unwrap();
+        let targets = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok());
+        targets.filter(|target| target.starts_with(self.folder.path())).collect()
+    }
+
     /// A pin that is gone may leave its file to be cleared up for a moment.
     fn assert_nothing_is_held(&self) {
         let begin = Instant::now();
@@ -283,6 +290,15 @@ fn rest(lines: &Receiver<String>) -> String {
 }
 
 /// Different at every offset up to far beyond a page and a chunk.
+/// Asks until it is so; for what no event tells.
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < DEADLINE, "never: {what}");
+        std::thread::yield_now();
+    }
+}
+
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 31 + (at >> 8) * 7 + (at >> 16) * 13) as u8).collect()
 }
@@ -707,6 +723,30 @@ fn an_exclusive_pin_keeps_others_off_and_names_its_holder() {
 }
 
 #[test]
+fn an_exclusive_pin_can_be_stolen() {
+    let host = Host::start();
+    host.make_file("name", &pattern(ODD));
+    let mut holding = host.start_command(&["pin", "data/name", "--exclusive", "--hold", "--json"]);
+    let old = event(&mut holding);
+    host.assert_fails(&["pin", "data/name", "--exclusive"], 6, &["data/name", "pinfold on "]);
+    host.assert_fails(&["pin", "data/name", "--steal"], 2, &["--exclusive"]);
+    let mut stealing =
+        host.start_command(&["pin", "data/name", "--exclusive", "--steal", "--hold", "--json"]);
+    let new = event(&mut stealing);
+    let counter = |grant: &Value| -> u64 {
+        grant["generation"].as_str().unwrap().rsplit('.').next().unwrap().parse().unwrap()
+    };
+    assert!(counter(&new) > counter(&old), "{new} after {old}");
+    let held = holding.finish();
+    assert_eq!(held.code, 7, "{}", held.stderr);
+    let why = "the pin on data/name was taken back: another client has stolen the file";
+    assert!(held.stderr.contains(why), "{}", held.stderr);
+    stealing.signal(Signal::INT);
+    assert_eq!(stealing.finish().code, 130);
+    host.assert_nothing_is_held();
+}
+
+#[test]
 fn what_is_refused_has_its_exit_code_and_its_words() {
     let host = Host::start();
     host.make_file("name", &pattern(4096));
@@ -810,4 +850,118 @@ fn a_kept_pin_ends_with_its_file() {
     assert!(kept.stderr.contains("could not be had again"), "{}", kept.stderr);
     host.assert_nothing_is_held();
     host.assert_fails(&["pin", "data/name", "--keep", "--hold"], 2, &["--keep"]);
+}
+
+#[test]
+fn an_operator_revokes_the_pins_of_a_file() {
+    let host = Host::start();
+    host.make_file("name", &pattern(4096));
+    host.make_file("other", &pattern(4096));
+    let holding = host.hold(&["data/name"]);
+    let mut beside = host.start_command(&["pin", "data/other", "--hold", "--json"]);
+    event(&mut beside);
+    let mut watching = host.start_command(&["watch", "data/name", "--count", "1"]);
+    watching.wait_for_stderr("watching data/name");
+    let revoked = host.json(&["revoke", "data/name"]);
+    assert_eq!((&revoked["file"], &revoked["revoked_pins"]), (&"data/name".into(), &1.into()));
+    let held = holding.finish();
+    assert_eq!(held.code, 7, "{}", held.stderr);
+    let why = "the pin on data/name was taken back: revoked by an operator";
+    assert!(held.stderr.contains(why), "{}", held.stderr);
+    assert!(held.stdout.contains("an operator asked for it"), "{}", held.stdout);
+    let told = watching.finish();
+    let line = format!("{}: revoked by an operator", text(&host.path("name")));
+    assert!(told.stdout.starts_with(&line), "{}", told.stdout);
+    assert_eq!(host.json(&["stat", "data/other"])["pins"], 1, "the other file is left alone");
+    assert_eq!(host.run(&["revoke", "data/name"]).stdout, "data/name: it had no pins\n");
+    assert_eq!(host.run(&["pin", "data/name"]).code, 0, "it can be pinned again");
+    host.assert_fails(&["revoke", "data/none"], 4, &["data/none"]);
+    host.assert_fails(&["revoke", "data"], 2, &["EXPORT/PATH"]);
+}
+
+#[test]
+fn a_quiesced_export_is_let_go_and_refused_until_it_is_resumed() {
+    let host = Host::start();
+    host.make_file("name", &pattern(4096));
+    host.make_file("busy", &pattern(4096));
+    let holding = host.hold(&["data/name"]);
+    let mut keeping = host.start_command(&["pin", "data/name", "--keep", "--json"]);
+    assert_eq!(event(&mut keeping)["event"], "granted");
+    // One waits for a file that is open elsewhere, so the server has it open too.
+    let opened = fs::File::open(host.path("busy")).unwrap();
+    let mut waiting = host.start_command(&["pin", "data/busy", "--wait", "600", "--json"]);
+    until("the pin waits", || host.open_files().contains(&host.path("busy")));
+    let quieted = host.json(&["quiesce", "data"]);
+    assert_eq!((&quieted["revoked_pins"], &quieted["beside"]), (&2.into(), &Value::from([(); 0])));
+    assert_eq!(host.open_files(), [PathBuf::new(); 0], "not even the folder");
+    let held = holding.finish();
+    assert_eq!(held.code, 7, "{}", held.stderr);
+    assert!(held.stderr.contains("an operator quiesces the export"), "{}", held.stderr);
+
+    let from = host.path("name");
+    let to = host.path("copy");
+    for args in [
+        &["pin", "data/name"] as &[&str],
+        &["stat", "data/name"],
+        &["ls", "data"],
+        &["put", text(&from), "data/new"],
+        &["get", "data/name", text(&to)],
+        &["rm", "data/name", "--revoke"],
+        &["grow", "data/name", "8K"],
+        &["shrink", "data/name", "1"],
+        &["revoke", "data/name"],
+        &["pin", "data/name", "--wait", "1"],
+    ] {
+        let says =
+            ["export data has been quiesced for ", "by pinfold on ", "`pinfold resume data`"];
+        host.assert_fails(args, 6, &says);
+    }
+    let listed = host.json(&["ls"]);
+    assert_eq!(listed["entries"][0]["quiesced"]["complete"], true, "{listed}");
+    let ps = host.run(&["ps"]).stdout;
+    assert!(ps.contains("\nexport data: quiesced for "), "{ps}");
+    assert_eq!(host.json(&["quiesce", "data"])["revoked_pins"], 0, "once more is no error");
+    assert_eq!(host.open_files(), [PathBuf::new(); 0]);
+
+    drop(opened);
+    assert_eq!(host.json(&["resume", "data"])["was_quiesced"], true);
+    assert_eq!(host.json(&["resume", "data"])["was_quiesced"], false);
+    assert_eq!(event(&mut waiting)["event"], "granted", "it waited for that too");
+    assert_eq!(waiting.finish().code, 0);
+    let mut kinds = Vec::new();
+    while kinds.last().is_none_or(|kind| kind != "granted") {
+        let told = event(&mut keeping);
+        if told["event"] == "revoked" {
+            assert_eq!(told["reason"], "quiesce");
+        }
+        kinds.push(told["event"].as_str().unwrap().to_owned());
+    }
+    assert!(kinds.ends_with(&["revoked", "kept", "granted"].map(str::to_owned)), "{kinds:?}");
+    keeping.signal(Signal::INT);
+    assert_eq!(keeping.finish().code, 130);
+    assert_eq!(host.json(&["ls"])["entries"][0]["quiesced"], Value::Null);
+    for verb in ["quiesce", "resume"] {
+        host.assert_fails(&[verb, "nothing"], 4, &["nothing", "this server exports data"]);
+    }
+    host.assert_nothing_is_held();
+}
+
+#[test]
+fn an_export_is_resumed_only_as_the_folder_that_it_was() {
+    let host = Host::start();
+    fs::create_dir(host.path("inner")).unwrap();
+    host.json(&["quiesce", "data"]);
+    let away = host.folder.path().with_extension("away");
+    fs::rename(host.folder.path(), &away).unwrap();
+    host.assert_fails(&["resume", "data"], 4, &[text(host.folder.path())]);
+    fs::create_dir(host.folder.path()).unwrap();
+    host.assert_fails(&["resume", "data"], 7, &["not the directory that export data was"]);
+    fs::remove_dir(host.folder.path()).unwrap();
+    fs::rename(&away, host.folder.path()).unwrap();
+    // While it is quiesced another server may have it.
+    let (other, url) = Host::serve(host.folder.path(), "0");
+    host.assert_fails(&["resume", "data"], 6, &["only one program may serve an export"]);
+    drop(Host { folder: tempfile::tempdir().unwrap(), url, server: other });
+    assert_eq!(host.json(&["resume", "data"])["was_quiesced"], true);
+    assert_eq!(host.run(&["ls", "data"]).stdout, "inner/\n");
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use pinfold_proto::v1;
 
-use crate::{Generation, GuardTier};
+use crate::{Generation, GuardTier, Quiesced};
 
 /// Names one inode for good, where a path may come to name another one.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -72,6 +72,8 @@ pub struct Entry {
     pub allocated: u64,
     /// How many pins are on it now, of all sessions.
     pub pins: u32,
+    /// Set while it is an export that is quiesced.
+    pub quiesced: Option<Quiesced>,
 }
 
 /// What an [`Entry`] is.
@@ -115,8 +117,8 @@ impl From<v1::Entry> for Entry {
             v1::EntryKind::Folder => EntryKind::Folder,
             v1::EntryKind::Export => EntryKind::Export,
         };
-        let v1::Entry { name, size, allocated, pins, .. } = wire;
-        Self { name, kind, size, allocated, pins }
+        let v1::Entry { name, size, allocated, pins, quiesced, .. } = wire;
+        Self { name, kind, size, allocated, pins, quiesced: quiesced.map(Into::into) }
     }
 }
 

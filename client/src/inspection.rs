@@ -22,6 +22,8 @@ pub struct Inspection {
     /// Files that processes of the server's host have wanted back within the last ten minutes, the
     /// most often first.
     pub broken: Vec<BrokenFile>,
+    /// All exports.
+    pub exports: Vec<ExportInfo>,
 }
 
 /// How often processes of the server's host have wanted a file back lately.
@@ -45,6 +47,36 @@ pub struct Breaker {
     pub pid: u32,
     /// Its short name.
     pub command: String,
+}
+
+/// An export, as clients see it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ExportInfo {
+    /// Its name.
+    pub name: String,
+    /// Set while it is quiesced.
+    pub quiesced: Option<Quiesced>,
+}
+
+/// How an export is quiesced: what names it is refused with
+/// [`Reason::ExportQuiesced`](crate::Reason::ExportQuiesced) until it is resumed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Quiesced {
+    /// For how long it has been.
+    pub time: Duration,
+    /// Who the client that quiesced it says it is.
+    pub by: String,
+    /// Whether nothing of it is open any more.
+    pub complete: bool,
+}
+
+/// What [`quiesce`](crate::Session::quiesce) did.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Quieted {
+    /// How many pins were revoked.
+    pub revoked_pins: u32,
+    /// Exports on the same file system that are not quiesced: to unmount it, quiesce them too.
+    pub beside: Vec<String>,
 }
 
 /// A session, as others may see it.
@@ -183,7 +215,8 @@ impl Inspection {
         let files = wire.files.into_iter().map(FileInfo::parse).collect::<Result<_, _>>()?;
         let sessions = wire.sessions.into_iter().map(SessionInfo::from).collect();
         let broken = wire.broken.into_iter().map(BrokenFile::from).collect();
-        Ok(Self { sessions, files, broken })
+        let exports = wire.exports.into_iter().map(ExportInfo::from).collect();
+        Ok(Self { sessions, files, broken, exports })
     }
 }
 
@@ -256,6 +289,19 @@ impl From<v1::SessionInfo> for SessionInfo {
             pins: wire.pins,
             rdma_device: Some(wire.rdma_device).filter(|name| !name.is_empty()),
         }
+    }
+}
+
+impl From<v1::ExportInfo> for ExportInfo {
+    fn from(wire: v1::ExportInfo) -> Self {
+        Self { name: wire.name, quiesced: wire.quiesced.map(Into::into) }
+    }
+}
+
+impl From<v1::Quiesced> for Quiesced {
+    fn from(wire: v1::Quiesced) -> Self {
+        let v1::Quiesced { for_ms, by, complete } = wire;
+        Self { time: Duration::from_millis(for_ms), by, complete }
     }
 }
 

@@ -75,8 +75,8 @@ pub use event::{Event, Events};
 pub use file::{Created, Entry, EntryKind, FileIdentity, FileStat, IfExists};
 pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segment, Transport};
 pub use inspection::{
-    Breaker, BrokenFile, FileInfo, FileState, Inspection, PinInfo, Records, RevocationRecord,
-    SessionInfo,
+    Breaker, BrokenFile, ExportInfo, FileInfo, FileState, Inspection, PinInfo, Quiesced, Quieted,
+    Records, RevocationRecord, SessionInfo,
 };
 pub use keep::{KeptPin, KeptSession};
 pub use kept_state::{FileChange, Interruption, InterruptionCause};

@@ -36,6 +36,7 @@ pub struct PinRequest {
     expected_identity: Option<FileIdentity>,
     pub(crate) transport: Transport,
     exclusive: bool,
+    steal: bool,
     pub(crate) reserve_end: u64,
     wait: Duration,
     pub(crate) track_writes: bool,
@@ -154,6 +155,7 @@ impl PinRequest {
             expected_identity: None,
             transport: Transport::Auto,
             exclusive: false,
+            steal: false,
             reserve_end: 0,
             wait: Duration::ZERO,
             track_writes: false,
@@ -175,6 +177,21 @@ impl PinRequest {
         self
     }
 
+    /// For a failover: [exclusive](Self::exclusive), and whoever has pins on the file loses them. They are
+    /// told to finish what is in flight, the server's NIC is fenced, and the file is guarded anew: nothing
+    /// that an old holder sent lands after the grant. All pins of the file are revoked, also those that
+    /// don't overlap and this session's own, as one fence cuts off a whole file.
+    ///
+    /// [`Grant::generation`](crate::Grant::generation) is a fencing token then: within an incarnation of
+    /// the server its counter is above that of every grant before, and the grants of earlier incarnations
+    /// are dead. A pin that is kept steals once, and waits for its turn when it is lost.
+    #[must_use]
+    pub fn steal(mut self) -> Self {
+        self.exclusive = true;
+        self.steal = true;
+        self
+    }
+
     /// Reserves room past the range, up to this byte of the file, for when the file grows: then
     /// [`Pin::extend_to`] lets the pin use it at once.
     #[must_use]
@@ -183,10 +200,11 @@ impl PinRequest {
         self
     }
 
-    /// If a process of the storage host has the file open: waits for so long until it is free. The
-    /// pin is had as soon as the last one has closed it; with nothing to wait for
-    /// [`Reason::FileBusy`](crate::Reason::FileBusy) comes at once. To give up on the call ends the
-    /// wait.
+    /// If a process of the storage host has the file open, or its export is quiesced: waits for so long
+    /// until it is free. The pin is had as soon as the last one has closed it, or soon after the export is
+    /// resumed; with nothing to wait for [`Reason::FileBusy`](crate::Reason::FileBusy) or
+    /// [`Reason::ExportQuiesced`](crate::Reason::ExportQuiesced) comes at once. To give up on the call ends
+    /// the wait.
     #[must_use]
     pub fn wait(mut self, at_most: Duration) -> Self {
         self.wait = at_most;
@@ -208,6 +226,11 @@ impl PinRequest {
         self.expected_identity = Some(identity);
     }
 
+    /// Waits for its turn from now on: two that steal from each other would never end.
+    pub(crate) fn no_longer_steal(&mut self) {
+        self.steal = false;
+    }
+
     /// Pins whatever the path names.
     pub(crate) fn expect_any(&mut self) {
         self.expected_identity = None;
@@ -223,6 +246,7 @@ impl PinRequest {
             expected_identity: self.expected_identity.map(Into::into),
             transport: v1::Transport::from(transport).into(),
             exclusive: self.exclusive,
+            steal: self.steal,
             reserve_end: self.reserve_end,
             wait_ms: u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX),
         }

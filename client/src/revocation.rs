@@ -21,6 +21,12 @@ pub enum RevocationReason {
     Shrink,
     /// A client asked for the file to be removed.
     Remove,
+    /// An operator revoked the file's pins.
+    Operator,
+    /// An operator quiesces the export: pins of it can be had again once it is resumed.
+    Quiesce,
+    /// Another client has [stolen](crate::PinRequest::steal) the file.
+    Steal,
     /// Something that this version does not know by name.
     Unknown,
 }
@@ -88,6 +94,9 @@ impl From<v1::RevocationReason> for RevocationReason {
             v1::RevocationReason::Shutdown => Self::Shutdown,
             v1::RevocationReason::Shrink => Self::Shrink,
             v1::RevocationReason::Remove => Self::Remove,
+            v1::RevocationReason::Operator => Self::Operator,
+            v1::RevocationReason::Quiesce => Self::Quiesce,
+            v1::RevocationReason::Steal => Self::Steal,
         }
     }
 }
@@ -132,6 +141,9 @@ impl fmt::Display for RevocationReason {
             Self::Shutdown => "the server is shutting down",
             Self::Shrink => "a client shrinks the file",
             Self::Remove => "a client removes the file",
+            Self::Operator => "revoked by an operator",
+            Self::Quiesce => "an operator quiesces the export",
+            Self::Steal => "another client has stolen the file",
             Self::Unknown => "the server gave a reason that this version does not know",
         })
     }

@@ -26,7 +26,8 @@ use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
     Buffer, ConnectOptions, Created, Entry, Error, FileStat, Grant, GuardTier, IfExists,
-    Inspection, Loss, Pin, PinRequest, RdmaDevice, Reason, Records, TransferError, Transport,
+    Inspection, Loss, Pin, PinRequest, Quieted, RdmaDevice, Reason, Records, TransferError,
+    Transport,
 };
 
 /// The server may take longer pieces of the stream path than it is good to hold in memory.
@@ -302,6 +303,58 @@ impl Session {
         let answer =
             self.core.control.call(doing, async |mut client| client.remove(request).await).await?;
         Ok(answer.revoked_pins)
+    }
+
+    /// Takes all pins of a file back, of all sessions, with notice, as an operator does; returns how many
+    /// there were. The file is let go then; who keeps pins has it again at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with the server's reason.
+    pub async fn revoke(&self, export: &str, path: &str) -> Result<u32, Error> {
+        let doing = || format!("revoke {}", FileName::new(export, path));
+        let request = v1::RevokeRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+        };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.revoke(request).await).await?;
+        Ok(answer.revoked_pins)
+    }
+
+    /// Takes all pins of an export back, of all sessions, with notice, and has the server close all that
+    /// it has open of it: then its file system can be frozen, snapshotted or unmounted. What names the
+    /// export is refused with [`Reason::ExportQuiesced`](crate::Reason::ExportQuiesced) until
+    /// [`resume`](Self::resume), also after this session's end.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], with [`Reason::FileDraining`](crate::Reason::FileDraining) if something of
+    /// it could not be closed in time: it is quiesced all the same, and another call waits again.
+    pub async fn quiesce(&self, export: &str) -> Result<Quieted, Error> {
+        let doing = || format!("quiesce {export}");
+        let session_id = self.core.control.session_id.clone();
+        let request = v1::QuiesceRequest { session_id, export: export.to_owned() };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.quiesce(request).await).await?;
+        Ok(Quieted { revoked_pins: answer.revoked_pins, beside: answer.beside })
+    }
+
+    /// Has a quiesced export served again; returns whether it was quiesced.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], with [`Reason::FileChanged`](crate::Reason::FileChanged) or
+    /// [`Reason::FileNotFound`](crate::Reason::FileNotFound) while its path is not the folder that it
+    /// was.
+    pub async fn resume(&self, export: &str) -> Result<bool, Error> {
+        let doing = || format!("resume {export}");
+        let session_id = self.core.control.session_id.clone();
+        let request = v1::ResumeRequest { session_id, export: export.to_owned() };
+        let answer =
+            self.core.control.call(doing, async |mut client| client.resume(request).await).await?;
+        Ok(answer.was_quiesced)
     }
 
     /// Tells who holds what on the server now, over all sessions.

@@ -30,7 +30,7 @@ pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use guarded::{Bench, Holder, LeaseBreakTimeSet};
 pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
-pub use place::{FileSystem, device_name, required};
+pub use place::{FileSystem, Unmounted, device_name, required};
 pub use process::{
     Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process,
     rewrite_by_another_process, shell, tool,

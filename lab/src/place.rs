@@ -51,11 +51,32 @@ impl FileSystem {
         device
     }
 
+    /// Unmounts it, which fails if anything still holds a file or a folder; mounts it again with these
+    /// options when what is returned is dropped.
+    pub fn unmount(self, options: &str) -> Unmounted {
+        let (at, device) = (self.mount_point(), self.device().expect("it lies on a device"));
+        shell(&format!("umount {}", at.display()));
+        Unmounted(format!("mount -t {} -o {options} {device} {}", self.kind(), at.display()))
+    }
+
     /// Unmounts and mounts again, which fails if anything still holds a file.
     pub fn remount(self, options: &str) {
-        let (at, device) = (self.mount_point(), self.device().expect("it lies on a device"));
-        let (at, kind) = (at.display(), self.kind());
-        shell(&format!("umount {at}; mount -t {kind} -o {options} {device} {at}"));
+        self.unmount(options).mount();
+    }
+}
+
+/// A file system that is not mounted for now.
+#[derive(Debug)]
+pub struct Unmounted(String);
+
+impl Unmounted {
+    /// Mounts it again.
+    pub fn mount(self) {}
+}
+
+impl Drop for Unmounted {
+    fn drop(&mut self) {
+        shell(&self.0);
     }
 }
 

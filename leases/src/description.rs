@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use rustix::fs::FallocateFlags;
 
 use crate::error::{Error, Result};
-use crate::export::{Attributes, denied_or_failed, write_zeroes};
+use crate::export::{Attributes, Root, denied_or_failed, write_zeroes};
 use crate::lock::RangeLocks;
 
 /// Names one inode for good. Inode numbers are used again, so the birth time belongs to it.
@@ -103,6 +103,8 @@ struct Inner {
     identity: FileIdentity,
     armed: AtomicBool,
     range_locks: Mutex<RangeLocks>,
+    /// Behind the descriptor: see [`Root`].
+    _root: Arc<Root>,
 }
 
 /// A [`Description`] that may have been closed meanwhile. A file whose old mapping still lives can
@@ -118,10 +120,11 @@ impl WeakDescription {
 }
 
 impl Description {
-    pub(crate) fn new(fd: OwnedFd, path: PathBuf) -> Result<Self> {
+    pub(crate) fn new(fd: OwnedFd, path: PathBuf, root: Arc<Root>) -> Result<Self> {
         let identity = Attributes::of(fd.as_fd(), &path)?.identity;
         let (armed, range_locks) = (AtomicBool::new(false), Mutex::default());
-        Ok(Self { inner: Arc::new(Inner { fd, path, identity, armed, range_locks }) })
+        let inner = Inner { fd, path, identity, armed, range_locks, _root: root };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {

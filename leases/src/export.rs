@@ -6,6 +6,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
@@ -78,8 +79,28 @@ impl RelativePath {
 /// A directory that is open for looking up files beneath it.
 #[derive(Debug)]
 pub struct Export {
-    root: OwnedFd,
+    root: Arc<Root>,
     path: PathBuf,
+}
+
+/// An export's directory. Whatever was found or opened beneath it keeps it: all of these keep the file
+/// system from being unmounted (`O_PATH` descriptors do too), so they are counted together.
+#[derive(Debug)]
+pub(crate) struct Root {
+    fd: OwnedFd,
+    /// Behind the descriptor, which is closed by then.
+    held: Arc<()>,
+}
+
+/// What this process has open of an export, the [`Export`] itself included.
+#[derive(Clone, Debug)]
+pub struct Leftovers(Weak<()>);
+
+impl Leftovers {
+    /// Whether nothing of the export is open or mapped by this process any more.
+    pub fn are_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
 }
 
 /// How [`Export::create`] makes a file.
@@ -101,11 +122,22 @@ impl Export {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|e| Error::Export { path: path.to_owned(), source: e.into() })?;
-        Ok(Self { root, path: path.to_owned() })
+        Ok(Self { root: Arc::new(Root { fd: root, held: Arc::default() }), path: path.to_owned() })
+    }
+
+    /// What tells, after this is dropped, whether something that was found or opened beneath it is still
+    /// open: its file system can't be unmounted then.
+    pub fn leftovers(&self) -> Leftovers {
+        Leftovers(Arc::downgrade(&self.root.held))
+    }
+
+    /// Names the directory for good.
+    pub fn identity(&self) -> Result<FileIdentity> {
+        Ok(Attributes::of(self.root(), &self.path)?.identity)
     }
 
     pub(crate) fn root(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
+        self.root.fd.as_fd()
     }
 
     /// The directory as it was given.
@@ -119,7 +151,7 @@ impl Export {
         let path = self.path.join(path.as_path());
         let attributes = Attributes::of(fd.as_fd(), &path)?;
         attributes.demand_regular(&path)?;
-        Ok(Located { fd, path, attributes })
+        Ok(Located { fd, path, attributes, root: Arc::clone(&self.root) })
     }
 
     /// Makes a file of exactly `create.size` zero bytes, allocated and written, and its name
@@ -138,7 +170,7 @@ impl Export {
         let made = Attributes::of(fd.as_fd(), &full)?.identity;
         let finish = || {
             let fd = if create.dax { with_dax(fd, made, &folder, name, &full)? } else { fd };
-            let file = Description::new(fd, full.clone())?;
+            let file = Description::new(fd, full.clone(), Arc::clone(&self.root))?;
             file.resize(create.size)?;
             sync_folder(&folder, &full)?;
             Ok(file)
@@ -194,7 +226,7 @@ impl Export {
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
-        rustix::fs::openat2(&self.root, what, flags | OFlags::CLOEXEC, mode, rules)
+        rustix::fs::openat2(self.root(), what, flags | OFlags::CLOEXEC, mode, rules)
             .map_err(|e| refusal(e.into(), "open", asked, &self.path.join(asked.as_path())))
     }
 }
@@ -342,11 +374,17 @@ pub struct Located {
     fd: OwnedFd,
     path: PathBuf,
     attributes: Attributes,
+    /// Behind the descriptor: see [`Root`].
+    root: Arc<Root>,
 }
 
 impl Located {
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    pub(crate) fn root(&self) -> Arc<Root> {
+        Arc::clone(&self.root)
     }
 
     /// Names the inode for good.
@@ -398,7 +436,7 @@ impl Located {
     pub fn open(&self) -> Result<Description> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         match rustix::fs::open(self.link(), flags, Mode::empty()) {
-            Ok(fd) => Description::new(fd, self.path.clone()),
+            Ok(fd) => Description::new(fd, self.path.clone(), self.root()),
             Err(rustix::io::Errno::PERM) if self.is_sealed() => {
                 Err(Error::Sealed { path: self.path.clone() })
             }

@@ -136,7 +136,9 @@ mod watch;
 
 pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
 pub use error::{Error, NoOutwait, Result};
-pub use export::{Create, Entry, EntryKind, Export, Listing, Located, Page, RelativePath};
+pub use export::{
+    Create, Entry, EntryKind, Export, Leftovers, Listing, Located, Page, RelativePath,
+};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
 pub use layout::Layout;
 pub use lock::{ExportLock, LockKind, RangeLock};

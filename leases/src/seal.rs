@@ -126,7 +126,7 @@ impl Located {
             Ok(_) | Err(Errno::RANGE) => {}
             Err(e) => return Err(denied_or_failed(e.into(), "fgetxattr", self.path())),
         }
-        let file = Description::new(fd, self.path().to_owned())?;
+        let file = Description::new(fd, self.path().to_owned(), self.root())?;
         if let Err(e) = sys::lease_set(file.fd(), LeaseType::Read) {
             // Who is in the way is looked up by `busy`, and our own descriptor is not.
             let refused = file.not_guarded("F_SETLEASE", e);

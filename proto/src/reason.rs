@@ -44,6 +44,8 @@ reasons! {
     MalformedRequest = "MALFORMED_REQUEST",
     /// No export of that name.
     ExportNotFound = "EXPORT_NOT_FOUND",
+    /// The export is quiesced: it is not served until it is resumed.
+    ExportQuiesced = "EXPORT_QUIESCED",
     /// The path leaves the export, is absolute, or crosses a symbolic link.
     PathOutsideExport = "PATH_OUTSIDE_EXPORT",
     /// No file of that name.

@@ -67,6 +67,9 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::Shutdown => "shutdown",
         Reason::Shrink => "shrink",
         Reason::Remove => "remove",
+        Reason::Operator => "operator",
+        Reason::Quiesce => "quiesce",
+        Reason::Steal => "steal",
     }
 }
 

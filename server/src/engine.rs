@@ -8,6 +8,7 @@
 //! Here are the engine's parts, its threads and how actions are carried out; `sessions`, `files`
 //! and `pins` hold what clients ask for, `revocation` what the kernel does.
 
+mod exports;
 mod files;
 mod obstacles;
 mod pins;
@@ -16,20 +17,18 @@ mod revocation;
 pub(crate) use revocation::drain_budget;
 mod sessions;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use pinfold_leases::{
-    Export, ExportLock, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription,
-};
+use pinfold_leases::{FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
 use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
 
 use crate::breakers::{Breaks, Looks};
-use crate::config::{Config, DeviceChoice, ExportConfig};
+use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
 use crate::fabric::{Fabric, Link};
 use crate::fence::{self, Order};
@@ -37,9 +36,9 @@ use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
 use crate::passage::Passages;
-use crate::policy::Policy;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
+use exports::Served;
 use sessions::random;
 
 pub(crate) use files::PageOrder;
@@ -67,9 +66,7 @@ pub(crate) struct Engine {
     me: Weak<Self>,
     registry: Mutex<Registry>,
     lease_break_time: LeaseBreakTime,
-    exports: HashMap<String, Served>,
-    /// Keep other servers off the exports until nothing is guarded any more.
-    export_locks: Mutex<Vec<ExportLock>>,
+    exports: BTreeMap<String, Served>,
     fabrics: Vec<Arc<Fabric>>,
     /// The operator wants no device.
     rdma_declined: bool,
@@ -93,13 +90,6 @@ pub(crate) struct Engine {
     looks: Mutex<Looks>,
     retired: Notify,
     records: broadcast::Sender<v1::RevocationRecord>,
-}
-
-/// A directory that clients reach.
-#[derive(Debug)]
-struct Served {
-    export: Export,
-    policy: Policy,
 }
 
 /// What outlives one guarding of an inode.
@@ -134,12 +124,9 @@ struct Retired {
 impl Engine {
     /// Opens the exports and the device, and starts the threads. Blocks for the device's self-test.
     pub(crate) fn start(config: &Config) -> Result<Arc<Self>> {
-        let mut exports = HashMap::new();
-        let mut locks = Vec::new();
-        for ExportConfig { name, directory, policy } in &config.exports {
-            let export = Export::open(directory)?;
-            locks.push(export.lock()?);
-            exports.insert(name.clone(), Served { export, policy: *policy });
+        let mut exports = BTreeMap::new();
+        for export in &config.exports {
+            exports.insert(export.name.clone(), Served::open(export)?);
         }
         let fabrics = Fabric::open_all(&config.rdma_devices)?.into_iter().map(Arc::new).collect();
         let (watcher, breaks) = Watcher::start()?;
@@ -152,7 +139,6 @@ impl Engine {
             registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
             lease_break_time,
             exports,
-            export_locks: Mutex::new(locks),
             fabrics,
             rdma_declined: config.rdma_devices.iter().all(|choice| *choice == DeviceChoice::None),
             watcher,

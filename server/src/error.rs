@@ -29,6 +29,43 @@ pub enum Error {
         /// What there is.
         known: String,
     },
+    /// The export is not served for now.
+    #[error("export {name} has been quiesced for {} s, by {by}; `pinfold resume {name}` ends that",
+            since.as_secs())]
+    Quiesced {
+        /// The export.
+        name: String,
+        /// For how long.
+        since: Duration,
+        /// By whom, as the client says.
+        by: String,
+    },
+    /// The export is not served, and something of it is still open.
+    #[error("export {name} is quiesced, but after {} s something of it is still open: {what}; \
+             quiesce it again to go on waiting, or resume it", waited.as_secs())]
+    StillOpen {
+        /// The export.
+        name: String,
+        /// What we know of it.
+        what: String,
+        /// How long we waited.
+        waited: Duration,
+    },
+    /// The export was resumed before it was quiet.
+    #[error("export {name} was resumed before all of it was let go; quiesce it again")]
+    ResumedMeanwhile {
+        /// The export.
+        name: String,
+    },
+    /// The export's path is another directory's.
+    #[error("{} is not the directory that export {name} was before it was quiesced; mount its file \
+             system there, or restart pinfoldd to serve what is there now", path.display())]
+    OtherDirectory {
+        /// The export.
+        name: String,
+        /// Its path.
+        path: PathBuf,
+    },
     /// The file can't be had.
     #[error(transparent)]
     File(#[from] pinfold_leases::Error),

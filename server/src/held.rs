@@ -46,6 +46,8 @@ pub(crate) struct HeldFile {
     /// Who wanted it back, as far as they were seen.
     breakers: Mutex<Vec<Opener>>,
     gate: Arc<Gate>,
+    /// The exports by which it was pinned.
+    exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
 }
 
@@ -77,10 +79,24 @@ impl HeldFile {
             fence_failures: AtomicU32::new(0),
             breakers: Mutex::default(),
             gate: Arc::default(),
+            exports: Mutex::default(),
             released: watch::Sender::new(false),
         };
         file.measure_pages();
         file
+    }
+
+    /// It is about to be pinned by this export.
+    pub(crate) fn reach_by(&self, export: &str) {
+        let mut exports = locked(&self.exports);
+        if !exports.iter().any(|known| known == export) {
+            exports.push(export.to_owned());
+        }
+    }
+
+    /// Whether it may have pins that were had by this export.
+    pub(crate) fn is_reached_by(&self, export: &str) -> bool {
+        locked(&self.exports).iter().any(|known| known == export)
     }
 
     /// Names this guarding.

@@ -74,6 +74,12 @@ pub(crate) enum Reason {
     Shrink,
     /// A client wants the file gone.
     Remove,
+    /// An operator wants it free.
+    Operator,
+    /// An operator wants its whole export free.
+    Quiesce,
+    /// A client wants the file for itself.
+    Steal,
 }
 
 /// How long after lease-break-time a file is looked at whose reader was left to the kernel.

@@ -154,9 +154,8 @@ impl Pinfold for Service {
         let request = request.into_inner();
         self.engine.demand_session(wire::session_id(&request.session_id)?)?;
         if request.export.is_empty() {
-            let names = self.engine.export_names();
             // The operator's own list: never longer than a page.
-            let entries = names.into_iter().map(wire::export_entry).collect();
+            let entries = self.engine.export_entries();
             return Ok(Response::new(v1::ListResponse { entries, next_page_token: Vec::new() }));
         }
         let path = match request.path.as_str() {
@@ -192,6 +191,29 @@ impl Pinfold for Service {
         let path = wire::path(&request.path)?;
         let revoked = self.engine.remove(request.export, path, request.revoke_pins).await?;
         Ok(Response::new(v1::RemoveResponse { revoked_pins: wire::count(revoked) }))
+    }
+
+    async fn revoke(&self, request: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let revoked = self.engine.revoke(request.export, wire::path(&request.path)?).await?;
+        Ok(Response::new(v1::RevokeResponse { revoked_pins: wire::count(revoked) }))
+    }
+
+    async fn quiesce(&self, request: Request<v1::QuiesceRequest>) -> Answer<v1::QuiesceResponse> {
+        let request = request.into_inner();
+        let id = wire::session_id(&request.session_id)?;
+        self.engine.demand_session(id)?;
+        let done = self.engine.quiesce(id, request.export).await?;
+        let (revoked_pins, beside) = (wire::count(done.revoked_pins), done.beside);
+        Ok(Response::new(v1::QuiesceResponse { revoked_pins, beside }))
+    }
+
+    async fn resume(&self, request: Request<v1::ResumeRequest>) -> Answer<v1::ResumeResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let was_quiesced = self.engine.resume(request.export).await?;
+        Ok(Response::new(v1::ResumeResponse { was_quiesced }))
     }
 
     async fn inspect(&self, request: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {

@@ -35,6 +35,11 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::File(error) => of_file(error),
         Error::Malformed { .. } => (Code::InvalidArgument, Reason::MalformedRequest),
         Error::ExportNotFound { .. } => (Code::NotFound, Reason::ExportNotFound),
+        Error::Quiesced { .. } | Error::ResumedMeanwhile { .. } => {
+            (Code::Unavailable, Reason::ExportQuiesced)
+        }
+        Error::StillOpen { .. } => (Code::Unavailable, Reason::FileDraining),
+        Error::OtherDirectory { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FilePinned { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::BadRange { .. } | Error::MisalignedPin { .. } => {
@@ -90,9 +95,11 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::Exists { .. } => (Code::AlreadyExists, Reason::FileExists),
         FileError::NotRegular { .. } => (Code::InvalidArgument, Reason::NotARegularFile),
         FileError::Denied { .. } => (Code::PermissionDenied, Reason::PermissionDenied),
-        FileError::Busy { .. } | FileError::Sealed { .. } => {
+        FileError::Busy { .. } | FileError::Sealed { .. } | FileError::ExportLocked { .. } => {
             (Code::FailedPrecondition, Reason::FileBusy)
         }
+        // Only a resume meets it: at the start nobody is there to be told.
+        FileError::Export { .. } => (Code::NotFound, Reason::FileNotFound),
         FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
         FileError::NoGuard { .. }
         | FileError::NoSeal { .. }

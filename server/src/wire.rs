@@ -106,6 +106,9 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
             return Err(malformed("access says neither READ nor READ_WRITE"));
         }
     };
+    if request.steal && !request.exclusive {
+        return Err(malformed("steal goes with exclusive only"));
+    }
     let transport = match request.transport() {
         v1::Transport::Unspecified => TransportWish::Either,
         v1::Transport::Rdma => TransportWish::Rdma,
@@ -118,6 +121,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         access,
         transport,
         exclusive: request.exclusive,
+        steal: request.steal,
         reserve_end: file_size(request.reserve_end)?,
         wait: Duration::from_millis(request.wait_ms.into()),
         expected: request.expected_identity.map(known_identity),
@@ -255,12 +259,18 @@ pub(crate) fn entry(entry: Entry, pins: usize) -> v1::Entry {
         name: entry.name,
         kind: kind.into(),
         pins: count(pins),
+        quiesced: None,
     }
 }
 
 /// An export as an entry of the top.
-pub(crate) fn export_entry(name: String) -> v1::Entry {
-    v1::Entry { name, kind: v1::EntryKind::Export.into(), size: 0, allocated: 0, pins: 0 }
+pub(crate) fn export_entry(name: String, quiesced: Option<v1::Quiesced>) -> v1::Entry {
+    v1::Entry { name, kind: v1::EntryKind::Export.into(), quiesced, ..v1::Entry::default() }
+}
+
+/// An export that is not served for now.
+pub(crate) fn quiesced(time: Duration, by: String, complete: bool) -> v1::Quiesced {
+    v1::Quiesced { for_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX), by, complete }
 }
 
 /// A session for the operator.
@@ -351,6 +361,9 @@ fn reason(reason: Reason) -> v1::RevocationReason {
         Reason::Shutdown => v1::RevocationReason::Shutdown,
         Reason::Shrink => v1::RevocationReason::Shrink,
         Reason::Remove => v1::RevocationReason::Remove,
+        Reason::Operator => v1::RevocationReason::Operator,
+        Reason::Quiesce => v1::RevocationReason::Quiesce,
+        Reason::Steal => v1::RevocationReason::Steal,
     }
 }
 

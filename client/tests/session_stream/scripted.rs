@@ -288,6 +288,18 @@ impl Pinfold for Service {
         Err(Status::unimplemented("remove"))
     }
 
+    async fn revoke(&self, _: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
+        Err(Status::unimplemented("revoke"))
+    }
+
+    async fn quiesce(&self, _: Request<v1::QuiesceRequest>) -> Answer<v1::QuiesceResponse> {
+        Err(Status::unimplemented("quiesce"))
+    }
+
+    async fn resume(&self, _: Request<v1::ResumeRequest>) -> Answer<v1::ResumeResponse> {
+        Err(Status::unimplemented("resume"))
+    }
+
     async fn inspect(&self, _: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {
         Err(Status::unimplemented("inspect"))
     }

@@ -7,17 +7,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pinfold_leases::{
-    Create, Description, Entry, Error as FileError, Export, FileIdentity, GuardId, Located, Page,
+    Create, Description, Entry, Error as FileError, FileIdentity, GuardId, Located, Page,
     RelativePath,
 };
 use pinfold_proto::v1;
 
 use super::obstacles::{Obstacles, TRY_AGAIN};
-use super::{Engine, Inode, PATIENCE, Served, locked};
+use super::{Engine, Inode, PATIENCE, locked};
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
-use crate::policy::Policy;
 use crate::registry::{Reason, Refusal, Standing};
 use crate::wire;
 
@@ -86,23 +85,6 @@ impl Inode {
 }
 
 impl Engine {
-    pub(super) fn export(&self, name: &str) -> Result<&Export> {
-        Ok(&self.served(name)?.export)
-    }
-
-    /// What the operator wants of an export.
-    pub(super) fn policy(&self, name: &str) -> Result<Policy> {
-        Ok(self.served(name)?.policy)
-    }
-
-    fn served(&self, name: &str) -> Result<&Served> {
-        self.exports.get(name).ok_or_else(|| {
-            let mut known: Vec<&str> = self.exports.keys().map(String::as_str).collect();
-            known.sort_unstable();
-            Error::ExportNotFound { name: name.to_owned(), known: known.join(", ") }
-        })
-    }
-
     /// Finds a file without opening it.
     pub(crate) async fn locate(&self, export: String, path: RelativePath) -> Result<Located> {
         self.blocking(move |engine| Ok(engine.export(&export)?.locate(&path)?)).await
@@ -270,10 +252,8 @@ impl Engine {
     /// Takes a file back, and waits until its guard is let go. Returns how many pins it had.
     pub(super) async fn take_back(&self, located: &Located, reason: Reason) -> Result<usize> {
         let Some((file, pins)) = self.settled(located).await? else { return Ok(0) };
-        let budget = self.break_budget();
-        let actions = self.registry().take_back_for(file.id(), reason, Instant::now(), budget);
-        file.gate().close();
-        self.perform(actions);
+        self.begin_to_take_back(&file, reason);
+        drop(file);
         // Nobody can pin it meanwhile: that takes a turn.
         match self.settled(located).await? {
             None => Ok(pins),
@@ -303,13 +283,6 @@ impl Engine {
         .await
     }
 
-    /// The names of the exports, ordered.
-    pub(crate) fn export_names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.exports.keys().cloned().collect();
-        names.sort_unstable();
-        names
-    }
-
     /// Who holds what now, as seen by one session.
     pub(crate) fn inspect(&self, id: SessionId) -> v1::InspectResponse {
         let (sessions, files) = self.registry().view();
@@ -328,7 +301,7 @@ impl Engine {
         let now = Instant::now();
         let broken = locked(&self.breaks).view(now);
         let broken = broken.into_iter().map(|broken| wire::broken_file(broken, now)).collect();
-        v1::InspectResponse { sessions, files, broken }
+        v1::InspectResponse { sessions, files, exports: self.export_infos(), broken }
     }
 
     /// Asked before pins are revoked, so that nobody loses them for a path that names another file

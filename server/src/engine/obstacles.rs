@@ -35,6 +35,8 @@ enum Obstacle {
     Unseen,
     /// Another process has the file open.
     Others,
+    /// The export is quiesced.
+    Quiet,
     /// It won't pass by itself.
     Lasting,
 }
@@ -48,6 +50,7 @@ fn obstacle(error: &Error, me: u32) -> Obstacle {
         // Our own descriptor, which is being closed.
         Error::File(FileError::Busy { openers, .. }) if ours(openers) => Obstacle::Ours,
         Error::File(FileError::Busy { .. }) => Obstacle::Others,
+        Error::Quiesced { .. } => Obstacle::Quiet,
         _ => Obstacle::Lasting,
     }
 }
@@ -78,12 +81,13 @@ impl Obstacles {
                 self.unseen += 1;
                 self.unseen <= UNSEEN_TRIES || just_let_through()
             }
-            Obstacle::Others | Obstacle::Lasting => false,
+            Obstacle::Others | Obstacle::Quiet | Obstacle::Lasting => false,
         }
     }
 }
 
-/// How long one pin waits for others to close its file, if its client wants that.
+/// How long one pin waits for others to close its file, or for its export to be resumed, if its client
+/// wants that.
 #[derive(Debug)]
 pub(super) struct FileWait {
     until: Option<Instant>,
@@ -98,10 +102,16 @@ pub(super) type KeptOpen = Arc<Mutex<Option<Description>>>;
 #[derive(Debug)]
 struct Begun {
     _place: OwnedSemaphorePermit,
+    /// None: while the export is quiesced nothing of it is kept open.
+    watched: Option<Watched>,
+    pause: Duration,
+}
+
+#[derive(Debug)]
+struct Watched {
     located: Located,
     /// None: the kernel doesn't tell.
     closes: Option<AsyncFd<CloseWatch>>,
-    pause: Duration,
 }
 
 impl FileWait {
@@ -118,8 +128,10 @@ impl FileWait {
 
     /// Whether it is worth waiting for this to pass.
     pub(super) fn is_worth(&self, error: &Error) -> bool {
-        let waits =
-            matches!(obstacle(error, std::process::id()), Obstacle::Unseen | Obstacle::Others);
+        let waits = match obstacle(error, std::process::id()) {
+            Obstacle::Unseen | Obstacle::Others | Obstacle::Quiet => true,
+            Obstacle::Ours | Obstacle::Lasting => false,
+        };
         waits && self.until.is_some_and(|until| Instant::now() < until)
     }
 
@@ -127,40 +139,73 @@ impl FileWait {
     /// so no close falls between a try and the wait.
     pub(super) async fn pause(&mut self, engine: &Engine, located: Located) -> Result<()> {
         let Some(until) = self.until else { return Ok(()) };
-        let Some(begun) = &mut self.begun else {
-            self.begun = Some(Begun::new(engine, located)?);
+        let begun = self.begun(engine)?;
+        let Some(watched) = &begun.watched else {
+            begun.watched = Some(Watched::new(located));
             return Ok(());
         };
+        // It is there already.
+        drop(located);
         let pause = begun.pause.min(until.saturating_duration_since(Instant::now()));
-        begun.pause = match tokio::time::timeout(pause, begun.closed()).await {
+        begun.pause = match tokio::time::timeout(pause, watched.closed()).await {
             Ok(()) => SHORTEST_PAUSE,
             Err(_) => (begun.pause * 2).min(LONGEST_PAUSE),
         };
         Ok(())
     }
 
-    /// Closes the file and gives the place up.
-    pub(super) fn end(self, engine: &Engine) {
-        drop(self.kept_open);
-        if let Some(begun) = self.begun {
-            engine.prune(begun.located.identity());
+    /// Closes the file, and waits for a moment: its export is quiesced.
+    pub(super) async fn pause_outside(&mut self, engine: &Engine) -> Result<()> {
+        let Some(until) = self.until else { return Ok(()) };
+        self.close(engine);
+        self.begun(engine)?;
+        let left = until.saturating_duration_since(Instant::now());
+        tokio::time::sleep(left.min(LONGEST_PAUSE)).await;
+        Ok(())
+    }
+
+    fn begun(&mut self, engine: &Engine) -> Result<&mut Begun> {
+        let begun = match self.begun.take() {
+            Some(begun) => begun,
+            None => Begun::new(engine)?,
+        };
+        Ok(self.begun.insert(begun))
+    }
+
+    fn close(&mut self, engine: &Engine) {
+        let kept_open = locked(&self.kept_open).take();
+        drop(kept_open);
+        let watched = self.begun.as_mut().and_then(|begun| begun.watched.take());
+        if let Some(Watched { located, .. }) = watched {
+            engine.prune(located.identity());
         }
+    }
+
+    /// Closes the file and gives the place up.
+    pub(super) fn end(mut self, engine: &Engine) {
+        self.close(engine);
     }
 }
 
 impl Begun {
-    fn new(engine: &Engine, located: Located) -> Result<Self> {
+    fn new(engine: &Engine) -> Result<Self> {
         let place = Arc::clone(&engine.waiting_pins).try_acquire_owned().map_err(|_| {
             let what = "the number of pins that wait for a file to be closed";
             Refusal::Quota { what, limit: PINS_WAITING_AT_A_TIME as u64 }
         })?;
+        Ok(Self { _place: place, watched: None, pause: LONGEST_PAUSE })
+    }
+}
+
+impl Watched {
+    fn new(located: Located) -> Self {
         #[allow(
             deprecated,
             reason = "a CloseWatch owns its descriptor from its making to its drop"
         )]
         let register = |watch| AsyncFd::with_interest(watch, Interest::READABLE).ok();
         let closes = located.watch_closes().and_then(register);
-        Ok(Self { _place: place, located, closes, pause: LONGEST_PAUSE })
+        Self { located, closes }
     }
 
     async fn closed(&self) {
@@ -195,6 +240,10 @@ mod tests {
         FileError::Busy { path: "/x".into(), openers }.into()
     }
 
+    fn quiesced() -> Error {
+        Error::Quiesced { name: "x".to_owned(), since: Duration::ZERO, by: "y".to_owned() }
+    }
+
     #[test]
     fn only_what_is_ours_passes_by_itself() {
         for (error, expected) in [
@@ -203,6 +252,7 @@ mod tests {
             (busy(&[8]), Obstacle::Others),
             (busy(&[]), Obstacle::Unseen),
             (Refusal::Draining.into(), Obstacle::Ours),
+            (quiesced(), Obstacle::Quiet),
             (Refusal::UnknownSession.into(), Obstacle::Lasting),
         ] {
             assert_eq!(obstacle(&error, 7), expected, "{error}");
@@ -226,6 +276,7 @@ mod tests {
         assert!(!FileWait::new(Duration::ZERO).is_worth(&busy(&[1])));
         let wait = FileWait::new(Duration::from_secs(60));
         assert!(wait.is_worth(&busy(&[1])) && wait.is_worth(&busy(&[])));
+        assert!(wait.is_worth(&quiesced()), "it will be resumed");
         assert!(!wait.is_worth(&Refusal::UnknownSession.into()));
     }
 }

@@ -8,6 +8,7 @@ use pinfold_leases::{
 };
 use pinfold_verbs::with_causes;
 
+use super::exports::Served;
 use super::{Engine, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
@@ -248,7 +249,7 @@ impl Engine {
         }
         if self.registry().is_idle() {
             // From here on another server may have them.
-            locked(&self.export_locks).clear();
+            self.exports.values().for_each(Served::unlock);
         }
         let sessions = std::mem::take(&mut *locked(&self.sessions));
         // Their queue pairs go with them, and their streams end.

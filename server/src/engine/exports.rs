@@ -1,0 +1,295 @@
+//! The exports, and an operator's verbs: revoke a file's pins, quiesce an export, resume it.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use pinfold_leases::{
+    Export, ExportLock, FileIdentity, Leftovers, RelativePath, Result as FileResult,
+};
+use pinfold_proto::v1;
+use tokio::sync::Mutex as AsyncMutex;
+
+use super::obstacles::TRY_AGAIN;
+use super::{Engine, PATIENCE, locked};
+use crate::config::ExportConfig;
+use crate::error::{Error, Result};
+use crate::held::HeldFile;
+use crate::ids::SessionId;
+use crate::policy::Policy;
+use crate::registry::{Reason, Standing};
+use crate::wire;
+
+/// A directory that clients reach, unless it is quiesced.
+#[derive(Debug)]
+pub(super) struct Served {
+    name: String,
+    directory: PathBuf,
+    pub(super) policy: Policy,
+    state: Mutex<State>,
+    /// One at a time: a second one would meet the lock of the first.
+    resuming: Arc<AsyncMutex<()>>,
+}
+
+#[derive(Debug)]
+struct State {
+    serving: Serving,
+    /// Of the directory, which a file system that is not mounted does not have.
+    identity: FileIdentity,
+    /// Keeps other servers off until nothing of ours is open any more.
+    lock: Option<ExportLock>,
+    /// Of openings that are over, and of the one that is.
+    leftovers: Vec<Leftovers>,
+}
+
+#[derive(Debug)]
+enum Serving {
+    Open(Arc<Export>),
+    Quiesced(Quiet),
+}
+
+#[derive(Clone, Debug)]
+struct Quiet {
+    since: Instant,
+    by: String,
+}
+
+/// What quiescing an export did.
+#[derive(Debug)]
+pub(crate) struct Quieted {
+    /// How many pins it took.
+    pub(crate) revoked_pins: usize,
+    /// Exports on the same file system that are served on.
+    pub(crate) beside: Vec<String>,
+}
+
+impl Served {
+    /// Opens and locks a directory.
+    pub(super) fn open(config: &ExportConfig) -> FileResult<Self> {
+        let export = Export::open(&config.directory)?;
+        let state = State {
+            identity: export.identity()?,
+            lock: Some(export.lock()?),
+            leftovers: vec![export.leftovers()],
+            serving: Serving::Open(Arc::new(export)),
+        };
+        Ok(Self {
+            name: config.name.clone(),
+            directory: config.directory.clone(),
+            policy: config.policy,
+            state: Mutex::new(state),
+            resuming: Arc::default(),
+        })
+    }
+
+    /// The directory. Whoever has it, or a file of it, keeps the export from getting quiet.
+    pub(super) fn export(&self) -> Result<Arc<Export>> {
+        match &locked(&self.state).serving {
+            Serving::Open(export) => Ok(Arc::clone(export)),
+            Serving::Quiesced(quiet) => Err(self.refusal(quiet)),
+        }
+    }
+
+    fn refusal(&self, quiet: &Quiet) -> Error {
+        let Quiet { since, by } = quiet.clone();
+        Error::Quiesced { name: self.name.clone(), since: since.elapsed(), by }
+    }
+
+    /// Another server may have it from here on.
+    pub(super) fn unlock(&self) {
+        let lock = locked(&self.state).lock.take();
+        drop(lock);
+    }
+
+    /// From here on nothing new begins on it. One that is quiesced already stays as it is.
+    fn quiesce(&self, by: &str) {
+        let mut state = locked(&self.state);
+        if let Serving::Open(_) = state.serving {
+            let quiet = Quiet { since: Instant::now(), by: by.to_owned() };
+            state.serving = Serving::Quiesced(quiet);
+        }
+    }
+
+    /// Whether nothing of it is open any more; then its lock goes too.
+    fn is_let_go(&self) -> Result<bool> {
+        let mut state = locked(&self.state);
+        if let Serving::Open(_) = state.serving {
+            return Err(Error::ResumedMeanwhile { name: self.name.clone() });
+        }
+        state.leftovers.retain(|left| !left.are_gone());
+        if state.leftovers.is_empty() {
+            state.lock = None;
+        }
+        Ok(state.lock.is_none())
+    }
+
+    /// Opens the directory again; false: it was not quiesced. Blocks.
+    fn resume(&self) -> Result<bool> {
+        if self.quiet().is_none() {
+            return Ok(false);
+        }
+        let export = Export::open(&self.directory)?;
+        let found = export.identity()?;
+        let mut state = locked(&self.state);
+        // The device's number may be another one after it was mounted again.
+        let same = |one: FileIdentity| (one.inode, one.birth_time_ns);
+        if same(found) != same(state.identity) {
+            let (name, path) = (self.name.clone(), self.directory.clone());
+            return Err(Error::OtherDirectory { name, path });
+        }
+        if state.lock.is_none() {
+            state.lock = Some(export.lock()?);
+        }
+        state.identity = found;
+        state.leftovers.push(export.leftovers());
+        state.serving = Serving::Open(Arc::new(export));
+        Ok(true)
+    }
+
+    fn quiet(&self) -> Option<Quiet> {
+        match &locked(&self.state).serving {
+            Serving::Open(_) => None,
+            Serving::Quiesced(quiet) => Some(quiet.clone()),
+        }
+    }
+
+    /// For the operator.
+    fn quiesced(&self) -> Option<v1::Quiesced> {
+        let Quiet { since, by } = self.quiet()?;
+        let complete = locked(&self.state).lock.is_none();
+        Some(wire::quiesced(since.elapsed(), by, complete))
+    }
+
+    fn device(&self) -> u64 {
+        locked(&self.state).identity.device
+    }
+}
+
+impl Engine {
+    pub(super) fn export(&self, name: &str) -> Result<Arc<Export>> {
+        self.served(name)?.export()
+    }
+
+    /// What the operator wants of an export.
+    pub(super) fn policy(&self, name: &str) -> Result<Policy> {
+        Ok(self.served(name)?.policy)
+    }
+
+    fn served(&self, name: &str) -> Result<&Served> {
+        self.exports.get(name).ok_or_else(|| Error::ExportNotFound {
+            name: name.to_owned(),
+            known: self.exports.keys().map(String::as_str).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The exports as entries of the top, ordered.
+    pub(crate) fn export_entries(&self) -> Vec<v1::Entry> {
+        let entry = |served: &Served| wire::export_entry(served.name.clone(), served.quiesced());
+        self.exports.values().map(entry).collect()
+    }
+
+    /// The exports for the operator, ordered.
+    pub(super) fn export_infos(&self) -> Vec<v1::ExportInfo> {
+        let info = |served: &Served| v1::ExportInfo {
+            name: served.name.clone(),
+            quiesced: served.quiesced(),
+        };
+        self.exports.values().map(info).collect()
+    }
+
+    /// Takes all pins of a file back, with notice. Returns how many, when it is let go.
+    pub(crate) async fn revoke(&self, export: String, path: RelativePath) -> Result<usize> {
+        let located = self.locate(export.clone(), path.clone()).await?;
+        let _turn = self.take_turn(&located).await?;
+        self.demand_still_named(&export, &path, &located).await?;
+        self.take_back(&located, Reason::Operator).await
+    }
+
+    /// Takes all pins of an export back, with notice, and lets go of all that is open of it. Once begun
+    /// it runs to its end.
+    pub(crate) async fn quiesce(&self, id: SessionId, name: String) -> Result<Quieted> {
+        self.served(&name)?;
+        let (sessions, _) = self.registry().view();
+        let asker = sessions.into_iter().find(|session| session.id == id);
+        let by = asker.map(|session| session.client_name).unwrap_or_default();
+        let engine = self.arc();
+        let to_the_end = tokio::spawn(async move { engine.quiesce_to_the_end(&name, &by).await });
+        to_the_end.await.map_err(|_| Error::Task)?
+    }
+
+    async fn quiesce_to_the_end(&self, name: &str, by: &str) -> Result<Quieted> {
+        let served = self.served(name)?;
+        served.quiesce(by);
+        tracing::info!(export = name, by, "quiescing");
+        let patience = self.break_budget() + PATIENCE;
+        let give_up = Instant::now() + patience;
+        let mut revoked_pins = 0;
+        loop {
+            let files = self.files_reached_by(name);
+            for file in &files {
+                revoked_pins += self.begin_to_take_back(file, Reason::Quiesce);
+            }
+            let held: Vec<_> = files.iter().map(|file| file.path().to_owned()).collect();
+            // What is looked at here must not be what keeps it open.
+            drop(files);
+            if held.is_empty() && served.is_let_go()? {
+                break;
+            }
+            if Instant::now() >= give_up {
+                let what = match held.first() {
+                    Some(path) => format!("{} of {} files", path.display(), held.len()),
+                    None => "a call that has not ended yet".to_owned(),
+                };
+                return Err(Error::StillOpen { name: name.to_owned(), what, waited: patience });
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+        tracing::info!(export = name, by, revoked_pins, "quiesced");
+        Ok(Quieted { revoked_pins, beside: self.beside(served) })
+    }
+
+    fn files_reached_by(&self, name: &str) -> Vec<Arc<HeldFile>> {
+        let files = locked(&self.files);
+        files.values().filter(|file| file.is_reached_by(name)).cloned().collect()
+    }
+
+    /// Begins to take a file back, unless that has begun. Returns how many pins clients lose by it.
+    pub(super) fn begin_to_take_back(&self, file: &HeldFile, reason: Reason) -> usize {
+        let budget = self.break_budget();
+        let (pins, actions) = {
+            let mut registry = self.registry();
+            let pins = match registry.standing(file.description().identity()) {
+                Some((guard, Standing::Held { granted, .. })) if guard == file.id() => granted,
+                _ => 0,
+            };
+            (pins, registry.take_back_for(file.id(), reason, Instant::now(), budget))
+        };
+        // Only once it is going: one that nobody takes back serves the stream path.
+        if self.registry().is_going(file.id()) {
+            file.gate().close();
+        }
+        self.perform(actions);
+        pins
+    }
+
+    fn beside(&self, quiet: &Served) -> Vec<String> {
+        let others = self.exports.values().filter(|other| other.name != quiet.name);
+        let same =
+            others.filter(|other| other.quiet().is_none() && other.device() == quiet.device());
+        same.map(|other| other.name.clone()).collect()
+    }
+
+    /// Serves a quiesced export again; false: it was not quiesced.
+    pub(crate) async fn resume(&self, name: String) -> Result<bool> {
+        let turn = Arc::clone(&self.served(&name)?.resuming).lock_owned().await;
+        self.blocking(move |engine| {
+            let _turn = turn;
+            let resumed = engine.served(&name)?.resume()?;
+            if resumed {
+                tracing::info!(export = name, "resumed");
+            }
+            Ok(resumed)
+        })
+        .await
+    }
+}
