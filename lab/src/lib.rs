@@ -17,6 +17,7 @@ mod pattern;
 mod pinned;
 mod place;
 mod process;
+mod queue_pairs;
 mod random;
 mod screen;
 mod story;
@@ -32,9 +33,10 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, Unmounted, device_name, required};
 pub use process::{
-    Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process,
+    Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process, remote_fault_hangs,
     rewrite_by_another_process, shell, tool,
 };
+pub use queue_pairs::queue_pairs;
 pub use random::Random;
 pub use screen::{Screen, summary};
 pub use story::taken_back;
