@@ -5,7 +5,7 @@
 use pinfold_client::{DrainPolicy, Event, PinRequest, Session};
 use pinfold_lab::{
     EXPORT, Frozen, Lab, LeaseBreakTimeSet, Opener, eventually, next_revocation,
-    on_each_file_system, read_by_another_process, remote_fault_hangs, remote_slice,
+    on_each_file_system, queue_pairs, read_by_another_process, remote_fault_hangs, remote_slice,
 };
 
 const PAGE: usize = 4096;
@@ -45,6 +45,8 @@ on_each_file_system! {
         let buffer = session.buffer(PAGE).await.unwrap();
         other.write(0, buffer, PAGE).await.unwrap();
 
+        let connected = queue_pairs();
+
         let frozen = Frozen::start(lab.file_system.mount_point());
         let buffer = deaf.buffer(PAGE).await.unwrap();
         let key = remote_slice(&stuck.grant().segments[0], 0, PAGE);
@@ -58,14 +60,14 @@ on_each_file_system! {
             let timings = next_revocation(&mut told).await.timings.unwrap();
             println!("the other file: {timings:?}");
             assert!(timings.break_pending_at_release && timings.drained.is_some());
-            let error = lab.daemon.logged_error("the fence hangs");
-            assert_eq!(error["path"], lab.path("other").to_str().unwrap());
+            lab.daemon.logged_of(&lab.path("other"), "the fence hangs");
             drop(opened);
 
             // That file itself is beyond help until the thaw; the server says so, and goes on.
             let reader = reader(&lab, "stuck");
             assert!(matches!(told_deaf.next().await, Some(Event::Draining { .. })));
-            lab.daemon.logged_of(&lab.path("stuck"), "regions hang too");
+            let error = lab.daemon.logged_error("regions hang too");
+            assert_eq!(error["path"], lab.path("stuck").to_str().unwrap());
             assert!(remote_fault_hangs() && !reader.is_finished());
             frozen.thaw();
             let opened = reader.await.unwrap();
@@ -74,12 +76,18 @@ on_each_file_system! {
             assert_eq!(timings.drained, None);
             drop(opened);
         };
-        // Its queue pair is gone at the other end, which it finds out only after many seconds.
+        let hanging = async {
+            // It was in the kernel before the fence, and may end either way once it is thawed.
+            println!("the write that hung: {}", hanging.await.unwrap().1);
+            std::future::pending::<()>().await;
+        };
         tokio::select! {
             () = breaking => {}
-            written = hanging => panic!("the write that hung ended: {:?}", written.unwrap().1),
+            () = hanging => unreachable!(),
         }
 
+        let cut_off = async || queue_pairs().len() == connected.len() - 1;
+        eventually("the server has destroyed one queue pair", cut_off).await;
         for name in ["stuck", "other"] {
             let record = lab.daemon.audit_record(&lab.path(name));
             assert_eq!(record["failed_regions"], 0, "{record}");

@@ -51,9 +51,9 @@ pub(crate) enum Climbed {
     Done(Outcome),
     /// Somebody is at it, and will order its fence again.
     UnderWay,
-    /// The same, since just now: the fence hangs.
+    /// The same; the fence hangs, which is said once.
     Hangs,
-    /// The same: regions hang too, for so long that it is time for the last rung.
+    /// The same; regions hang too, for so long that it is time for the last rung. Said once.
     RegionsHang,
 }
 
@@ -84,28 +84,29 @@ impl Ladder {
         }
         if self.busy.swap(true, Ordering::SeqCst) {
             // One that hangs is enough: this one would too.
-            return self.drop_regions(file, Some(Instant::now()));
+            return self.drop_regions(file, true);
         }
         // The thread is free, so there is room; it ends only with this.
         let _ = self.fences.send(Arc::clone(file));
         match file.cutting().wait(PATIENCE) {
-            Some(Err(FenceFailed::PinnedShares { .. })) => self.drop_regions(file, None),
+            Some(Err(FenceFailed::PinnedShares { .. })) => self.drop_regions(file, false),
             Some(outcome) => Climbed::Done(outcome),
-            None => self.drop_regions(file, Some(Instant::now())),
+            None => self.drop_regions(file, true),
         }
     }
 
-    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: Option<Instant>) -> Climbed {
+    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: bool) -> Climbed {
         let regions = file.begin_dropping_regions();
         // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
         // not take them all.
-        let threads = if hangs.is_some() { 1 } else { regions.clamp(1, THREADS) };
-        file.cutting().leave_to(threads, hangs);
+        let threads = if hangs { 1 } else { regions.clamp(1, THREADS) };
+        let news = hangs && file.cutting().is_first_hang();
+        file.cutting().leave_to(threads, news.then(Instant::now));
         for _ in 0..threads {
             // Waits only if thousands of files wait for threads that all hang.
             let _ = self.regions.send(Arc::clone(file));
         }
-        if hangs.is_some() { Climbed::Hangs } else { Climbed::UnderWay }
+        if news { Climbed::Hangs } else { Climbed::UnderWay }
     }
 }
 
@@ -142,6 +143,7 @@ pub(crate) struct Cutting {
     cut: Condvar,
     /// How many threads deregister.
     threads: AtomicUsize,
+    hang_was_told: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -151,7 +153,8 @@ enum State {
     Idle,
     /// The fence thread waits for the fence.
     Awaited,
-    /// Nobody waits. If that is because the fence hangs: since when.
+    /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet:
+    /// since when.
     UnderWay { hangs: Option<Instant> },
     /// What came of it, for the fence thread.
     Ended(Outcome),
@@ -184,6 +187,12 @@ impl Cutting {
                 Begun::Earlier { overdue }
             }
         }
+    }
+
+    /// Whether nothing has been said of it yet. A fence that is tried again hangs again, each time, and
+    /// must neither fill the log nor order itself more often than it is tried.
+    fn is_first_hang(&self) -> bool {
+        !self.hang_was_told.swap(true, Ordering::Relaxed)
     }
 
     /// Waits for the fence; `None` if it takes longer.
@@ -282,8 +291,10 @@ mod tests {
     }
 
     #[test]
-    fn regions_that_hang_are_told_of_once() {
+    fn what_hangs_is_told_of_once() {
         let cutting = Cutting::default();
+        assert!(cutting.is_first_hang());
+        assert!(!cutting.is_first_hang());
         assert!(matches!(cutting.begin(), Begun::Now));
         let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
         cutting.leave_to(1, Some(long_ago));

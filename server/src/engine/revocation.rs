@@ -130,7 +130,7 @@ impl Engine {
 
     /// Region by region now; if that is not done soon either, there is one rung left.
     fn fence_hangs(&self, file: &HeldFile) {
-        tracing::error!(
+        tracing::warn!(
             path = %file.path().display(),
             "the fence hangs, as it does while a file system is frozen: deregistering region by region"
         );
