@@ -14,6 +14,8 @@ use pinfold_verbs::CompletionStatus;
 use tonic::{Code, Status};
 
 const PAGE: usize = 4096;
+/// Calls.
+const GIVEN_UP: usize = 5;
 
 fn check(refused: &Status, code: Code, reason: &str, says: &[&str]) {
     let message = refused.message();
@@ -92,14 +94,16 @@ on_each_file_system! {
         let truncation = Truncation::start(lab.path("file"), 100);
         holder.next_draining().await;
 
-        // While the file is being taken back a pin waits. An answer to a later call says that it
-        // has arrived.
-        let (mut stub, request) = (client.stub.clone(), client.pin_request("file"));
-        let given_up = tokio::spawn(async move { stub.pin(request).await });
-        client.stat("file").await;
-        client.stat("file").await;
-        given_up.abort();
-        assert!(given_up.await.unwrap_err().is_cancelled());
+        // While the file is being taken back a pin waits. An answer to a later call says that it is
+        // there, but not that it has begun to wait: so there are several.
+        for _ in 0..GIVEN_UP {
+            let (mut stub, request) = (client.stub.clone(), client.pin_request("file"));
+            let given_up = tokio::spawn(async move { stub.pin(request).await });
+            client.stat("file").await;
+            client.stat("file").await;
+            given_up.abort();
+            assert!(given_up.await.unwrap_err().is_cancelled());
+        }
         let (mut stub, request) = (client.stub.clone(), client.pin_request("file"));
         let waiting = tokio::spawn(async move { stub.pin(request).await });
         client.stat("file").await;
@@ -108,7 +112,9 @@ on_each_file_system! {
 
         // Pins of one file are made in turn.
         let pin = waiting.await.unwrap().unwrap().into_inner();
-        assert_eq!(pin.pin_id, first.pin_id + 2, "the one that was given up was made before");
+        let made = pin.pin_id - first.pin_id - 1;
+        println!("{made} of {GIVEN_UP} that were given up had been made");
+        assert!(made > 0, "those that were given up were made before");
         pinfold_lab::eventually("one pin is on the file", async || {
             client.stat("file").await.pins == 1
         })

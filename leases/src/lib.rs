@@ -68,7 +68,7 @@
 //! # Order
 //!
 //! The order of a teardown is carried by types: [`Guard::release`] takes a [`Fenced`], which only
-//! [`Mapping::fence`] makes; the memory stays mapped until the [`Mapping`] and every [`Share`] of
+//! [`Mapping::fence`] makes, and [`Mapping::fenced_by_return`] once every share is back; the memory stays mapped until the [`Mapping`] and every [`Share`] of
 //! it are gone. A guard can't be let go without a fence:
 //!
 //! ```compile_fail,E0061

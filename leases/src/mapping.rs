@@ -72,6 +72,12 @@ pub enum FenceFailed {
         /// How many are out.
         shares: usize,
     },
+    /// Somebody has a share of the mapping: who wants to do without the fence returns them all.
+    #[error("{shares} regions have a share of the mapping; deregister them, then ask again")]
+    Shares {
+        /// How many are out.
+        shares: usize,
+    },
     /// The kernel refused. Deregistering every region is a fence too.
     #[error("mprotect failed")]
     Kernel {
@@ -198,6 +204,19 @@ impl Mapping {
             _ if pinned > 0 => Err(FenceFailed::PinnedShares { shares: pinned }),
             Err(source) if following > 0 => Err(FenceFailed::Kernel { source }),
             _ => Ok(Fenced { guard: self.guard }),
+        }
+    }
+
+    /// The fence without a system call, for when [`fence`](Self::fence) hangs: mprotect(2) wants the
+    /// process's memory lock (`mmap_lock`), and a fault that hangs, as on a frozen file system, keeps
+    /// that. From the first call on no share is given out any more; once every share has been returned,
+    /// nothing is left that could reach the file. Never waits.
+    pub fn fenced_by_return(&self) -> Result<Fenced, FenceFailed> {
+        self.inner.fenced.store(true, Ordering::SeqCst);
+        let pinned = self.inner.pinned_shares.load(Ordering::SeqCst);
+        match pinned + self.inner.shares.load(Ordering::SeqCst) {
+            0 => Ok(Fenced { guard: self.guard }),
+            shares => Err(FenceFailed::Shares { shares }),
         }
     }
 

@@ -189,6 +189,19 @@ fn a_pinned_share_forbids_the_fence_until_it_is_returned() {
 }
 
 #[test]
+fn every_share_returned_is_a_fence_without_a_system_call() {
+    let bench = Bench::new();
+    let (guard, mapping) = bench.open().arm(&bench.watcher).unwrap().map(8192).unwrap();
+    let (share, pinned) = (mapping.share().unwrap(), mapping.pinned_share().unwrap());
+    assert!(matches!(mapping.fenced_by_return(), Err(FenceFailed::Shares { shares: 2 })));
+    assert!(matches!(mapping.share(), Err(Error::AlreadyFenced)), "there would be no end");
+    drop(share);
+    assert!(matches!(mapping.fenced_by_return(), Err(FenceFailed::Shares { shares: 1 })));
+    drop(pinned);
+    guard.release(mapping.fenced_by_return().unwrap()).unwrap();
+}
+
+#[test]
 fn a_fence_of_another_file_releases_nothing() {
     let one = Bench::new();
     let (guard, mapping) = one.open().arm(&one.watcher).unwrap().map(8192).unwrap();

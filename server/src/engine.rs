@@ -35,6 +35,7 @@ use crate::fence::{self, Order};
 use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
+use crate::ladder::Ladder;
 use crate::passage::Passages;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::wire;
@@ -72,6 +73,7 @@ pub(crate) struct Engine {
     rdma_declined: bool,
     watcher: Watcher,
     fences: Sender<Order>,
+    ladder: Ladder,
     teardowns: Sender<Retired>,
     severances: Sender<SessionId>,
     /// Of the threads that may block, so many at most work for clients: the rest is for ending
@@ -131,6 +133,7 @@ impl Engine {
         let fabrics = Fabric::open_all(&config.rdma_devices)?.into_iter().map(Arc::new).collect();
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
+        let ladder = Ladder::start(&fences)?;
         let (teardowns, retired_files) = channel();
         let (severances, severed) = channel();
         let lease_break_time = LeaseBreakTime::open()?;
@@ -143,6 +146,7 @@ impl Engine {
             rdma_declined: config.rdma_devices.iter().all(|choice| *choice == DeviceChoice::None),
             watcher,
             fences,
+            ladder,
             teardowns,
             severances,
             client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),

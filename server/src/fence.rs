@@ -10,6 +10,9 @@ use pinfold_leases::GuardId;
 
 use crate::error::{Error, Result};
 
+/// More than a vital thread has in use at a time.
+const WARM_BYTES: usize = 64 << 10;
+
 /// What the thread is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Order {
@@ -72,6 +75,9 @@ pub(crate) fn vital(name: &'static str, work: impl FnOnce() + Send + 'static) ->
         .name(name.to_owned())
         .spawn(move || {
             let _vital = Vital;
+            // The allocator asks the kernel for a thread's memory when the thread first wants some, and
+            // that would hang when a fence does.
+            drop(std::hint::black_box(vec![0_u8; WARM_BYTES]));
             work();
         })
         .map(drop)

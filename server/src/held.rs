@@ -1,6 +1,6 @@
 //! A file under guard: its guard, its mapping and the regions on it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::gate::Gate;
 use crate::ids::PinId;
+use crate::ladder::Cutting;
 use crate::policy::Policy;
 use crate::registry::Readers;
 
@@ -37,11 +38,12 @@ pub(crate) struct HeldFile {
     guard: Mutex<Option<Guard>>,
     mapping: Mutex<Option<Arc<Mapping>>>,
     map_sync: bool,
-    segments: Mutex<HashMap<PinId, Vec<Segment>>>,
+    segments: Mutex<BTreeMap<PinId, Vec<Segment>>>,
     /// What shows others which bytes are pinned.
     locks: Mutex<HashMap<PinId, RangeLock>>,
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
-    failed: Mutex<Vec<Segment>>,
+    failed: Mutex<Failed>,
+    cutting: Cutting,
     fence_failures: AtomicU32,
     /// Who wanted it back, as far as they were seen.
     breakers: Mutex<Vec<Opener>>,
@@ -49,6 +51,13 @@ pub(crate) struct HeldFile {
     /// The exports by which it was pinned.
     exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
+}
+
+#[derive(Debug, Default)]
+struct Failed {
+    segments: Vec<Segment>,
+    /// So many of them are to be tried again.
+    retry: usize,
 }
 
 impl HeldFile {
@@ -76,6 +85,7 @@ impl HeldFile {
             segments: Mutex::default(),
             locks: Mutex::default(),
             failed: Mutex::default(),
+            cutting: Cutting::default(),
             fence_failures: AtomicU32::new(0),
             breakers: Mutex::default(),
             gate: Arc::default(),
@@ -263,18 +273,63 @@ impl HeldFile {
 
     /// Deregisters whatever is registered, and tries again what failed before. How many failed.
     pub(crate) fn drop_all_segments(&self) -> usize {
-        let mut all = mem::take(&mut *locked(&self.failed));
-        let live = mem::take(&mut *locked(&self.segments));
-        all.extend(live.into_values().flatten());
-        self.deregister(all)
+        self.retry_failed();
+        self.drop_regions()
     }
 
-    fn deregister(&self, segments: Vec<Segment>) -> usize {
+    /// What is being done to cut it off.
+    pub(crate) fn cutting(&self) -> &Cutting {
+        &self.cutting
+    }
+
+    /// To be called before [`drop_regions`](Self::drop_regions), which many threads may do at a time.
+    /// From here on nothing is registered any more. How many regions there are.
+    pub(crate) fn begin_dropping_regions(&self) -> usize {
+        let closed = self.mapping().map(|mapping| mapping.fenced_by_return());
+        drop(closed);
+        let live: usize = locked(&self.segments).values().map(Vec::len).sum();
+        live + self.retry_failed()
+    }
+
+    fn retry_failed(&self) -> usize {
+        let mut failed = locked(&self.failed);
+        failed.retry = failed.segments.len();
+        failed.retry
+    }
+
+    /// Deregisters one region after the other until none is left. How many failed.
+    pub(crate) fn drop_regions(&self) -> usize {
+        self.deregister(std::iter::from_fn(|| self.next_segment()))
+    }
+
+    /// Takes no memory, and gives back but little: the process's memory lock may be held by somebody
+    /// who waits for this.
+    fn next_segment(&self) -> Option<Segment> {
+        let mut failed = locked(&self.failed);
+        if failed.retry > 0 {
+            failed.retry -= 1;
+            return Some(failed.segments.swap_remove(0));
+        }
+        drop(failed);
+        let mut segments = locked(&self.segments);
+        while let Some(mut of_pin) = segments.first_entry() {
+            let next = of_pin.get_mut().pop();
+            if of_pin.get().is_empty() {
+                of_pin.remove();
+            }
+            if next.is_some() {
+                return next;
+            }
+        }
+        None
+    }
+
+    fn deregister(&self, segments: impl IntoIterator<Item = Segment>) -> usize {
         let mut failed = 0;
         for segment in segments {
             if let Err((segment, error)) = segment.deregister() {
                 tracing::error!(path = %self.path.display(), error, "a memory region could not be deregistered");
-                locked(&self.failed).push(segment);
+                locked(&self.failed).segments.push(segment);
                 failed += 1;
             }
         }
@@ -283,7 +338,7 @@ impl HeldFile {
 
     /// Whether regions are left whose deregistration failed.
     pub(crate) fn has_failed_segments(&self) -> bool {
-        !locked(&self.failed).is_empty()
+        !locked(&self.failed).segments.is_empty()
     }
 
     /// Counts a fence that was not complete; returns how many there have been.

@@ -1,7 +1,8 @@
 //! The daemon: sessions, pins, revocation, policy.
 //!
 //! `registry` decides and does nothing (no clock, no I/O); `engine` does what it decided, against
-//! leases and verbs; `fence` is the thread with the deadlines; `held` is one guarded file, `fabric`
+//! leases and verbs; `fence` is the thread with the deadlines, `ladder`
+//! what is done when a fence hangs; `held` is one guarded file, `fabric`
 //! the RDMA device; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
 //! errors, `audit` writes the record of each revocation; `doctor` says what a host is good for.
 #![forbid(unsafe_code)]
@@ -18,6 +19,7 @@ mod fence;
 mod gate;
 mod held;
 mod ids;
+mod ladder;
 mod passage;
 mod policy;
 mod registry;

@@ -294,6 +294,8 @@ pub struct Capabilities {
     pub max_qp_rd_atom: u8,
     /// Reads and atomics that a queue pair asks for at a time.
     pub max_qp_init_rd_atom: u8,
+    /// Atomics on 8 bytes (`IBV_ATOMIC_HCA` or more): atomic among themselves, on this device.
+    pub atomics: bool,
     /// The driver knows RDMA FLUSH that makes data visible to all (`IB_UVERBS_DEVICE_FLUSH_GLOBAL`).
     pub flush_global: bool,
     /// The driver knows RDMA FLUSH to persistent memory (`IB_UVERBS_DEVICE_FLUSH_PERSISTENT`).
@@ -551,6 +553,7 @@ fn query_device(context: NonNull<ffi::ibv_context>) -> io::Result<(Capabilities,
         max_cqe: count(base.max_cqe),
         max_qp_rd_atom: small(base.max_qp_rd_atom),
         max_qp_init_rd_atom: small(base.max_qp_init_rd_atom),
+        atomics: base.atomic_cap != ffi::ibv_atomic_cap::IBV_ATOMIC_NONE,
         flush_global: attr.device_cap_flags_ex & DEVICE_FLUSH_GLOBAL != 0,
         flush_persistent: attr.device_cap_flags_ex & DEVICE_FLUSH_PERSISTENT != 0,
         vendor_id: base.vendor_id,

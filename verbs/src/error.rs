@@ -393,6 +393,20 @@ pub enum Error {
         piece: usize,
     },
 
+    /// The device has no atomics.
+    #[error("{device} has no atomics on 8 bytes; read, change and write instead")]
+    NoAtomics {
+        /// The device.
+        device: DeviceName,
+    },
+
+    /// An atomic on an address that is no multiple of 8 (IBTA 9.4.5).
+    #[error("an atomic works on 8 bytes at a multiple of 8, not at {address:#x}")]
+    MisalignedAtomic {
+        /// The address at the peer.
+        address: u64,
+    },
+
     /// The buffer was registered in another protection domain than the lane's.
     #[error("the buffer belongs to another protection domain than the lane")]
     ForeignBuffer,

@@ -35,6 +35,54 @@ pub struct Piece {
     pub remote: RemoteSlice,
 }
 
+/// What is done to 8 bytes of the peer as one step (IBTA 9.4.5). They are a number in the byte order of
+/// the peer's host.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Atomic {
+    /// Adds to it, and wraps around.
+    FetchAdd(u64),
+    /// Replaces it, if it is what was expected.
+    CompareSwap {
+        /// What it must be.
+        expected: u64,
+        /// What it becomes.
+        new: u64,
+    },
+}
+
+/// What a work request asks for.
+#[derive(Clone, Copy)]
+enum Request {
+    Write,
+    Read,
+    Atomic(Atomic),
+}
+
+impl Request {
+    fn opcode(self) -> ffi::ibv_wr_opcode::Type {
+        match self {
+            Self::Write => ffi::ibv_wr_opcode::IBV_WR_RDMA_WRITE,
+            Self::Read => ffi::ibv_wr_opcode::IBV_WR_RDMA_READ,
+            Self::Atomic(Atomic::FetchAdd(_)) => ffi::ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD,
+            Self::Atomic(Atomic::CompareSwap { .. }) => {
+                ffi::ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP
+            }
+        }
+    }
+
+    fn target(self, remote: &RemoteSlice) -> ffi::wr_t {
+        let (remote_addr, rkey) = (remote.address, remote.key.get());
+        let (compare_add, swap) = match self {
+            Self::Write | Self::Read => {
+                return ffi::wr_t { rdma: ffi::rdma_t { remote_addr, rkey } };
+            }
+            Self::Atomic(Atomic::FetchAdd(number)) => (number, 0),
+            Self::Atomic(Atomic::CompareSwap { expected, new }) => (expected, new),
+        };
+        ffi::wr_t { atomic: ffi::atomic_t { remote_addr, compare_add, swap, rkey } }
+    }
+}
+
 /// A lane that isn't connected: it has an endpoint to tell the peer, and no way to post.
 ///
 /// ```compile_fail,E0599
@@ -169,7 +217,7 @@ impl<T: Send> Lane<T> {
     /// [`Error::PieceTooLong`], [`Error::RemoteOverflow`], [`Error::ForeignBuffer`] for a mistake
     /// of the caller; [`Error::PostSend`] when the device refuses.
     pub fn post_write(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
-        self.post(ffi::ibv_wr_opcode::IBV_WR_RDMA_WRITE, buffer, pieces, tag)
+        self.post(Request::Write, buffer, pieces, tag)
     }
 
     /// Starts to copy from the peer's memory into pieces of the buffer (RDMA READ).
@@ -178,7 +226,39 @@ impl<T: Send> Lane<T> {
     ///
     /// Those of [`post_write`](Self::post_write).
     pub fn post_read(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
-        self.post(ffi::ibv_wr_opcode::IBV_WR_RDMA_READ, buffer, pieces, tag)
+        self.post(Request::Read, buffer, pieces, tag)
+    }
+
+    /// Starts an atomic on 8 bytes of the peer. What they were before comes into the buffer's first 8
+    /// bytes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`post_write`](Self::post_write); [`Error::NoAtomics`];
+    /// [`Error::MisalignedAtomic`]; [`Error::PieceLengthsDiffer`] where `remote` is not 8 bytes long.
+    pub fn post_atomic(
+        &self,
+        buffer: Buffer,
+        remote: RemoteSlice,
+        atomic: Atomic,
+        tag: T,
+    ) -> Result<(), PostError<T>> {
+        let device = self.queue_pair.protection_domain().device();
+        let error = match remote.address % ATOMIC_BYTES as u64 {
+            _ if !device.capabilities().atomics => {
+                Error::NoAtomics { device: device.device_name() }
+            }
+            0 => {
+                return self.post(
+                    Request::Atomic(atomic),
+                    buffer,
+                    &[Piece { local: 0..ATOMIC_BYTES, remote }],
+                    tag,
+                );
+            }
+            _ => Error::MisalignedAtomic { address: remote.address },
+        };
+        Err(PostError { buffer, tag, error })
     }
 
     /// Waits for an operation to end. Waits for ever when none is in flight: whoever posts, wakes
@@ -258,7 +338,7 @@ impl<T: Send> Lane<T> {
 
     fn post(
         &self,
-        opcode: ffi::ibv_wr_opcode::Type,
+        what: Request,
         buffer: Buffer,
         pieces: &[Piece],
         tag: T,
@@ -291,10 +371,9 @@ impl<T: Send> Lane<T> {
             let mut request: ffi::ibv_send_wr = sys::zeroed();
             request.wr_id = request_id(slot, len);
             request.num_sge = 1;
-            request.opcode = opcode;
+            request.opcode = what.opcode();
             request.send_flags = ffi::ibv_send_flags::IBV_SEND_SIGNALED.0;
-            request.wr.rdma =
-                ffi::rdma_t { remote_addr: piece.remote.address, rkey: piece.remote.key.get() };
+            request.wr = what.target(&piece.remote);
             requests.push(request);
         }
         let mut next = ptr::null_mut();
@@ -411,6 +490,9 @@ impl<T> std::error::Error for PostError<T> {
 
 /// The longest message of the protocol: 2 GiB (IBTA 9.7.2).
 const MESSAGE_BYTES_MAX: u32 = 1 << 31;
+
+/// What an atomic works on.
+const ATOMIC_BYTES: usize = 8;
 
 /// The number of a work request: its operation's slot, and its length.
 fn request_id(slot: u32, len: u32) -> u64 {

@@ -87,7 +87,7 @@ pub use device::{
 pub use error::{Error, with_causes};
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
-    Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,
+    Atomic, Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,
 };
 pub use memory::{Memory, PinnableMemory};
 pub use pd::ProtectionDomain;

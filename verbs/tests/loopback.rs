@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use pinfold_verbs::{
-    Access, Buffer, Completed, CompletionStatus, Connected, Device, Error, Gid, Lane, Memory,
-    MemoryRegion, Mtu, Outcome, Piece, ProtectionDomain, QueuePair, QueuePairBuilder,
+    Access, Atomic, Buffer, Completed, CompletionStatus, Connected, Device, Error, Gid, Lane,
+    Memory, MemoryRegion, Mtu, Outcome, Piece, ProtectionDomain, QueuePair, QueuePairBuilder,
     QueuePairNumber, QueuePairState, RegistrationMode, RemoteSlice, SelfTestError, UnconnectedLane,
     devices, self_test,
 };
@@ -73,11 +73,15 @@ struct Pair<T> {
 impl<T: Send> Pair<T> {
     /// A lane in a domain of its own, connected to a queue pair in that one.
     fn new(target: &ProtectionDomain, depth: u32) -> Self {
+        Self::allowing(Access::REMOTE_READ_WRITE, target, depth)
+    }
+
+    fn allowing(access: Access, target: &ProtectionDomain, depth: u32) -> Self {
         let device = target.device();
         let mtu = Mtu::largest_within(device.port().active_mtu_bytes).unwrap();
         let domain = ProtectionDomain::new(device).unwrap();
         let lane = UnconnectedLane::new(&domain, depth).unwrap();
-        let responder = QueuePairBuilder::new(target).build().unwrap();
+        let responder = QueuePairBuilder::new(target).remote_access(access).build().unwrap();
         let (to_lane, to_responder) = (lane.endpoint(), responder.endpoint());
         let responder = responder.connect(&to_lane, mtu).unwrap();
         let lane = lane.connect(&to_responder, mtu).unwrap();
@@ -179,6 +183,36 @@ fn the_self_test_finds_the_quirks_of_rxe_on_demand() {
         assert_eq!(report.quirks.path_mtu_bytes, Some(4096));
         assert_eq!(report.quirks.max_region_bytes, (2 << 30) - 4096);
     }
+}
+
+#[test]
+#[ignore = "needs an RDMA device: cargo xtask vm run"]
+fn atomics_change_eight_bytes_as_one_step_and_bring_what_was_there() {
+    let target = ProtectionDomain::new(&device()).unwrap();
+    let access = Access { remote_atomic: true, ..Access::REMOTE_READ_WRITE };
+    let region = target.register_pinned(memory(PAGE), 0..PAGE, access).unwrap();
+    let pair = Pair::allowing(access, &target, 4);
+    let there = u64::from_ne_bytes([0xee; 8]);
+    let word = slice(&region, 8, 8);
+    let asked = |atomic| {
+        pair.lane.post_atomic(pair.buffer(&[0; 8]), word, atomic, ()).unwrap();
+        let done = pair.wait();
+        assert!(done.status.is_success(), "{atomic:?}: {}", done.status);
+        u64::from_ne_bytes(done.buffer.as_slice().try_into().unwrap())
+    };
+    assert_eq!(asked(Atomic::FetchAdd(5)), there);
+    assert_eq!(asked(Atomic::CompareSwap { expected: there, new: 7 }), there + 5);
+    assert_eq!(asked(Atomic::CompareSwap { expected: there + 5, new: 7 }), there + 5);
+    assert_eq!(asked(Atomic::FetchAdd(0)), 7);
+    let content = bytes(region.memory());
+    assert!(content[..8].iter().chain(&content[16..]).all(|byte| *byte == 0xee));
+
+    let refused = |remote| {
+        let post = pair.lane.post_atomic(pair.buffer(&[0; 8]), remote, Atomic::FetchAdd(1), ());
+        post.unwrap_err().error
+    };
+    assert!(matches!(refused(slice(&region, 4, 8)), Error::MisalignedAtomic { .. }));
+    assert!(matches!(refused(slice(&region, 8, 16)), Error::PieceLengthsDiffer { .. }));
 }
 
 /// The MTU of the loopback interface, put back at the end.

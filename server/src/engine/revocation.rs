@@ -14,6 +14,7 @@ use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
 use crate::ids::SessionId;
+use crate::ladder::{self, Climbed};
 use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
 
@@ -106,10 +107,12 @@ impl Engine {
             }
         }
         let late_stream_writes = file.gate().cut();
-        let fenced = match file.fence() {
-            Some(Ok(fenced)) => fenced,
-            Some(Err(error)) => return self.fence_again(&file, &error),
-            None => return,
+        let fenced = match self.ladder.climb(&file) {
+            Climbed::Done(Ok(fenced)) => fenced,
+            Climbed::Done(Err(error)) => return self.fence_again(&file, &error),
+            Climbed::UnderWay => return,
+            Climbed::Hangs => return self.fence_hangs(&file),
+            Climbed::RegionsHang => return self.regions_hang(&file),
         };
         // No commit that ends later succeeds.
         self.registry().fenced(guard, Instant::now());
@@ -142,6 +145,30 @@ impl Engine {
         locked(&self.passages).begin(description.identity(), changed_ns, Instant::now());
     }
 
+    /// Region by region now; if that is not done soon either, there is one rung left.
+    fn fence_hangs(&self, file: &HeldFile) {
+        tracing::warn!(
+            path = %file.path().display(),
+            "the fence hangs, as it does while a file system is frozen: deregistering region by region"
+        );
+        self.order(Order::At(file.id(), Instant::now() + ladder::PATIENCE));
+    }
+
+    fn regions_hang(&self, file: &HeldFile) {
+        tracing::error!(
+            path = %file.path().display(),
+            "regions hang too: destroying the queue pairs; whoever wants the file waits for the thaw"
+        );
+        self.sever_sessions_on(file);
+    }
+
+    /// On another thread, which ends only with the engine: this one waits for no device.
+    fn sever_sessions_on(&self, file: &HeldFile) {
+        for session in self.registry().sessions_on(file.id()) {
+            let _ = self.severances.send(session);
+        }
+    }
+
     /// Something still reaches the file: a region that is being registered at this moment, and will
     /// be dropped as soon as that is done, or one that the device refuses to deregister. For the
     /// second case the queue pairs go too, which is as good a barrier, and the next try finds the
@@ -153,10 +180,7 @@ impl Engine {
             tracing::warn!(path = %file.path().display(), error, "a fence is not complete yet");
         }
         if file.has_failed_segments() {
-            for session in self.registry().sessions_on(file.id()) {
-                // On another thread, which ends only with the engine: this one waits for no device.
-                let _ = self.severances.send(session);
-            }
+            self.sever_sessions_on(file);
         }
         let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
         let at = Instant::now() + pause.min(FENCE_RETRY_LAST);

@@ -1,0 +1,101 @@
+//! A remote write faults on a frozen file system, and holds the server's memory lock until the thaw:
+//! no mprotect(2) of that process comes back, whatever it is for.
+#![forbid(unsafe_code)]
+
+use pinfold_client::{DrainPolicy, Event, PinRequest, Session};
+use pinfold_lab::{
+    EXPORT, Frozen, Lab, LeaseBreakTimeSet, Opener, eventually, next_revocation,
+    on_each_file_system, queue_pairs, read_by_another_process, remote_fault_hangs, remote_slice,
+};
+
+const PAGE: usize = 4096;
+/// Clients have two seconds to drain.
+const LEASE_BREAK_TIME: u32 = 6;
+
+/// Another process opens the file, which takes as long as the kernel makes it wait. That works on a
+/// frozen file system.
+fn reader(lab: &Lab, name: &str) -> tokio::task::JoinHandle<Opener> {
+    let path = lab.path(name);
+    tokio::task::spawn_blocking(move || Opener::reading(&path))
+}
+
+async fn write_to(lab: &Lab, session: &Session, name: &str, byte: u8) {
+    let pin = session.pin(PinRequest::read_write(EXPORT, name)).await.unwrap();
+    let mut buffer = session.buffer(PAGE).await.unwrap();
+    buffer.as_mut_slice().fill(byte);
+    pin.write(0, buffer, PAGE).await.unwrap();
+    pin.commit().await.unwrap();
+    pin.unpin().await.unwrap();
+    let content = read_by_another_process(&lab.path(name));
+    assert!(content == [byte; PAGE], "what was written to {name:?}");
+}
+
+on_each_file_system! {
+    async fn other_files_are_given_back_meanwhile_and_that_one_after_the_thaw(lab in Lab) {
+        let _short = LeaseBreakTimeSet::to(LEASE_BREAK_TIME);
+        for name in ["stuck", "other"] {
+            lab.make_file(name, PAGE as u64);
+        }
+        let deaf = lab.session_with(lab.options().drain_policy(DrainPolicy::Ignore)).await;
+        let mut told_deaf = deaf.events();
+        let stuck = deaf.pin(PinRequest::read_write(EXPORT, "stuck")).await.unwrap();
+        let session = lab.session().await;
+        let mut told = session.events();
+        let other = session.pin(PinRequest::read_write(EXPORT, "other")).await.unwrap();
+        let buffer = session.buffer(PAGE).await.unwrap();
+        other.write(0, buffer, PAGE).await.unwrap();
+
+        let connected = queue_pairs();
+
+        let frozen = Frozen::start(lab.file_system.mount_point());
+        let buffer = deaf.buffer(PAGE).await.unwrap();
+        let key = remote_slice(&stuck.grant().segments[0], 0, PAGE);
+        let hanging = deaf.raw_write(key, buffer);
+        let breaking = async {
+            eventually("a remote write hangs in a fault", async || remote_fault_hangs()).await;
+
+            // Nobody thaws it: who wants another file gets it because we let go.
+            let opened = reader(&lab, "other").await.unwrap();
+            assert!(remote_fault_hangs(), "it was thawed too soon");
+            let timings = next_revocation(&mut told).await.timings.unwrap();
+            println!("the other file: {timings:?}");
+            assert!(timings.break_pending_at_release && timings.drained.is_some());
+            lab.daemon.logged_of(&lab.path("other"), "the fence hangs");
+            drop(opened);
+
+            // That file itself is beyond help until the thaw; the server says so, and goes on.
+            let reader = reader(&lab, "stuck");
+            assert!(matches!(told_deaf.next().await, Some(Event::Draining { .. })));
+            let error = lab.daemon.logged_error("regions hang too");
+            assert_eq!(error["path"], lab.path("stuck").to_str().unwrap());
+            assert!(remote_fault_hangs() && !reader.is_finished());
+            frozen.thaw();
+            let opened = reader.await.unwrap();
+            let timings = next_revocation(&mut told_deaf).await.timings.unwrap();
+            println!("the one that is stuck: {timings:?}");
+            assert_eq!(timings.drained, None);
+            drop(opened);
+        };
+        let hanging = async {
+            // It was in the kernel before the fence, and may end either way once it is thawed.
+            println!("the write that hung: {}", hanging.await.unwrap().1);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = breaking => {}
+            () = hanging => unreachable!(),
+        }
+
+        let cut_off = async || queue_pairs().len() == connected.len() - 1;
+        eventually("the server has destroyed one queue pair", cut_off).await;
+        for name in ["stuck", "other"] {
+            let record = lab.daemon.audit_record(&lab.path(name));
+            assert_eq!(record["failed_regions"], 0, "{record}");
+        }
+        lab.nothing_is_held().await;
+        // Its other sessions were not touched, and new ones are served.
+        write_to(&lab, &session, "other", b'O').await;
+        write_to(&lab, &lab.session().await, "stuck", b'S').await;
+        deaf.close().await;
+    }
+}

@@ -1,0 +1,314 @@
+//! What is done when the fence itself hangs.
+//!
+//! Cutting a file off is one mprotect(2), which wants the process's memory lock for itself. A remote
+//! write that faults on a frozen file system holds that lock until the thaw, and so no fence of the
+//! process comes back, whatever file it is for. Deregistering a region wants no such lock: it waits
+//! for what is under way in that region, and for nothing else. So the rungs are
+//!
+//! 1. the fence, on a thread of its own, which is waited for as long as [`PATIENCE`];
+//! 2. region by region, on threads that were started before: while the lock is held none can be
+//!    started or ended. A file is fenced when every region has returned its share of the mapping.
+//!    Where pages are pinned there is no other fence, and all threads help;
+//! 3. the queue pairs of its sessions, destroyed without waiting for it: that proves nothing, but cuts
+//!    off what can be.
+//!
+//! A file whose own region is the one that hangs is beyond all of them until the thaw.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pinfold_leases::{FenceFailed, Fenced};
+
+use crate::error::Result;
+use crate::fence::{self, Order};
+use crate::held::HeldFile;
+
+/// How long the fence may take before the next rung, and that one before the last.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
+/// Threads that deregister. As many files may hang at a time before they keep others waiting.
+const THREADS: usize = 16;
+/// Files that wait for such a thread. Room is made beforehand: handing one over needs no memory.
+const WAITING: usize = 4096;
+
+/// How a fence ended.
+type Outcome = Result<Fenced, FenceFailed>;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Ladder {
+    fences: SyncSender<Arc<HeldFile>>,
+    /// The thread of the first rung has not come back from an earlier file.
+    busy: Arc<AtomicBool>,
+    regions: SyncSender<Arc<HeldFile>>,
+}
+
+/// How far a file has come.
+#[derive(Debug)]
+pub(crate) enum Climbed {
+    /// It is fenced, or not, and nobody is at it any more.
+    Done(Outcome),
+    /// Somebody is at it, and will order its fence again.
+    UnderWay,
+    /// The same; the fence hangs, which is said once.
+    Hangs,
+    /// The same; regions hang too, for so long that it is time for the last rung. Said once.
+    RegionsHang,
+}
+
+impl Ladder {
+    /// Starts the threads. They order a file's fence again when they have done something for it that
+    /// nobody waited for.
+    pub(crate) fn start(orders: &Sender<Order>) -> crate::error::Result<Self> {
+        let busy = Arc::new(AtomicBool::new(false));
+        let (fences, to_fence) = sync_channel(1);
+        let (sender, free) = (orders.clone(), Arc::clone(&busy));
+        fence::vital("pinfold-cut", move || cut_off(&to_fence, &sender, &free))?;
+        let (regions, files) = sync_channel(WAITING);
+        let files = Arc::new(Mutex::new(files));
+        for _ in 0..THREADS {
+            let (sender, files) = (orders.clone(), Arc::clone(&files));
+            fence::vital("pinfold-regions", move || deregister(&files, &sender))?;
+        }
+        Ok(Self { fences, busy, regions })
+    }
+
+    /// Takes a file as far as it can be taken in [`PATIENCE`]. For the fence thread only.
+    pub(crate) fn climb(&self, file: &Arc<HeldFile>) -> Climbed {
+        match file.cutting().begin() {
+            Begun::Now => {}
+            Begun::Earlier { overdue: true } => return Climbed::RegionsHang,
+            Begun::Earlier { overdue: false } => return Climbed::UnderWay,
+            Begun::Ended(outcome) => return Climbed::Done(outcome),
+        }
+        if self.busy.swap(true, Ordering::SeqCst) {
+            // One that hangs is enough: this one would too.
+            return self.drop_regions(file, true);
+        }
+        // The thread is free, so there is room; it ends only with this.
+        let _ = self.fences.send(Arc::clone(file));
+        match file.cutting().wait(PATIENCE) {
+            Some(Err(FenceFailed::PinnedShares { .. })) => self.drop_regions(file, false),
+            Some(outcome) => Climbed::Done(outcome),
+            None => self.drop_regions(file, true),
+        }
+    }
+
+    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: bool) -> Climbed {
+        let regions = file.begin_dropping_regions();
+        // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
+        // not take them all.
+        let threads = if hangs { 1 } else { regions.clamp(1, THREADS) };
+        let news = hangs && file.cutting().is_first_hang();
+        file.cutting().leave_to(threads, news.then(Instant::now));
+        for _ in 0..threads {
+            // Waits only if thousands of files wait for threads that all hang.
+            let _ = self.regions.send(Arc::clone(file));
+        }
+        if news { Climbed::Hangs } else { Climbed::UnderWay }
+    }
+}
+
+/// The thread of the first rung.
+fn cut_off(files: &Receiver<Arc<HeldFile>>, orders: &Sender<Order>, busy: &AtomicBool) {
+    for file in files {
+        let outcome = file.mapping().map(|mapping| mapping.fence());
+        busy.store(false, Ordering::SeqCst);
+        if outcome.is_some_and(|outcome| file.cutting().cut(outcome)) {
+            // The fence thread ends only with this one.
+            let _ = orders.send(Order::Now(file.id()));
+        }
+    }
+}
+
+/// A thread of the second rung.
+fn deregister(files: &Mutex<Receiver<Arc<HeldFile>>>, orders: &Sender<Order>) {
+    loop {
+        // Who waits for the next file holds the lock, and the others wait for that.
+        let next = locked(files).recv();
+        let Ok(file) = next else { return };
+        file.drop_regions();
+        let outcome = || file.mapping().map(|mapping| mapping.fenced_by_return());
+        if file.cutting().regions_dropped(outcome) {
+            let _ = orders.send(Order::Now(file.id()));
+        }
+    }
+}
+
+/// What is being done to cut one file off.
+#[derive(Debug, Default)]
+pub(crate) struct Cutting {
+    state: Mutex<State>,
+    cut: Condvar,
+    /// How many threads deregister.
+    threads: AtomicUsize,
+    hang_was_told: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    /// Nothing.
+    #[default]
+    Idle,
+    /// The fence thread waits for the fence.
+    Awaited,
+    /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet:
+    /// since when.
+    UnderWay { hangs: Option<Instant> },
+    /// What came of it, for the fence thread.
+    Ended(Outcome),
+}
+
+/// What the fence thread finds.
+#[derive(Debug)]
+enum Begun {
+    /// Nothing has been done: it begins.
+    Now,
+    /// Something is being done. `overdue` is said once.
+    Earlier { overdue: bool },
+    /// What came of it; from here on nothing is being done.
+    Ended(Outcome),
+}
+
+impl Cutting {
+    fn begin(&self) -> Begun {
+        let mut state = locked(&self.state);
+        match std::mem::take(&mut *state) {
+            State::Idle => {
+                *state = State::Awaited;
+                Begun::Now
+            }
+            State::Ended(outcome) => Begun::Ended(outcome),
+            State::Awaited => unreachable!("only the thread that begins waits"),
+            State::UnderWay { hangs } => {
+                let overdue = hangs.is_some_and(|since| since.elapsed() >= PATIENCE);
+                *state = State::UnderWay { hangs: hangs.filter(|_| !overdue) };
+                Begun::Earlier { overdue }
+            }
+        }
+    }
+
+    /// Whether nothing has been said of it yet. A fence that is tried again hangs again, each time, and
+    /// must neither fill the log nor order itself more often than it is tried.
+    fn is_first_hang(&self) -> bool {
+        !self.hang_was_told.swap(true, Ordering::Relaxed)
+    }
+
+    /// Waits for the fence; `None` if it takes longer.
+    fn wait(&self, at_most: Duration) -> Option<Outcome> {
+        let waiting = |state: &mut State| matches!(state, State::Awaited);
+        let state = locked(&self.state);
+        let (mut state, _) = self
+            .cut
+            .wait_timeout_while(state, at_most, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        match std::mem::take(&mut *state) {
+            State::Ended(outcome) => Some(outcome),
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+
+    /// Nobody waits from here on.
+    fn leave_to(&self, threads: usize, hangs: Option<Instant>) {
+        self.threads.store(threads, Ordering::SeqCst);
+        let mut state = locked(&self.state);
+        // It may have come back this very moment; then the regions' threads say that all is done.
+        if !matches!(*state, State::Ended(Ok(_))) {
+            *state = State::UnderWay { hangs };
+        }
+    }
+
+    /// The fence has come back. Whether it is to be ordered again. If it failed when nobody waited any
+    /// more, the regions decide.
+    fn cut(&self, outcome: Outcome) -> bool {
+        let mut state = locked(&self.state);
+        match *state {
+            State::Awaited => {
+                *state = State::Ended(outcome);
+                self.cut.notify_all();
+                false
+            }
+            State::UnderWay { .. } if outcome.is_ok() => {
+                *state = State::Ended(outcome);
+                true
+            }
+            State::Idle | State::UnderWay { .. } | State::Ended(_) => false,
+        }
+    }
+
+    /// One of the threads found no region any more. Whether the fence is to be ordered again: by the
+    /// last one.
+    fn regions_dropped(&self, outcome: impl FnOnce() -> Option<Outcome>) -> bool {
+        if self.threads.fetch_sub(1, Ordering::SeqCst) > 1 {
+            return false;
+        }
+        let Some(outcome) = outcome() else { return false };
+        let mut state = locked(&self.state);
+        if matches!(*state, State::UnderWay { .. }) {
+            *state = State::Ended(outcome);
+        }
+        true
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each change under these locks is one assignment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed() -> Outcome {
+        Err(FenceFailed::Shares { shares: 1 })
+    }
+
+    #[test]
+    fn a_fence_that_comes_back_in_time_is_not_ordered_again() {
+        let cutting = Cutting::default();
+        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(!cutting.cut(failed()), "somebody waits for it");
+        assert!(cutting.wait(Duration::ZERO).is_some());
+        assert!(matches!(cutting.begin(), Begun::Now), "it is tried again");
+    }
+
+    #[test]
+    fn the_last_thread_orders_the_fence_and_says_what_came_of_it() {
+        let cutting = Cutting::default();
+        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(cutting.wait(Duration::ZERO).is_none());
+        cutting.leave_to(2, None);
+        assert!(!cutting.regions_dropped(|| panic!("it is not the last")));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        assert!(cutting.regions_dropped(|| Some(failed())));
+        assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+        assert!(matches!(cutting.begin(), Begun::Now));
+    }
+
+    #[test]
+    fn what_hangs_is_told_of_once() {
+        let cutting = Cutting::default();
+        assert!(cutting.is_first_hang());
+        assert!(!cutting.is_first_hang());
+        assert!(matches!(cutting.begin(), Begun::Now));
+        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
+        cutting.leave_to(1, Some(long_ago));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+    }
+
+    #[test]
+    fn a_late_fence_that_failed_leaves_it_to_the_regions() {
+        let cutting = Cutting::default();
+        assert!(matches!(cutting.begin(), Begun::Now));
+        cutting.leave_to(1, Some(Instant::now()));
+        assert!(!cutting.cut(failed()));
+        assert!(matches!(cutting.begin(), Begun::Earlier { .. }));
+        assert!(cutting.regions_dropped(|| Some(failed())));
+    }
+}
