@@ -396,9 +396,13 @@ pub(crate) struct Pin {
     #[arg(long)]
     pub(crate) read_only: bool,
 
-    /// Let nobody else pin these bytes; refused if somebody has
+    /// Let nobody else pin these bytes; refused if somebody has, unless with --steal
     #[arg(long)]
     pub(crate) exclusive: bool,
+
+    /// With --exclusive: take the file's pins back first, whoever has them, with notice
+    #[arg(long, requires = "exclusive")]
+    pub(crate) steal: bool,
 
     /// Reach up to this byte when the file grows; +SIZE: that far past its end
     #[arg(long, value_name = "[+]SIZE")]

@@ -118,6 +118,9 @@ async fn request(
     if args.exclusive {
         request = request.exclusive();
     }
+    if args.steal {
+        request = request.steal();
+    }
     let relative = matches!(args.reserve, Some(NewSize::More(_)));
     let size = match relative || args.range.is_some_and(RangeArg::needs_size) {
         true => session.stat(export, path).await?.size,

@@ -723,6 +723,30 @@ fn an_exclusive_pin_keeps_others_off_and_names_its_holder() {
 }
 
 #[test]
+fn an_exclusive_pin_can_be_stolen() {
+    let host = Host::start();
+    host.make_file("name", &pattern(ODD));
+    let mut holding = host.start_command(&["pin", "data/name", "--exclusive", "--hold", "--json"]);
+    let old = event(&mut holding);
+    host.assert_fails(&["pin", "data/name", "--exclusive"], 6, &["data/name", "pinfold on "]);
+    host.assert_fails(&["pin", "data/name", "--steal"], 2, &["--exclusive"]);
+    let mut stealing =
+        host.start_command(&["pin", "data/name", "--exclusive", "--steal", "--hold", "--json"]);
+    let new = event(&mut stealing);
+    let counter = |grant: &Value| -> u64 {
+        grant["generation"].as_str().unwrap().rsplit('.').next().unwrap().parse().unwrap()
+    };
+    assert!(counter(&new) > counter(&old), "{new} after {old}");
+    let held = holding.finish();
+    assert_eq!(held.code, 7, "{}", held.stderr);
+    let why = "the pin on data/name was taken back: another client has stolen the file";
+    assert!(held.stderr.contains(why), "{}", held.stderr);
+    stealing.signal(Signal::INT);
+    assert_eq!(stealing.finish().code, 130);
+    host.assert_nothing_is_held();
+}
+
+#[test]
 fn what_is_refused_has_its_exit_code_and_its_words() {
     let host = Host::start();
     host.make_file("name", &pattern(4096));

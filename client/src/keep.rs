@@ -546,6 +546,7 @@ impl Keeper {
         let left = matches!(gone, Gone::Lost(_)).then_some(old);
         let mut renewal = Renewal { left, needed: Some((needed, identity)) };
         self.request.expect(identity);
+        self.request.no_longer_steal();
         loop {
             let why = match self.try_for_long(&mut renewal).await {
                 Ok(pin) => return pin,

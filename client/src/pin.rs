@@ -36,6 +36,7 @@ pub struct PinRequest {
     expected_identity: Option<FileIdentity>,
     pub(crate) transport: Transport,
     exclusive: bool,
+    steal: bool,
     pub(crate) reserve_end: u64,
     wait: Duration,
     pub(crate) track_writes: bool,
@@ -154,6 +155,7 @@ impl PinRequest {
             expected_identity: None,
             transport: Transport::Auto,
             exclusive: false,
+            steal: false,
             reserve_end: 0,
             wait: Duration::ZERO,
             track_writes: false,
@@ -172,6 +174,21 @@ impl PinRequest {
     #[must_use]
     pub fn exclusive(mut self) -> Self {
         self.exclusive = true;
+        self
+    }
+
+    /// For a failover: [exclusive](Self::exclusive), and whoever has pins on the file loses them. They are
+    /// told to finish what is in flight, the server's NIC is fenced, and the file is guarded anew: nothing
+    /// that an old holder sent lands after the grant. All pins of the file are revoked, also those that
+    /// don't overlap and this session's own, as one fence cuts off a whole file.
+    ///
+    /// [`Grant::generation`](crate::Grant::generation) is a fencing token then: within an incarnation of
+    /// the server its counter is above that of every grant before, and the grants of earlier incarnations
+    /// are dead. A pin that is kept steals once, and waits for its turn when it is lost.
+    #[must_use]
+    pub fn steal(mut self) -> Self {
+        self.exclusive = true;
+        self.steal = true;
         self
     }
 
@@ -209,6 +226,11 @@ impl PinRequest {
         self.expected_identity = Some(identity);
     }
 
+    /// Waits for its turn from now on: two that steal from each other would never end.
+    pub(crate) fn no_longer_steal(&mut self) {
+        self.steal = false;
+    }
+
     /// Pins whatever the path names.
     pub(crate) fn expect_any(&mut self) {
         self.expected_identity = None;
@@ -224,6 +246,7 @@ impl PinRequest {
             expected_identity: self.expected_identity.map(Into::into),
             transport: v1::Transport::from(transport).into(),
             exclusive: self.exclusive,
+            steal: self.steal,
             reserve_end: self.reserve_end,
             wait_ms: u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX),
         }

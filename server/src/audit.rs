@@ -55,6 +55,7 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::Remove => "remove",
         Reason::Operator => "operator",
         Reason::Quiesce => "quiesce",
+        Reason::Steal => "steal",
     }
 }
 

@@ -78,6 +78,8 @@ pub(crate) enum Reason {
     Operator,
     /// An operator wants its whole export free.
     Quiesce,
+    /// A client wants the file for itself.
+    Steal,
 }
 
 /// How long after lease-break-time a file is looked at whose reader was left to the kernel.

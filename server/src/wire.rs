@@ -105,6 +105,9 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
             return Err(malformed("access says neither READ nor READ_WRITE"));
         }
     };
+    if request.steal && !request.exclusive {
+        return Err(malformed("steal goes with exclusive only"));
+    }
     let transport = match request.transport() {
         v1::Transport::Unspecified => TransportWish::Either,
         v1::Transport::Rdma => TransportWish::Rdma,
@@ -117,6 +120,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         access,
         transport,
         exclusive: request.exclusive,
+        steal: request.steal,
         reserve_end: file_size(request.reserve_end)?,
         wait: Duration::from_millis(request.wait_ms.into()),
         expected: request.expected_identity.map(known_identity),
@@ -335,6 +339,7 @@ fn reason(reason: Reason) -> v1::RevocationReason {
         Reason::Remove => v1::RevocationReason::Remove,
         Reason::Operator => v1::RevocationReason::Operator,
         Reason::Quiesce => v1::RevocationReason::Quiesce,
+        Reason::Steal => v1::RevocationReason::Steal,
     }
 }
 

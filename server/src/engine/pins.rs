@@ -23,7 +23,7 @@ use crate::fence::Order;
 use crate::gate::Inside;
 use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
-use crate::registry::{Action, PinAccess, Refusal, Terms, Transport};
+use crate::registry::{Action, PinAccess, Reason, Refusal, Terms, Transport};
 use crate::wire;
 
 /// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
@@ -118,6 +118,8 @@ pub(crate) struct PinOrder {
     pub transport: TransportWish,
     /// Keep others off.
     pub exclusive: bool,
+    /// Take the pins of others back for it.
+    pub steal: bool,
     /// Keys reach up to here, if that is past the range.
     pub reserve_end: u64,
     /// If others have the file open: wait so long for them.
@@ -209,6 +211,13 @@ impl Engine {
             return Err(Refusal::Quota { what, limit: reserve_limit }.into());
         }
         let turn = self.take_turn(&located).await?;
+        if order.steal {
+            // Nobody loses a pin for a request that can't be granted.
+            usable_range(order.range.clone(), located.size())?;
+            self.demand_still_named(&order.export, &order.path, &located).await?;
+            // In the same turn as the new guarding: nobody comes between.
+            self.take_back(&located, Reason::Steal).await?;
+        }
         let held = self.settled(&located).await?;
         let order = order.clone();
         self.blocking(move |engine| {
