@@ -118,6 +118,15 @@ impl Lab {
         self.daemon = Daemon::start(&[(EXPORT, self.folder.path())]);
     }
 
+    /// As [`Lab::restart`], where a session may be silent for so many seconds only. The old one ends.
+    pub fn restart_with_time_to_live(&mut self, seconds: u32) {
+        assert!(self.daemon.terminate().success());
+        let seconds = seconds.to_string();
+        let device = daemon::server_device();
+        let arguments = ["--rdma-device", &device, "--time-to-live", &seconds];
+        self.daemon = Daemon::start_with(&[(EXPORT, self.folder.path())], &arguments);
+    }
+
     /// As [`Lab::restart`], and clients find it where the old one was.
     pub fn restart_at_same_address(&mut self) {
         self.daemon = Daemon::start_at(self.daemon.port(), &[(EXPORT, self.folder.path())]);

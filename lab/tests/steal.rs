@@ -10,7 +10,7 @@ use pinfold_client::{
     Error, InterruptionCause, KeepPolicy, KeptSession, PinRequest, Reason, RevocationReason,
 };
 use pinfold_lab::{
-    EXPORT, ForeignClient, ForeignLane, Lab, eventually, on_each_file_system,
+    EXPORT, FileSystem, ForeignClient, ForeignLane, Lab, eventually, on_each_file_system,
     read_by_another_process, reason_of,
 };
 use pinfold_proto::v1;
@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 
 const PAGE: usize = 4096;
 const PAGES: usize = 16;
-const ROUNDS: u8 = 6;
+const ROUNDS: u8 = 4;
 /// Writes at a time by the stream path.
 const STREAMS: usize = 4;
 
@@ -141,6 +141,7 @@ async fn fight(lab: Lab, by_rdma: bool) {
         let mine = write_request(thief, &pin, own.start, round);
         thief.stub.write(mine).await.unwrap();
         expected[own].fill(round);
+        assert!(content(thief, &pin).await == expected, "somebody else writes");
         if let Some(hammer) = held.take() {
             let landed = hammer.landed.load(Ordering::Relaxed);
             for end in hammer.ends {
@@ -179,48 +180,55 @@ on_each_file_system! {
     async fn two_writers_that_fight_by_rdma_never_interleave(lab in Lab) {
         fight(lab, true).await;
     }
+}
 
-    async fn two_writers_that_fight_by_the_stream_path_never_interleave(lab in Lab) {
-        fight(lab, false).await;
-    }
+#[test]
+fn two_writers_that_fight_by_the_stream_path_never_interleave() {
+    Lab::run(FileSystem::Ext4, async |lab| fight(lab, false).await);
+}
 
-    async fn who_keeps_a_pin_is_told_and_does_not_steal_it_back(lab in Lab) {
-        lab.make_file("file", (PAGES * PAGE) as u64);
-        lab.make_file("other", PAGE as u64);
-        let request = || PinRequest::read_write(EXPORT, "file").steal();
-        let old = KeptSession::connect(lab.options(), KeepPolicy::default()).await.unwrap();
-        let old_pin = old.pin(request()).await.unwrap();
-        let buffer = old.buffer(PAGE).await.unwrap();
-        let (buffer, _) = old_pin.write(0, buffer, PAGE).await.unwrap();
-        let new = lab.session().await;
-        let beside = new.pin(PinRequest::read_write(EXPORT, "other")).await.unwrap();
-        // Bytes that the file has not are asked for in vain, and at nobody's cost.
-        let beyond = request().range(0..(PAGES * PAGE) as u64 + 1);
-        let refused = new.pin(beyond).await.unwrap_err();
-        assert_eq!(refused.reason(), Some(Reason::RangePastEnd));
-        old_pin.check().unwrap();
+#[test]
+fn who_keeps_a_pin_is_told_and_does_not_steal_it_back() {
+    Lab::run(FileSystem::Ext4, kept);
+}
 
-        let pin = new.pin(request()).await.unwrap();
-        let interruption = old_pin.interrupted().await;
-        let reason = match interruption.cause {
-            InterruptionCause::Draining(notice) => notice.reason,
-            InterruptionCause::Revoked(revocation) => revocation.reason,
-            other => panic!("{other}"),
-        };
-        assert_eq!(reason, RevocationReason::Steal);
-        let refused = old_pin.write(0, buffer, PAGE).await.unwrap_err();
-        assert!(matches!(refused.error, Error::Interrupted { .. }), "{}", refused.error);
-        eventually("it is tried again", async || {
-            old_pin.interruption().is_some_and(|interruption| interruption.attempts > 2)
-        })
-        .await;
-        pin.check().expect("it waits until it can have the file without stealing");
-        let record = lab.daemon.audit_record(&lab.path("file"));
-        assert_eq!(record["reason"], "steal");
-        beside.check().unwrap();
-        pin.unpin().await.unwrap();
-        assert!(old_pin.resume().await.unwrap().is_some());
-        old_pin.unpin().await.unwrap();
-        lab.nothing_is_held().await;
-    }
+async fn kept(lab: Lab) {
+    lab.make_file("file", (PAGES * PAGE) as u64);
+    lab.make_file("other", PAGE as u64);
+    let request = || PinRequest::read_write(EXPORT, "file").steal();
+    let old = KeptSession::connect(lab.options(), KeepPolicy::default()).await.unwrap();
+    let old_pin = old.pin(request()).await.unwrap();
+    let buffer = old.buffer(PAGE).await.unwrap();
+    let (buffer, _) = old_pin.write(0, buffer, PAGE).await.unwrap();
+    let new = lab.session().await;
+    let beside = new.pin(PinRequest::read_write(EXPORT, "other")).await.unwrap();
+    // Bytes that the file has not are asked for in vain, and at nobody's cost.
+    let beyond = request().range(0..(PAGES * PAGE) as u64 + 1);
+    let refused = new.pin(beyond).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::RangePastEnd));
+    old_pin.check().unwrap();
+
+    let pin = new.pin(request()).await.unwrap();
+    let interruption = old_pin.interrupted().await;
+    let reason = match interruption.cause {
+        InterruptionCause::Draining(notice) => notice.reason,
+        InterruptionCause::Revoked(revocation) => revocation.reason,
+        other => panic!("{other}"),
+    };
+    assert_eq!(reason, RevocationReason::Steal);
+    let refused = old_pin.write(0, buffer, PAGE).await.unwrap_err();
+    assert!(matches!(refused.error, Error::Interrupted { .. }), "{}", refused.error);
+    eventually("it is tried again", async || {
+        old_pin.interruption().is_some_and(|interruption| interruption.attempts > 2)
+    })
+    .await;
+    pin.check().expect("it waits until it can have the file without stealing");
+    let record = lab.daemon.audit_record(&lab.path("file"));
+    assert_eq!(record["reason"], "steal");
+    beside.check().unwrap();
+    beside.unpin().await.unwrap();
+    pin.unpin().await.unwrap();
+    assert!(old_pin.resume().await.unwrap().is_some());
+    old_pin.unpin().await.unwrap();
+    lab.nothing_is_held().await;
 }

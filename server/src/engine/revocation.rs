@@ -165,7 +165,7 @@ impl Engine {
     /// On another thread, which ends only with the engine: this one waits for no device.
     fn sever_sessions_on(&self, file: &HeldFile) {
         for session in self.registry().sessions_on(file.id()) {
-            let _ = self.severances.send(session);
+            self.cut_off(session);
         }
     }
 
