@@ -1,6 +1,6 @@
 #!/bin/sh
-# PID 1 of the lab's guest, run by busybox on the host's root: gives it two DAX file systems and
-# a soft NIC, runs the command, reports its status and powers off. Whatever can't be set up ends
+# PID 1 of the lab's guest, run by busybox on the host's root: gives it two DAX file systems, a DAX
+# device and a soft NIC, runs the command, reports its status and powers off. Whatever can't be set up ends
 # the boot with "init: failure": a test never runs on less than it asked for.
 lab=$(dirname "$0")
 # shellcheck source=/dev/null
@@ -76,6 +76,21 @@ dax_mount() {
 add_pmem() {
     dax_mount /dev/pmem0 ext4 "$LAB_BASE/ext4" mkfs.ext4 -q -F -b 4096
     dax_mount /dev/pmem1 xfs "$LAB_BASE/xfs" mkfs.xfs -q -f
+}
+
+# What `ndctl create-namespace -m devdax` does: the namespace is taken from the block device's driver
+# and given to the region's seed (drivers/nvdimm/dax_devs.c). `ram`: what the kernel notes about each
+# page is in memory, so that all but the first 2 MiB are the device's.
+add_devdax() {
+    echo namespace2.0 >/sys/bus/nd/drivers/nd_pmem/unbind || fail "namespace2.0 is not free"
+    seed=$(cat /sys/bus/nd/devices/region2/dax_seed)
+    for setting in mode=ram align=2097152 "uuid=$(cat /proc/sys/kernel/random/uuid)" \
+        namespace=namespace2.0; do
+        echo "${setting#*=}" >"/sys/bus/nd/devices/$seed/${setting%%=*}" ||
+            fail "$seed takes no $setting"
+    done
+    echo "$seed" >/sys/bus/nd/drivers/dax_pmem/bind || fail "dax_pmem does not take $seed"
+    [ -c "$LAB_DEVDAX" ] || fail "no device $LAB_DEVDAX"
 }
 
 add_nic() {
@@ -154,6 +169,7 @@ write_modprobe
 exec 3<>"$(port pinfold.control)"
 bb hostname pinfold-lab
 add_pmem
+add_devdax
 add_nic
 echo 1 >/sys/devices/system/cpu/cpu1/online || fail "the second processor does not come up"
 echo "$LEASE_BREAK_TIME" >/proc/sys/fs/lease-break-time
