@@ -9,6 +9,7 @@
 mod answer;
 mod command;
 mod daemon;
+mod devdax;
 mod foreign;
 mod guarded;
 pub mod hazard;
@@ -24,6 +25,7 @@ pub mod torture;
 pub use answer::Answer;
 pub use command::{Finished, Running, doctor, finding};
 pub use daemon::{Daemon, SystemCall};
+pub use devdax::DevDax;
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use guarded::{Bench, Holder, LeaseBreakTimeSet};
 pub use pattern::Pattern;

@@ -92,7 +92,7 @@ pub(crate) struct Engine {
     records: broadcast::Sender<v1::RevocationRecord>,
 }
 
-/// A directory that clients reach.
+/// A directory or device that clients reach.
 #[derive(Debug)]
 struct Served {
     export: Export,
@@ -135,6 +135,10 @@ impl Engine {
         let mut locks = Vec::new();
         for ExportConfig { name, directory, policy } in &config.exports {
             let export = Export::open(directory)?;
+            if export.device().is_some() && *policy != Policy::default() {
+                let (name, path) = (name.clone(), directory.clone());
+                return Err(Error::DevicePolicy { name, path });
+            }
             locks.push(export.lock()?);
             exports.insert(name.clone(), Served { export, policy: *policy });
         }

@@ -48,6 +48,8 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::NotDurable { .. } | Error::CannotBeGuarded { .. } | Error::NoStreamWrites { .. } => {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
+        // Only at the start, where nobody is told by gRPC.
+        Error::DevicePolicy { .. } => (Code::Internal, Reason::Internal),
         Error::HeldOtherwise { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
         Error::StillDraining { .. } | Error::WrittenLate { .. } => {
@@ -93,6 +95,8 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::Busy { .. } | FileError::Sealed { .. } => {
             (Code::FailedPrecondition, Reason::FileBusy)
         }
+        FileError::FixedSize { .. } => (Code::FailedPrecondition, Reason::FixedSize),
+        FileError::MediumLost { .. } => (Code::DataLoss, Reason::MediumLost),
         FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
         FileError::NoGuard { .. }
         | FileError::NoSeal { .. }
