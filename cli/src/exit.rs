@@ -96,6 +96,7 @@ impl Exit {
             | Reason::FileExists
             | Reason::NotARegularFile
             | Reason::UnsupportedFile
+            | Reason::FixedSize
             | Reason::BadRange
             | Reason::RangePastEnd => Self::BadRequest,
             Reason::PermissionDenied | Reason::ReadOnlyPin => Self::Permission,
@@ -141,10 +142,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_reason_but_internal_has_a_code_of_its_kind() {
+    fn every_reason_but_what_broke_on_the_server_has_a_code_of_its_kind() {
         for reason in Reason::ALL {
             let general = Exit::of_reason(*reason) == Exit::Failure;
-            assert_eq!(general, *reason == Reason::Internal, "{reason}");
+            let broken = matches!(reason, Reason::Internal | Reason::MediumLost);
+            assert_eq!(general, broken, "{reason}");
         }
     }
 
@@ -153,7 +155,7 @@ mod tests {
         // Written a second time, so that no reason changes its code unnoticed.
         for reason in Reason::ALL {
             let expected = match reason.as_str() {
-                "INTERNAL" => 1,
+                "INTERNAL" | "MEDIUM_LOST" => 1,
                 "UNKNOWN_SESSION" | "SHUTTING_DOWN" => 3,
                 "EXPORT_NOT_FOUND" | "FILE_NOT_FOUND" => 4,
                 "MALFORMED_REQUEST"
@@ -161,6 +163,7 @@ mod tests {
                 | "FILE_EXISTS"
                 | "NOT_A_REGULAR_FILE"
                 | "UNSUPPORTED_FILE"
+                | "FIXED_SIZE"
                 | "BAD_RANGE"
                 | "RANGE_PAST_END" => 5,
                 "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD"

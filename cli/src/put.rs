@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use indicatif::ProgressBar;
-use pinfold_client::{Buffer, Durability, Error, IfExists, Pin, PinRequest, Reason, Session};
+use pinfold_client::{
+    Buffer, Durability, Error, FileIdentity, IfExists, Pin, PinRequest, Reason, Session,
+};
 use serde::Serialize;
 use tokio::task::JoinSet;
 
@@ -33,6 +35,15 @@ struct Report {
     carried: Carried,
     flush_us: u128,
     durable: bool,
+}
+
+/// Where the bytes go.
+#[derive(Debug)]
+struct Room {
+    identity: FileIdentity,
+    created: bool,
+    /// Of all that is there.
+    size: u64,
 }
 
 /// The local file.
@@ -74,20 +85,23 @@ async fn put(
 ) -> Result<Report, Failure> {
     let begin = Instant::now();
     let (export, path) = (&args.file.export, &args.file.path);
-    let made = session.create(export, path, source.len, IfExists::Resize).await?;
+    let made = make_room(session, args, source.len).await?;
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
         let carried = Carried::new(begin, 0, 0);
         return Ok(Report::new(args, made.created, carried, Some(Duration::ZERO)));
     }
-    let request = PinRequest::read_write(export, path)
+    let mut request = PinRequest::read_write(export, path)
         .expect_identity(made.identity)
         .transport(transport.into());
+    if made.size != source.len {
+        request = request.range(0..source.len);
+    }
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
     let pinned = session.pin(request).await;
     let pin = Arc::new(pinned.map_err(|error| not_pinned(args, source.len, error))?);
-    check_size(args, source.len, pin.grant().valid_end)?;
+    check_size(args, made.size, pin.grant().valid_end)?;
     let progress = Arc::new(Progress::default());
     let copied = copy(session, args, &source, &pin, &progress).await;
     let finished = match copied {
@@ -108,6 +122,26 @@ async fn put(
         let _ = pin.unpin().await;
     }
     Ok(Report::new(args, made.created, carried, flush))
+}
+
+/// Makes the file as long as the local one. A device has the size that it has: there it must fit.
+async fn make_room(session: &Session, args: &Put, len: u64) -> Result<Room, Failure> {
+    let (export, path) = (&args.file.export, &args.file.path);
+    let refused = match session.create(export, path, len, IfExists::Resize).await {
+        Ok(made) => {
+            return Ok(Room { identity: made.identity, created: made.created, size: len });
+        }
+        Err(refused) if refused.reason() == Some(Reason::FixedSize) => refused,
+        Err(refused) => return Err(refused.into()),
+    };
+    let device = session.stat(export, path).await?;
+    if device.size < len {
+        let local = args.local.display();
+        let size = device.size;
+        let why = format!("cannot put {local} ({len} bytes) into {}, of {size} bytes", args.file);
+        return Err(Failure::from(refused).within(why));
+    }
+    Ok(Room { identity: device.identity, created: false, size: device.size })
 }
 
 /// Of a whole file only an empty one has no bytes to pin, and this one was made with some.

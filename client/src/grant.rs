@@ -40,6 +40,8 @@ pub enum GuardTier {
     ReadDelegation,
     /// The append-only flag: who would cut, rename or unlink the file fails at once, readers pass.
     Sealed,
+    /// Nothing, and nothing is needed: a DAX device, which nobody can cut.
+    NotNeeded,
     /// Something that this version does not know by name.
     Unknown,
 }
@@ -142,6 +144,7 @@ impl GuardTier {
             Ok(v1::GuardTier::Unguarded) => Self::Unguarded,
             Ok(v1::GuardTier::ReadDelegation) => Self::ReadDelegation,
             Ok(v1::GuardTier::Sealed) => Self::Sealed,
+            Ok(v1::GuardTier::NotNeeded) => Self::NotNeeded,
             Ok(v1::GuardTier::Unspecified) | Err(_) => Self::Unknown,
         }
     }
@@ -322,6 +325,7 @@ impl fmt::Display for GuardTier {
             Self::Unguarded => "unguarded",
             Self::ReadDelegation => "delegation (read)",
             Self::Sealed => "sealed",
+            Self::NotNeeded => "not needed",
             Self::Unknown => "unknown",
         })
     }
@@ -378,6 +382,7 @@ mod tests {
             "unguarded",
             "delegation (read)",
             "sealed",
+            "not needed",
             "unknown",
         ]
         .into_iter()

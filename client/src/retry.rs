@@ -67,6 +67,8 @@ fn reason_passes(reason: Reason, code: Code) -> bool {
         | Reason::PermissionDenied
         | Reason::FileChanged
         | Reason::UnsupportedFile
+        | Reason::FixedSize
+        | Reason::MediumLost
         | Reason::BadRange
         | Reason::RangePastEnd
         | Reason::NoRdmaDevice
@@ -111,6 +113,8 @@ mod tests {
                 | "PERMISSION_DENIED"
                 | "FILE_CHANGED"
                 | "UNSUPPORTED_FILE"
+                | "FIXED_SIZE"
+                | "MEDIUM_LOST"
                 | "BAD_RANGE"
                 | "RANGE_PAST_END"
                 | "NO_RDMA_DEVICE"

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::FallocateFlags;
 
+use crate::dax_device::DaxDevice;
 use crate::error::{Error, Result};
 use crate::export::{Attributes, Root, denied_or_failed, write_zeroes};
 use crate::lock::RangeLocks;
@@ -48,6 +49,20 @@ pub enum MappingKind {
     SharedMemory,
     /// The page cache of another file system. The kernel refuses to pin it for writing.
     PageCache,
+    /// The medium itself, without a file system (`/dev/dax0.0`). It can be pinned.
+    DeviceDax,
+}
+
+impl MappingKind {
+    /// Whether [`Mapping::flush`](crate::Mapping::flush) makes anything durable. Memory has nothing to
+    /// be durable on; for a device the CPU's caches are written back here, on x86-64 alone.
+    pub fn can_be_durable(self) -> bool {
+        match self {
+            MappingKind::SharedMemory => false,
+            MappingKind::FsDax | MappingKind::PageCache => true,
+            MappingKind::DeviceDax => cfg!(target_arch = "x86_64"),
+        }
+    }
 }
 
 impl fmt::Display for MappingKind {
@@ -56,6 +71,7 @@ impl fmt::Display for MappingKind {
             MappingKind::FsDax => "fs-DAX",
             MappingKind::SharedMemory => "tmpfs",
             MappingKind::PageCache => "page cache",
+            MappingKind::DeviceDax => "device-dax",
         })
     }
 }
@@ -101,6 +117,7 @@ struct Inner {
     fd: OwnedFd,
     path: PathBuf,
     identity: FileIdentity,
+    device: Option<DaxDevice>,
     armed: AtomicBool,
     range_locks: Mutex<RangeLocks>,
     /// Behind the descriptor: see [`Root`].
@@ -121,10 +138,33 @@ impl WeakDescription {
 
 impl Description {
     pub(crate) fn new(fd: OwnedFd, path: PathBuf, root: Arc<Root>) -> Result<Self> {
+        Self::made(fd, path, None, root)
+    }
+
+    pub(crate) fn of_device(
+        fd: OwnedFd,
+        path: PathBuf,
+        device: DaxDevice,
+        root: Arc<Root>,
+    ) -> Result<Self> {
+        Self::made(fd, path, Some(device), root)
+    }
+
+    fn made(
+        fd: OwnedFd,
+        path: PathBuf,
+        device: Option<DaxDevice>,
+        root: Arc<Root>,
+    ) -> Result<Self> {
         let identity = Attributes::of(fd.as_fd(), &path)?.identity;
         let (armed, range_locks) = (AtomicBool::new(false), Mutex::default());
-        let inner = Inner { fd, path, identity, armed, range_locks, _root: root };
+        let inner = Inner { fd, path, identity, device, armed, range_locks, _root: root };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// What it is, if it is no file.
+    pub(crate) fn device(&self) -> Option<DaxDevice> {
+        self.inner.device
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -143,7 +183,10 @@ impl Description {
 
     /// The file's size in bytes now. Under a guard it can't change but through this description.
     pub fn size(&self) -> Result<u64> {
-        Ok(self.attributes()?.size)
+        match self.device() {
+            Some(device) => Ok(device.size),
+            None => Ok(self.attributes()?.size),
+        }
     }
 
     /// When its inode changed last (`st_ctime`), in nanoseconds since 1970: a name, a mode, a size, or
@@ -155,6 +198,9 @@ impl Description {
 
     /// What a mapping of the file would consist of.
     pub fn kind(&self) -> Result<MappingKind> {
+        if self.device().is_some() {
+            return Ok(MappingKind::DeviceDax);
+        }
         kind_of(self.fd(), self.attributes()?.dax, self.path())
     }
 
@@ -167,6 +213,7 @@ impl Description {
     /// the file is guarded: a change of size through this description would break its own
     /// delegation.
     pub fn resize(&self, size: u64) -> Result<()> {
+        self.demand_file()?;
         let old = self.size()?;
         if size < old {
             rustix::fs::ftruncate(self.fd(), size)
@@ -185,6 +232,13 @@ impl Description {
             return Ok(());
         }
         self.sync()
+    }
+
+    fn demand_file(&self) -> Result<()> {
+        match self.device() {
+            Some(_) => Err(Error::FixedSize { path: self.path().to_owned() }),
+            None => Ok(()),
+        }
     }
 
     fn extend(&self, old: u64, size: u64) -> Result<()> {
@@ -210,17 +264,21 @@ impl Description {
         }
     }
 
-    /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard.
+    /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard. Of a device
+    /// there is only content: [`Mapping::flush`](crate::Mapping::flush).
     pub fn sync(&self) -> Result<()> {
         #[cfg(feature = "mutants")]
         if crate::mutant::syncs_nothing() {
+            return Ok(());
+        }
+        if self.device().is_some() {
             return Ok(());
         }
         rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
     }
 
     /// Writes all of `data` at `offset` (pwrite(2)), through the kernel, so that nothing can fault.
-    /// Breaks no guard. The caller keeps within the file's size, which this would change.
+    /// A device takes no pwrite(2): [`Mapping::write_at`](crate::Mapping::write_at). Breaks no guard. The caller keeps within the file's size, which this would change.
     pub fn write_at(&self, mut data: &[u8], mut offset: u64) -> Result<()> {
         while !data.is_empty() {
             let written = match rustix::io::pwrite(self.fd(), data, offset) {
@@ -256,6 +314,7 @@ impl Description {
     /// A file that is larger already stays as it is. If there is no room its size does not change;
     /// what could be allocated stays with it, past its end.
     pub fn grow(&self, size: u64) -> Result<()> {
+        self.demand_file()?;
         let old = self.size()?;
         for flags in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
             if size > old {

@@ -44,11 +44,43 @@ pub enum Error {
         kind: &'static str,
     },
     /// The export itself can't be used.
-    #[error("can't use {} as an export; it must be a directory that this process may search", path.display())]
+    #[error("can't use {} as an export; it must be a directory that this process may search, or a DAX device", path.display())]
     Export {
         /// The directory.
         path: PathBuf,
         /// Why.
+        source: io::Error,
+    },
+    /// The device can't be an export.
+    #[error("can't use the device {} as an export: {why}", path.display())]
+    Device {
+        /// The device.
+        path: PathBuf,
+        /// Why, and what would help.
+        why: NoDaxDevice,
+    },
+    /// A device is as large as it is, and stays.
+    #[error(
+        "{} is a device: it is there, in its full size, and nothing in it can be created, resized or \
+         removed; pin it and write", path.display()
+    )]
+    FixedSize {
+        /// The device.
+        path: PathBuf,
+    },
+    /// The bytes behind a mapping are gone.
+    #[error(
+        "bytes {start}..{end} of {} can't be reached: the medium has an error there (`ndctl list -M`), \
+         or the device was taken from its driver", path.display()
+    )]
+    MediumLost {
+        /// The device.
+        path: PathBuf,
+        /// First byte.
+        start: u64,
+        /// One past the last byte.
+        end: u64,
+        /// The kernel's word.
         source: io::Error,
     },
     /// The process may not do this to the file.
@@ -270,6 +302,47 @@ pub enum NoOutwait {
         time: std::time::Duration,
         /// What is allowed.
         longest: std::time::Duration,
+    },
+}
+
+/// Why a device can't be an export.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum NoDaxDevice {
+    /// `/dev/pmem0` or a disk.
+    #[error(
+        "it is a block device; mount a file system on it and export a directory, or make its \
+         namespace a DAX device (`ndctl create-namespace -m devdax`)"
+    )]
+    Block,
+    /// A terminal, a disk's raw side, …
+    #[error("it is no DAX device; those are named like /dev/dax0.0 (`daxctl list`)")]
+    OtherKind,
+    /// The kernel's driver `kmem` has it.
+    #[error(
+        "the kernel uses it as memory of the host (mode system-ram); take it back with \
+         `daxctl reconfigure-device -m devdax`"
+    )]
+    SystemRam,
+    /// It is in /sys, and nothing is behind it.
+    #[error("no driver has it; `daxctl reconfigure-device -m devdax` gives it one")]
+    NoDriver,
+    /// Its node is older than its driver's last coming.
+    #[error(
+        "it was taken from its driver and given back while a program had it open; end that program, \
+         then `ndctl disable-namespace` and `ndctl enable-namespace`"
+    )]
+    Stale,
+    /// Size 0.
+    #[error("it has no bytes; give it some with `ndctl create-namespace -m devdax`")]
+    Empty,
+    /// Pages of 1 GiB: mprotect(2), the fence, has not been tried on them.
+    #[error(
+        "its pages have {align} bytes, and no more than 2 MiB are supported; make it with \
+         `ndctl create-namespace -m devdax -a 2M`"
+    )]
+    Alignment {
+        /// As sysfs says.
+        align: u64,
     },
 }
 

@@ -1,4 +1,5 @@
-//! A directory beneath which files are reached, and nothing outside it.
+//! A directory beneath which files are reached, and nothing outside it; or a device that is all there
+//! is.
 
 use std::collections::BinaryHeap;
 use std::ffi::{CStr, CString, OsStr};
@@ -10,6 +11,7 @@ use std::sync::{Arc, Weak};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
+use crate::dax_device;
 use crate::description::{Description, FileIdentity, MappingKind, kind_of, on_hugetlbfs};
 use crate::error::{Error, Result};
 
@@ -76,18 +78,22 @@ impl RelativePath {
     }
 }
 
-/// A directory that is open for looking up files beneath it.
+/// A directory that is open for looking up files beneath it; or a DAX device, which is like a
+/// directory with one file in it: itself, under its own name.
 #[derive(Debug)]
 pub struct Export {
     root: Arc<Root>,
     path: PathBuf,
+    /// Open for as long as the export is: once it has been taken from its driver, a device can still
+    /// be opened by its old name, and mapping it then is fatal to the kernel.
+    device: Option<Description>,
 }
 
 /// An export's directory. Whatever was found or opened beneath it keeps it: all of these keep the file
 /// system from being unmounted (`O_PATH` descriptors do too), so they are counted together.
 #[derive(Debug)]
 pub(crate) struct Root {
-    fd: OwnedFd,
+    pub(crate) fd: OwnedFd,
     /// Behind the descriptor, which is closed by then.
     held: Arc<()>,
 }
@@ -117,12 +123,61 @@ pub struct Create {
 }
 
 impl Export {
-    /// Opens a directory.
+    /// Opens a directory, or a DAX device.
     pub fn open(path: &Path) -> Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(path, flags, Mode::empty())
-            .map_err(|e| Error::Export { path: path.to_owned(), source: e.into() })?;
-        Ok(Self { root: Arc::new(Root { fd: root, held: Arc::default() }), path: path.to_owned() })
+        let failed =
+            |e: rustix::io::Errno| Error::Export { path: path.to_owned(), source: e.into() };
+        let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed)?;
+        let root = Arc::new(Root { fd, held: Arc::default() });
+        let device = match Attributes::of(root.fd.as_fd(), path)?.kind {
+            FileType::Directory => None,
+            FileType::CharacterDevice | FileType::BlockDevice => {
+                Some(dax_device::open(&root, path)?)
+            }
+            _ => return Err(failed(rustix::io::Errno::NOTDIR)),
+        };
+        Ok(Self { root, path: path.to_owned(), device })
+    }
+
+    /// The device, if it is one.
+    pub fn device(&self) -> Option<&Description> {
+        self.device.as_ref()
+    }
+
+    /// Whether files can be made, resized and removed here: a device is [`Error::FixedSize`].
+    pub fn demand_directory(&self) -> Result<()> {
+        if self.device.is_some() {
+            return Err(Error::FixedSize { path: self.path.clone() });
+        }
+        Ok(())
+    }
+
+    /// What the one file of a device is called.
+    fn device_name(&self) -> &OsStr {
+        self.path.file_name().unwrap_or(self.path.as_os_str())
+    }
+
+    fn locate_device(&self, device: &Description, path: &RelativePath) -> Result<Located> {
+        let asked = path.as_path();
+        if asked.strip_prefix(".").unwrap_or(asked) != self.device_name() {
+            return Err(Error::NotFound { path: self.path.join(asked) });
+        }
+        let failed = |source| Error::File { call: "dup", path: self.path.clone(), source };
+        let fd = self.root.fd.try_clone().map_err(failed)?;
+        let attributes = Attributes::of_device(device)?;
+        let (path, root) = (self.path.clone(), Arc::clone(&self.root));
+        Ok(Located { fd, path, attributes, device: Some(device.clone()), root })
+    }
+
+    fn list_device(&self, device: &Description, page: &Page<'_>) -> Result<Listing> {
+        let name = self.device_name();
+        let mut entries = Vec::new();
+        if name.as_encoded_bytes() > page.after {
+            let name = name.to_string_lossy().into_owned();
+            entries.push(Entry::new(name, &Attributes::of_device(device)?));
+        }
+        Ok(Listing { entries, next: None })
     }
 
     /// What tells, after this is dropped, whether something that was found or opened beneath it is still
@@ -147,11 +202,15 @@ impl Export {
 
     /// Finds a file without opening it (`O_PATH`), so that no lease on it is broken.
     pub fn locate(&self, path: &RelativePath) -> Result<Located> {
+        if let Some(device) = &self.device {
+            return self.locate_device(device, path);
+        }
         let fd = self.open_beneath(path.as_path(), OFlags::PATH, Mode::empty(), path)?;
         let path = self.path.join(path.as_path());
         let attributes = Attributes::of(fd.as_fd(), &path)?;
         attributes.demand_regular(&path)?;
-        Ok(Located { fd, path, attributes, root: Arc::clone(&self.root) })
+        let root = Arc::clone(&self.root);
+        Ok(Located { fd, path, attributes, device: None, root })
     }
 
     /// Makes a file of exactly `create.size` zero bytes, allocated and written, and its name
@@ -160,6 +219,7 @@ impl Export {
     /// The bytes are written, not only allocated: populating holes or unwritten extents through a
     /// mapping later would hold the process's `mmap_lock` for seconds, and a fence with it.
     pub fn create(&self, path: &RelativePath, create: &Create) -> Result<Description> {
+        self.demand_directory()?;
         let full = self.path.join(path.as_path());
         let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
         let name = path.file_name()?;
@@ -181,6 +241,12 @@ impl Export {
     /// Lists a page of a folder, or of the export itself where `path` is `None`, ordered by name.
     /// Opens no file. Holds no more than a page's names, however large the folder is.
     pub fn list(&self, path: Option<&RelativePath>, page: &Page<'_>) -> Result<Listing> {
+        if let Some(device) = &self.device {
+            return match path {
+                None => self.list_device(device, page),
+                Some(path) => Err(Error::NotFound { path: self.path.join(path.as_path()) }),
+            };
+        }
         let here = RelativePath(PathBuf::from("."));
         let path = path.unwrap_or(&here);
         let full = self.path.join(path.as_path());
@@ -208,6 +274,7 @@ impl Export {
     /// Removes a file's name and makes that durable. Who holds the file guarded must let it go
     /// first: it would wait for itself.
     pub fn remove(&self, path: &RelativePath) -> Result<()> {
+        self.demand_directory()?;
         let full = self.path.join(path.as_path());
         let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
         rustix::fs::unlinkat(&folder, path.file_name()?, AtFlags::empty())
@@ -374,6 +441,7 @@ pub struct Located {
     fd: OwnedFd,
     path: PathBuf,
     attributes: Attributes,
+    device: Option<Description>,
     /// Behind the descriptor: see [`Root`].
     root: Arc<Root>,
 }
@@ -421,6 +489,9 @@ impl Located {
     /// What a mapping of the file would consist of, before it is opened: on an overlay opening for
     /// writing alone copies the file.
     pub fn kind(&self) -> Result<MappingKind> {
+        if self.device.is_some() {
+            return Ok(MappingKind::DeviceDax);
+        }
         kind_of(self.fd.as_fd(), self.attributes.dax, &self.path)
     }
 
@@ -434,6 +505,9 @@ impl Located {
     /// wait for them: then the file is [`Error::Busy`]. A file that is sealed, by a program at work
     /// or by one that has crashed, is [`Error::Sealed`].
     pub fn open(&self) -> Result<Description> {
+        if let Some(device) = &self.device {
+            return Ok(device.clone());
+        }
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         match rustix::fs::open(self.link(), flags, Mode::empty()) {
             Ok(fd) => Description::new(fd, self.path.clone(), self.root()),
@@ -457,7 +531,9 @@ pub(crate) struct Attributes {
     pub(crate) allocated: u64,
     pub(crate) dax: bool,
     pub(crate) change_time_ns: Option<u64>,
-    kind: FileType,
+    pub(crate) kind: FileType,
+    /// Of a device, what it is rather than where its node lies (`st_rdev`).
+    pub(crate) device_number: u64,
 }
 
 impl Attributes {
@@ -492,7 +568,16 @@ impl Attributes {
             dax: stat.stx_attributes.contains(StatxAttributes::DAX),
             change_time_ns: nanoseconds(&stat.stx_ctime),
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
+            device_number: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
         })
+    }
+
+    /// As of a file that has all the device's bytes, and whose changes nobody notes.
+    fn of_device(device: &Description) -> Result<Self> {
+        let size = device.size()?;
+        let attributes = Self::of(device.fd(), device.path())?;
+        let (dax, change_time_ns, kind) = (true, None, FileType::RegularFile);
+        Ok(Self { size, allocated: size, dax, change_time_ns, kind, ..attributes })
     }
 
     fn demand_regular(&self, path: &Path) -> Result<()> {

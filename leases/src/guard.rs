@@ -33,6 +33,8 @@ pub enum GuardTier {
     /// punching, unlinking, renaming and linking fail at once with EPERM, for root too, and readers
     /// pass. Outlives a crash.
     Sealed,
+    /// Nothing, and nothing is needed: a DAX device, which nobody can cut.
+    NotNeeded,
 }
 
 impl fmt::Display for GuardTier {
@@ -43,6 +45,7 @@ impl fmt::Display for GuardTier {
             GuardTier::ReadDelegation => "delegation (read)",
             GuardTier::Delegation => "delegation",
             GuardTier::Sealed => "sealed",
+            GuardTier::NotNeeded => "not needed",
         })
     }
 }
@@ -74,7 +77,7 @@ impl Lease {
     pub(crate) fn state(&self) -> io::Result<GuardState> {
         let fd = self.description.fd();
         let held = match self.tier {
-            GuardTier::Unguarded => return Ok(GuardState::Held),
+            GuardTier::Unguarded | GuardTier::NotNeeded => return Ok(GuardState::Held),
             GuardTier::Sealed => return self.state_of_seal(),
             GuardTier::Lease => sys::lease_get(fd),
             GuardTier::Delegation | GuardTier::ReadDelegation => sys::delegation_get(fd),
@@ -96,7 +99,7 @@ impl Lease {
     }
 
     fn is_kernel_lease(&self) -> bool {
-        !matches!(self.tier, GuardTier::Unguarded | GuardTier::Sealed)
+        !matches!(self.tier, GuardTier::Unguarded | GuardTier::Sealed | GuardTier::NotNeeded)
     }
 
     /// Whether the kernel has downgraded the lease for a reader. If that can't be learned, it has
@@ -110,7 +113,7 @@ impl Lease {
     /// the signal, for a reader it downgrades it.
     fn lapsed(&self) -> bool {
         match self.tier {
-            GuardTier::Unguarded => false,
+            GuardTier::Unguarded | GuardTier::NotNeeded => false,
             GuardTier::Sealed => self.state_of_seal().is_ok_and(|state| state != GuardState::Held),
             _ => {
                 sys::signal_get(self.description.fd()).is_ok_and(|signal| signal == 0)
@@ -123,7 +126,7 @@ impl Lease {
     fn unlock(&self) {
         // A failure means that it has lapsed: there is nothing left to unlock then.
         let _ = match self.tier {
-            GuardTier::Unguarded | GuardTier::Sealed => Ok(()),
+            GuardTier::Unguarded | GuardTier::Sealed | GuardTier::NotNeeded => Ok(()),
             GuardTier::Lease => sys::lease_set(self.description.fd(), LeaseType::None),
             GuardTier::Delegation | GuardTier::ReadDelegation => {
                 sys::delegation_set(self.description.fd(), LeaseType::None)
@@ -149,6 +152,8 @@ impl Description {
     /// Asks the kernel for the strongest guard that it offers on this file: a delegation, else a
     /// lease. Refused with [`Error::Busy`] while any other description of the file is open.
     ///
+    /// A DAX device can be cut by nobody: it gets [`GuardTier::NotNeeded`], whatever is asked for.
+    ///
     /// May come again on the same description after a release, also while an older, fenced mapping
     /// of it lives.
     pub fn arm(&self, watcher: &Watcher) -> Result<Armed> {
@@ -170,7 +175,11 @@ impl Description {
     /// word. It is what is left for hugetlbfs, which takes no lease.
     pub fn unguarded(&self, watcher: &Watcher) -> Result<Armed> {
         self.claim_to_arm()?;
-        Ok(self.armed(watcher.shared(), GuardTier::Unguarded))
+        let tier = match self.device() {
+            Some(_) => GuardTier::NotNeeded,
+            None => GuardTier::Unguarded,
+        };
+        Ok(self.armed(watcher.shared(), tier))
     }
 
     fn claim_to_arm(&self) -> Result<()> {
@@ -190,7 +199,7 @@ impl Description {
 
     /// As [`arm_at_most`](Self::arm_at_most), but who is in the way is not looked up.
     pub(crate) fn arm_quietly(&self, watcher: &Watcher, strongest: GuardTier) -> Result<Armed> {
-        if strongest == GuardTier::Unguarded {
+        if strongest == GuardTier::Unguarded || self.device().is_some() {
             return self.unguarded(watcher);
         }
         let watch = watcher.shared();

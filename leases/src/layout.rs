@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use crate::dax_device::DaxDevice;
 use crate::description::{Description, MappingKind};
 use crate::error::Result;
 use crate::sys::{self, Extent};
@@ -29,6 +30,10 @@ impl Description {
     /// elsewhere pages are memory, and [`Layout::page_size`] is the system's. Breaks no guard. To be
     /// asked after the file was flushed: what is not allocated yet has no place.
     pub fn layout(&self) -> Result<Layout> {
+        if let Some(DaxDevice { size, align }) = self.device() {
+            let huge_bytes = if align == HUGE { size } else { 0 };
+            return Ok(Layout { extents: 1, huge_bytes, whole_pieces: size, page_size: align });
+        }
         let extents =
             sys::extents(self.fd()).map_err(|e| self.failed("ioctl(FS_IOC_FIEMAP)", e))?;
         let size = self.size()?;

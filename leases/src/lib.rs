@@ -65,6 +65,9 @@
 //! * [`Description::unguarded`] has the types and no guard.
 //! * [`Description::arm_when_free`] waits for others to close the file.
 //!
+//! A DAX device (`/dev/dax0.0`) is an [`Export`] with one file, the device. Nobody can truncate it, so
+//! it needs no guard ([`GuardTier::NotNeeded`]), and all else is as with files.
+//!
 //! # Order
 //!
 //! The order of a teardown is carried by types: [`Guard::release`] takes a [`Fenced`], which only
@@ -118,6 +121,7 @@
 //! A guard needs the file's owner or CAP_LEASE; a seal the same and CAP_LINUX_IMMUTABLE; both write
 //! permission. Everything else needs nothing.
 
+mod dax_device;
 mod description;
 mod error;
 mod export;
@@ -135,7 +139,7 @@ mod wait;
 mod watch;
 
 pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
-pub use error::{Error, NoOutwait, Result};
+pub use error::{Error, NoDaxDevice, NoOutwait, Result};
 pub use export::{
     Create, Entry, EntryKind, Export, Leftovers, Listing, Located, Page, RelativePath,
 };

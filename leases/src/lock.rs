@@ -12,6 +12,7 @@ use crate::description::Description;
 use crate::error::{Error, Result};
 use crate::export::{Attributes, Export, denied_or_failed};
 use crate::openers::flock_holder;
+use crate::seal::link_of;
 
 /// How a range is locked.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -137,13 +138,13 @@ pub struct ExportLock {
 }
 
 impl Export {
-    /// Locks the directory for one program (flock(2), `LOCK_EX`), so that no second one serves it.
+    /// Locks the directory, or the device's node, for one program (flock(2), `LOCK_EX`), so that no second one serves it.
     /// Does not wait: [`Error::ExportLocked`], with the holder's process id where /proc/locks tells.
     pub fn lock(&self) -> Result<ExportLock> {
         let failed = |call| move |e: Errno| denied_or_failed(e.into(), call, self.path());
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let folder = rustix::fs::openat(self.root(), ".", flags, Mode::empty())
-            .map_err(failed("open the folder"))?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(link_of(self.root()), flags, Mode::empty())
+            .map_err(failed("open the export"))?;
         match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(ExportLock { _folder: folder }),
             Err(Errno::WOULDBLOCK) => {

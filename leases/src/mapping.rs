@@ -19,8 +19,9 @@ const HUGE_PAGE: usize = 2 << 20;
 /// A file mapped shared, for reading and writing, from its first byte on. Made by
 /// [`Armed::map`](crate::Armed::map), and unmapped when it and every share of it are gone.
 ///
-/// There is no safe access to the bytes: others write them, and a page past the file's end would
-/// raise SIGBUS.
+/// There are no references to the bytes: others write them, and a page past the file's end would
+/// raise SIGBUS. [`read_at`](Self::read_at) and [`write_at`](Self::write_at) copy, for devices, which
+/// have no read(2) and write(2).
 #[derive(Debug)]
 pub struct Mapping {
     inner: Arc<Inner>,
@@ -32,6 +33,8 @@ struct Inner {
     address: NonNull<u8>,
     len: usize,
     map_sync: bool,
+    /// Of a device: what it flushes by.
+    view: Option<View>,
     /// The mapping keeps the kernel's description open; this keeps ours with it, so that the file
     /// can be guarded again while an old mapping lives. Dropped after the unmapping.
     description: Description,
@@ -99,11 +102,21 @@ impl Mapping {
         let failed = |call| move |source| Error::Memory { call, len: len.get(), source };
         let address = reserve_aligned(len).map_err(failed("mmap"))?;
         // On failure the reservation is left alone: it may be another thread's by now.
-        let map_sync = map_file(address, len, description).map_err(failed("mmap"))?;
+        let not_mapped = |source: std::io::Error| match source.raw_os_error() {
+            // A device without a driver.
+            Some(libc::ENXIO) => {
+                let path = description.path().to_owned();
+                Error::MediumLost { path, start: 0, end: len.get() as u64, source }
+            }
+            _ => failed("mmap")(source),
+        };
+        let map_sync = map_file(address, len, description).map_err(not_mapped)?;
+        let view = View::of(description).map_err(not_mapped)?;
         let inner = Inner {
             address,
             len: len.get(),
             map_sync,
+            view,
             description: description.clone(),
             fenced: AtomicBool::new(false),
             shares: AtomicUsize::new(0),
@@ -179,8 +192,47 @@ impl Mapping {
             })
     }
 
+    /// Fills `to` with the bytes from `offset` on. Fails with [`Error::AlreadyFenced`] after a fence,
+    /// and with [`Error::MediumLost`] where there is nothing to be read: never with a signal.
+    pub fn read_at(&self, to: &mut [u8], offset: u64) -> Result<()> {
+        let range = self.checked(offset..offset.saturating_add(to.len() as u64))?;
+        let mut done = 0;
+        while done < to.len() {
+            let from = self.at(range.start + done);
+            // SAFETY: `checked`: the range is our own mapping; `to` is somebody's memory.
+            let copied = unsafe { sys::copy_out(from, &mut to[done..]) };
+            done += self.copied(copied, range.start + done..range.end)?;
+        }
+        Ok(())
+    }
+
+    /// Writes `from` to the bytes from `offset` on, as [`read_at`](Self::read_at) reads. They are in
+    /// the CPU's caches then: durable is what [`flush`](Self::flush) has written back.
+    pub fn write_at(&self, from: &[u8], offset: u64) -> Result<()> {
+        let range = self.checked(offset..offset.saturating_add(from.len() as u64))?;
+        let mut done = 0;
+        while done < from.len() {
+            let to = self.at(range.start + done);
+            // SAFETY: `checked`: the range is our own mapping, and there are no references into it.
+            let copied = unsafe { sys::copy_in(to, &from[done..]) };
+            done += self.copied(copied, range.start + done..range.end)?;
+        }
+        Ok(())
+    }
+
+    fn copied(&self, copied: std::io::Result<usize>, rest: Range<usize>) -> Result<usize> {
+        match copied {
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                self.demand_open()?;
+                Err(self.inner.lost(rest, e))
+            }
+            Err(source) => Err(Error::Memory { call: "process_vm_readv", len: rest.len(), source }),
+            Ok(done) => Ok(done),
+        }
+    }
+
     /// Writes what was stored in `range`, by hardware too, back to the medium (msync(2) with
-    /// `MS_SYNC`). Works after the fence as well.
+    /// `MS_SYNC`; a device's caches by hand). Works after the fence as well.
     pub fn flush(&self, range: Range<u64>) -> Result<()> {
         self.share_for_flush().flush(range)
     }
@@ -289,7 +341,8 @@ impl Inner {
     }
 
     fn checked(&self, range: Range<u64>) -> Result<Range<usize>> {
-        let len = self.len as u64;
+        // Behind a device's last byte there is nothing, not even to be flushed.
+        let len = self.view.as_ref().map_or(self.len, |view| view.len) as u64;
         if range.start >= range.end || range.end > len {
             return Err(Error::OutOfMapping { start: range.start, end: range.end, len });
         }
@@ -299,6 +352,61 @@ impl Inner {
     fn at(&self, offset: usize) -> NonNull<u8> {
         // SAFETY: every caller passes an offset that `checked` found inside the mapping.
         unsafe { self.address.add(offset) }
+    }
+
+    fn lost(&self, range: Range<usize>, source: std::io::Error) -> Error {
+        let path = self.description.path().to_owned();
+        Error::MediumLost { path, start: range.start as u64, end: range.end as u64, source }
+    }
+}
+
+/// A device's bytes once more, for reading: a CPU's caches are flushed by addresses that can be read,
+/// and those of the mapping itself can't be any more after the fence.
+#[derive(Debug)]
+struct View {
+    address: NonNull<u8>,
+    len: usize,
+    /// Pages are gone as a whole.
+    page: usize,
+}
+
+impl View {
+    fn of(description: &Description) -> std::io::Result<Option<Self>> {
+        let Some(device) = description.device() else { return Ok(None) };
+        let len = usize::try_from(device.size).ok().and_then(NonZeroUsize::new);
+        let len = len.ok_or(std::io::ErrorKind::InvalidInput)?;
+        let address = sys::map_for_reading(len, description.fd())?;
+        let view = Self { address, len: len.get(), page: device.align as usize };
+        // SAFETY: the range is our own mapping; the advice concerns forks.
+        unsafe { sys::advise(address, view.len, MmapAdvise::MADV_DONTFORK) }?;
+        // SAFETY: as above, core dumps.
+        unsafe { sys::advise(address, view.len, MmapAdvise::MADV_DONTDUMP) }?;
+        Ok(Some(view))
+    }
+
+    /// Page by page, each looked at first: of one that is gone the kernel tells us in words.
+    fn flush(&self, range: Range<usize>) -> std::io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min((at + 1).next_multiple_of(self.page));
+            // SAFETY: every caller passes a range that `Inner::checked` found inside the device.
+            let address = unsafe { self.address.add(at) };
+            // SAFETY: one byte of our own mapping, into a variable.
+            unsafe { sys::copy_out(address, &mut [0]) }?;
+            // SAFETY: the page is there and readable. (Whoever takes the device from its driver in
+            // this very moment makes that untrue, and ends the process: docs/guarantees.md.)
+            unsafe { sys::write_back(address, end - at) };
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and its last user is being dropped.
+        let unmapped = unsafe { sys::unmap(self.address, self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of our own whole mapping: {unmapped:?}");
     }
 }
 
@@ -311,7 +419,11 @@ pub struct Flusher {
 impl Flusher {
     /// As [`Mapping::flush`].
     pub fn flush(&self, range: Range<u64>) -> Result<()> {
-        let range = whole_pages(self.inner.checked(range)?, self.inner.len);
+        let range = self.inner.checked(range)?;
+        if let Some(view) = &self.inner.view {
+            return view.flush(range.clone()).map_err(|source| self.inner.lost(range, source));
+        }
+        let range = whole_pages(range, self.inner.len);
         // SAFETY: the range lies inside our own mapping, which this value keeps.
         unsafe { sys::sync(self.inner.at(range.start), range.len()) }
             .map_err(|source| Error::Memory { call: "msync", len: range.len(), source })

@@ -143,8 +143,12 @@ impl Located {
 
     /// A descriptor's link in /proc leads to the inode, whatever its name is by now.
     pub(crate) fn link(&self) -> String {
-        format!("/proc/self/fd/{}", self.fd().as_raw_fd())
+        link_of(self.fd())
     }
+}
+
+pub(crate) fn link_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 /// Asked of statx(2), which waits for nobody, a frozen file system neither.

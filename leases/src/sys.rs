@@ -390,6 +390,83 @@ pub(crate) unsafe fn map_over(
     Ok(())
 }
 
+/// Maps `len` bytes of a file from offset 0 for reading, at addresses of the kernel's choice.
+pub(crate) fn map_for_reading(
+    len: std::num::NonZeroUsize,
+    fd: BorrowedFd<'_>,
+) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let address = unsafe {
+        nix::sys::mman::mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, fd, 0)
+    }?;
+    Ok(address.cast())
+}
+
+/// Copies from a mapping into `to` (process_vm_writev(2) on ourselves), and says how much came until
+/// a byte could not be read.
+///
+/// The kernel reads the mapping as the caller's own memory and writes to `to` as to another
+/// process's. So a page that is gone, or inaccessible, is EFAULT and not SIGBUS, and a read error of
+/// the medium too: of its own reads of user memory the kernel survives those (x86's
+/// `EX_TYPE_UACCESS`). The other way round it would not.
+///
+/// # Safety
+/// `from..from + to.len()` must be the caller's own mapping, and `to` no part of it.
+pub(crate) unsafe fn copy_out(from: NonNull<u8>, to: &mut [u8]) -> io::Result<usize> {
+    let mapping = libc::iovec { iov_base: from.as_ptr().cast(), iov_len: to.len() };
+    let memory = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
+    let me = std::process::id() as libc::pid_t;
+    // SAFETY: both ranges are the caller's, and only `to` is written, which is borrowed for it.
+    let done =
+        unsafe { libc::process_vm_writev(me, &raw const mapping, 1, &raw const memory, 1, 0) };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+/// Copies `from` into a mapping (process_vm_readv(2) on ourselves), as [`copy_out`].
+///
+/// # Safety
+/// `to..to + from.len()` must be the caller's own mapping of a file, with no reference into it.
+pub(crate) unsafe fn copy_in(to: NonNull<u8>, from: &[u8]) -> io::Result<usize> {
+    let mapping = libc::iovec { iov_base: to.as_ptr().cast(), iov_len: from.len() };
+    let memory = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
+    let me = std::process::id() as libc::pid_t;
+    // SAFETY: both ranges are the caller's, and only the mapping is written.
+    let done =
+        unsafe { libc::process_vm_readv(me, &raw const mapping, 1, &raw const memory, 1, 0) };
+    usize::try_from(done).map_err(|_| io::Error::last_os_error())
+}
+
+/// Bytes of a cache line, of every x86-64 processor.
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE: usize = 64;
+
+/// Writes the cache lines of a range back to the medium (CLFLUSH, which every x86-64 has), whatever
+/// address they were written by, and waits until they are on their way (MFENCE).
+///
+/// # Safety
+/// The lines must be the caller's own mapping, and readable: a fault is a signal here.
+#[cfg(target_arch = "x86_64")]
+pub(crate) unsafe fn write_back(address: NonNull<u8>, len: usize) {
+    let head = address.as_ptr() as usize % CACHE_LINE;
+    // SAFETY: a line does not cross a page, so the first one starts in the caller's mapping.
+    let first = unsafe { address.sub(head) };
+    for offset in (0..head + len).step_by(CACHE_LINE) {
+        // SAFETY: the offset is below the end of what the caller has vouched for.
+        let line = unsafe { first.add(offset) };
+        // SAFETY: the line is mapped and readable, as demanded; its content stays.
+        unsafe { core::arch::x86_64::_mm_clflush(line.as_ptr()) };
+    }
+    // SAFETY: MFENCE is in every x86-64.
+    unsafe { core::arch::x86_64::_mm_mfence() };
+}
+
+/// Elsewhere nothing is promised: see [`MappingKind::can_be_durable`](crate::MappingKind).
+///
+/// # Safety
+/// None.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) unsafe fn write_back(_address: NonNull<u8>, _len: usize) {}
+
 /// munmap(2).
 ///
 /// # Safety

@@ -68,6 +68,10 @@ reasons! {
     RangeHeld = "RANGE_HELD",
     /// The file system can't guard or map the file.
     UnsupportedFile = "UNSUPPORTED_FILE",
+    /// It is a device: nothing in it can be made, resized or removed.
+    FixedSize = "FIXED_SIZE",
+    /// The medium has an error, or the device is gone.
+    MediumLost = "MEDIUM_LOST",
     /// The range is empty or ends before it starts.
     BadRange = "BAD_RANGE",
     /// The range reaches past the end of the file or of the pin.

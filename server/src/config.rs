@@ -19,7 +19,7 @@ pub const DEFAULT_PORT: u16 = 7350;
 /// Everything that one server needs to know.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Directories that clients may reach.
+    /// Directories and devices that clients may reach.
     pub exports: Vec<ExportConfig>,
     /// Which RDMA devices to use; clients get the first unless they ask for another.
     pub rdma_devices: Vec<DeviceChoice>,
@@ -62,7 +62,7 @@ impl Config {
     }
 }
 
-/// A named directory and what the operator wants of it: `NAME=DIR[,key=value…]`.
+/// A named directory, or DAX device, and what the operator wants of it: `NAME=DIR[,key=value…]`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct ExportConfig {
     /// What clients call it.

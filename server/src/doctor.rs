@@ -1,9 +1,10 @@
-//! `pinfoldd doctor`: what this host and the directories on it are good for, and why not.
+//! `pinfoldd doctor`: what this host and the directories and DAX devices on it are good for, and why not.
 //!
-//! `host` and `directory` each hold facts, how they are found, and what they mean: the meaning is
+//! `host`, `directory` and `device` each hold facts, how they are found, and what they mean: the meaning is
 //! pure, so that it can be tried with facts of other hosts. The devices are `verbs`' part. Whatever
 //! is tried on a file system is tried on a file of the doctor's own, which has no name any more.
 
+mod device;
 mod directory;
 mod host;
 mod trial;
@@ -25,10 +26,10 @@ pub const EXIT_UNFIT: u8 = 5;
 #[command(after_help = "Example:\n  pinfoldd doctor /mnt/pmem0/logs\n  pinfoldd doctor --json \
     /mnt/pmem0 | jq '.findings[] | select(.result != \"ok\")'\n\nRun it as the user that serves. It \
     opens no file of others: what it tries, it tries on a temporary file of its own in DIR, which \
-    has no name while it is tried.\n\nExit codes: 0 if all that was named can be served, 2 for bad \
+    has no name while it is tried; of a DAX device no byte is touched.\n\nExit codes: 0 if all that was named can be served, 2 for bad \
     arguments, 5 if a DIR or this host can't be served, 1 if the report could not be written.")]
 pub struct Args {
-    /// Directories to export; without one, only the host is looked at
+    /// Directories and DAX devices to export; without one, only the host is looked at
     #[arg(value_name = "DIR")]
     directories: Vec<PathBuf>,
 
@@ -63,7 +64,10 @@ impl Report {
         findings.extend(of_devices);
         let fabrics: Vec<Fabric> = devices.into_iter().map(Fabric::examined).collect();
         for directory in &args.directories {
-            findings.extend(directory::examine(directory, &fabrics));
+            findings.extend(match device::is_device(directory) {
+                true => device::examine(directory, &fabrics),
+                false => directory::examine(directory, &fabrics),
+            });
         }
         let shown = |path: &PathBuf| path.display().to_string();
         let directories: Vec<_> = args.directories.iter().map(shown).collect();

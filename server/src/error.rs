@@ -149,11 +149,22 @@ pub enum Error {
         /// Why, and what would help.
         why: String,
     },
-    /// Nothing on tmpfs outlives the host.
-    #[error("{} lies in memory (tmpfs), so nothing on it can be made durable; export a directory on \
+    /// Nothing on tmpfs outlives the host; and a device's bytes are flushed on x86-64 only.
+    #[error("{} is {kind}, and nothing on that can be made durable here; export a directory on \
              pmem or disk for that", path.display())]
     NotDurable {
         /// The file.
+        path: PathBuf,
+        /// What its mapping consists of.
+        kind: pinfold_leases::MappingKind,
+    },
+    /// A device has one way to be held, which is none.
+    #[error("export {name}: {} is a device, which nobody can truncate, so guard, on_truncate, on_read \
+             and dax mean nothing there; leave them out", path.display())]
+    DevicePolicy {
+        /// The export.
+        name: String,
+        /// The device.
         path: PathBuf,
     },
     /// hugetlbfs takes no lease.

@@ -81,6 +81,12 @@ impl Fabric {
                 (RegistrationMode::OnDemand, &self.on_demand)
             }
             MappingKind::SharedMemory => (RegistrationMode::Pinned, &self.pinned),
+            // Pinning works too, but does not hold the device: once it is taken from its driver, what
+            // pins its pages writes to memory that is somebody else's (rxe: the kernel dies of it).
+            MappingKind::DeviceDax => match &self.on_demand {
+                Err(_) if self.pinned.is_ok() => (RegistrationMode::Pinned, &self.pinned),
+                on_demand => (RegistrationMode::OnDemand, on_demand),
+            },
         };
         tested.as_ref().map(|quirks| (mode, quirks)).map_err(String::as_str)
     }

@@ -20,7 +20,7 @@ use crate::gate::Gate;
 use crate::ids::PinId;
 use crate::ladder::Cutting;
 use crate::policy::Policy;
-use crate::registry::Readers;
+use crate::registry::{Readers, Refusal};
 
 /// See the module's documentation. What must go in order is in options that are taken.
 #[derive(Debug)]
@@ -189,6 +189,28 @@ impl HeldFile {
     /// The file's description.
     pub(crate) fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// Reads through the kernel: a file by its description, a device by its mapping.
+    pub(crate) fn read_at(&self, data: &mut [u8], offset: u64) -> Result<()> {
+        match self.kind {
+            MappingKind::DeviceDax => self.demand_mapping()?.read_at(data, offset)?,
+            _ => self.description.read_at(data, offset)?,
+        }
+        Ok(())
+    }
+
+    /// Writes through the kernel, as [`read_at`](Self::read_at) reads.
+    pub(crate) fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
+        match self.kind {
+            MappingKind::DeviceDax => self.demand_mapping()?.write_at(data, offset)?,
+            _ => self.description.write_at(data, offset)?,
+        }
+        Ok(())
+    }
+
+    fn demand_mapping(&self) -> Result<Arc<Mapping>> {
+        Ok(self.mapping().ok_or(Refusal::Draining)?)
     }
 
     /// The mapping, until it is given up.

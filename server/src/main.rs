@@ -27,15 +27,15 @@ use tracing_appender::non_blocking::WorkerGuard;
     subcommand_negates_reqs = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
-    6 if another pinfoldd serves one of the directories, 8 if an RDMA device that was named is not \
+    6 if another pinfoldd serves one of the exports, 8 if an RDMA device that was named is not \
     there or can't be opened."
 )]
 struct Args {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// A directory that clients may reach, its name for them, and its policy; may be given several
-    /// times. Keys: guard=delegation|lease|none (the strongest that is asked for),
+    /// A directory or a DAX device (/dev/dax0.0) that clients may reach, its name for them, and its
+    /// policy; may be given several times. Keys, of directories: guard=delegation|lease|none (the strongest that is asked for),
     /// on_truncate=recall|deny, on_read=revoke|outwait, outwait_max_s=SECONDS, dax=true|false
     #[arg(long = "export", value_name = "NAME=DIR[,KEY=VALUE…]")]
     exports: Vec<ExportConfig>,
@@ -135,6 +135,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         Some(pinfold_server::Error::File(pinfold_leases::Error::ExportLocked { .. })) => {
             ExitCode::from(EXIT_BUSY)
         }
+        Some(pinfold_server::Error::DevicePolicy { .. }) => ExitCode::from(EXIT_ARGUMENTS),
         Some(pinfold_server::Error::Verbs(_)) => ExitCode::from(EXIT_DEVICE),
         _ => ExitCode::FAILURE,
     }

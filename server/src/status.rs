@@ -53,6 +53,8 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::NotDurable { .. } | Error::CannotBeGuarded { .. } | Error::NoStreamWrites { .. } => {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
+        // Only at the start, where nobody is told by gRPC.
+        Error::DevicePolicy { .. } => (Code::Internal, Reason::Internal),
         Error::HeldOtherwise { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
         Error::StillDraining { .. } | Error::WrittenLate { .. } => {
@@ -100,6 +102,8 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         }
         // Only a resume meets it: at the start nobody is there to be told.
         FileError::Export { .. } => (Code::NotFound, Reason::FileNotFound),
+        FileError::FixedSize { .. } => (Code::FailedPrecondition, Reason::FixedSize),
+        FileError::MediumLost { .. } => (Code::DataLoss, Reason::MediumLost),
         FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
         FileError::NoGuard { .. }
         | FileError::NoSeal { .. }

@@ -203,7 +203,7 @@ pub(crate) fn quirks(quirks: &Quirks) -> v1::Quirks {
 /// The grant.
 pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
     let file = &granted.file;
-    let durable = file.kind() != MappingKind::SharedMemory;
+    let durable = file.kind().can_be_durable();
     v1::PinResponse {
         pin_id: granted.pin.0,
         generation: Some(generation(granted.generation)),
@@ -214,7 +214,7 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         guard: tier(file.tier()).into(),
         valid_end: granted.valid_end,
         page_size_bytes: file.page_size_bytes(),
-        dax: file.kind() == MappingKind::FsDax,
+        dax: matches!(file.kind(), MappingKind::FsDax | MappingKind::DeviceDax),
         map_sync: file.map_sync(),
         durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
         quirks: Some(granted.ways.quirks),
@@ -242,6 +242,7 @@ pub(crate) fn tier(tier: GuardTier) -> v1::GuardTier {
         GuardTier::Unguarded => v1::GuardTier::Unguarded,
         GuardTier::ReadDelegation => v1::GuardTier::ReadDelegation,
         GuardTier::Sealed => v1::GuardTier::Sealed,
+        GuardTier::NotNeeded => v1::GuardTier::NotNeeded,
     }
 }
 

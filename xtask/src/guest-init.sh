@@ -1,6 +1,6 @@
 #!/bin/sh
-# PID 1 of the lab's guest, run by busybox on the host's root: gives it two DAX file systems and
-# a soft NIC, runs the command, reports its status and powers off. Whatever can't be set up ends
+# PID 1 of the lab's guest, run by busybox on the host's root: gives it two DAX file systems, a DAX
+# device and a soft NIC, runs the command, reports its status and powers off. Whatever can't be set up ends
 # the boot with "init: failure": a test never runs on less than it asked for.
 lab=$(dirname "$0")
 # shellcheck source=/dev/null
@@ -99,6 +99,21 @@ add_disk() {
     mount_or_fail -t ext4 -o "$SELDOM" /dev/vda "$LAB_BASE/disk"
 }
 
+# What `ndctl create-namespace -m devdax` does: the namespace is taken from the block device's driver
+# and given to the region's seed (drivers/nvdimm/dax_devs.c). `ram`: what the kernel notes about each
+# page is in memory, so that all but the first 2 MiB are the device's.
+add_devdax() {
+    echo namespace2.0 >/sys/bus/nd/drivers/nd_pmem/unbind || fail "namespace2.0 is not free"
+    seed=$(cat /sys/bus/nd/devices/region2/dax_seed)
+    for setting in mode=ram align=2097152 "uuid=$(cat /proc/sys/kernel/random/uuid)" \
+        namespace=namespace2.0; do
+        echo "${setting#*=}" >"/sys/bus/nd/devices/$seed/${setting%%=*}" ||
+            fail "$seed takes no $setting"
+    done
+    echo "$seed" >/sys/bus/nd/drivers/dax_pmem/bind || fail "dax_pmem does not take $seed"
+    [ -c "$LAB_DEVDAX" ] || fail "no device $LAB_DEVDAX"
+}
+
 add_nic() {
     ip link set lo up || fail "lo does not come up"
     if [ "$HOSTS" = 2 ]; then
@@ -178,6 +193,8 @@ add_pmem
 if [ -n "$STORAGE" ]; then
     seldom_on_xfs
     add_disk
+else
+    add_devdax
 fi
 add_nic
 echo 1 >/sys/devices/system/cpu/cpu1/online || fail "the second processor does not come up"

@@ -12,7 +12,7 @@ use crate::kernel::Kernel;
 /// What the lab always needs: the host's root over virtio 9p, streams, pmem, DAX file systems,
 /// soft RDMA. Unpacked here, because unpacking XFS in an emulated guest takes seconds. Anything
 /// else is loaded from the host's cache, by the guest's modprobe.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 14] = [
     "virtio_pci",
     "virtio_console",
     "9pnet_virtio",
@@ -20,6 +20,8 @@ const MODULES: [&str; 12] = [
     "libnvdimm",
     "nd_e820",
     "nd_pmem",
+    "dax_pmem",
+    "device_dax",
     "ext4",
     "xfs",
     "ib_uverbs",

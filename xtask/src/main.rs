@@ -127,7 +127,8 @@ enum VmTask {
         after_help = "Exit status: the command's own, 128+N if signal N ended it or us, 125 \
         if the VM failed or took too long.\n\
         The host's root is there, read-only; TMPDIR, $PINFOLD_LAB_EXT4 and $PINFOLD_LAB_XFS are \
-        writable.\n\nExample:\n  cargo xtask vm run -- sh -c 'uname -r; df $PINFOLD_LAB_XFS'"
+        writable, $PINFOLD_LAB_DEVDAX is a DAX device.\n\nExample:\n  \
+        cargo xtask vm run -- sh -c 'uname -r; df $PINFOLD_LAB_XFS'"
     )]
     Run {
         #[command(flatten)]

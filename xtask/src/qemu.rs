@@ -13,8 +13,10 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 const MEMORY_MIB: u32 = 3072;
 /// Where the memory above the hole begins, in MiB: all of it is pmem.
 const PMEM_START_MIB: u32 = 4096;
-/// Between the two devices, so that one section of memory never holds parts of both.
+/// Between two devices, so that one section of memory never holds parts of both.
 const PMEM_GAP_MIB: u32 = 128;
+/// The third device, without a file system (devdax).
+const DEVDAX_MIB: u32 = 64;
 
 /// How the guest's instructions are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +110,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) kernel: &'a Path,
     /// The initramfs.
     pub(crate) initrd: &'a Path,
-    /// MiB of each of the two pmem devices; 0 for none.
+    /// MiB of each of the two pmem devices for file systems; 0 for no pmem at all.
     pub(crate) pmem_mib: u32,
     /// What of its storage outlives it; without, nothing does.
     pub(crate) kept: Option<&'a Kept>,
@@ -208,7 +210,10 @@ impl Drop for Running {
 }
 
 fn memory_mib(pmem_mib: u32) -> u32 {
-    if pmem_mib == 0 { MEMORY_MIB } else { MEMORY_MIB + 2 * pmem_mib + PMEM_GAP_MIB }
+    if pmem_mib == 0 {
+        return MEMORY_MIB;
+    }
+    MEMORY_MIB + 2 * (pmem_mib + PMEM_GAP_MIB) + DEVDAX_MIB
 }
 
 /// The kernel's command line. `memmap=size!start` makes pmem of plain memory.
@@ -225,7 +230,9 @@ fn append(pmem_mib: u32) -> String {
             .to_owned();
     if pmem_mib > 0 {
         let second = PMEM_START_MIB + pmem_mib + PMEM_GAP_MIB;
+        let third = second + pmem_mib + PMEM_GAP_MIB;
         line += &format!(" memmap={pmem_mib}M!{PMEM_START_MIB}M memmap={pmem_mib}M!{second}M");
+        line += &format!(" memmap={DEVDAX_MIB}M!{third}M");
     }
     line
 }
@@ -255,13 +262,13 @@ mod tests {
     #[test]
     fn pmem_lies_above_the_hole_and_apart() {
         let line = append(384);
-        assert!(line.ends_with(" memmap=384M!4096M memmap=384M!4608M"), "{line}");
+        assert!(line.ends_with(" memmap=384M!4096M memmap=384M!4608M memmap=64M!5120M"), "{line}");
         assert!(!append(0).contains("memmap"));
     }
 
     #[test]
-    fn memory_covers_both_devices_and_the_gap() {
-        assert_eq!(memory_mib(384), 3072 + 384 + 128 + 384);
+    fn memory_covers_the_devices_and_the_gaps() {
+        assert_eq!(memory_mib(384), 3072 + 384 + 128 + 384 + 128 + 64);
         assert_eq!(memory_mib(0), 3072);
     }
 

@@ -28,6 +28,8 @@ const LAST_WORDS: Duration = Duration::from_secs(3);
 const END_LIMIT: Duration = Duration::from_secs(15);
 /// Consoles of earlier runs that are kept.
 const CONSOLES_KEPT: u32 = 50;
+/// The device of the guest's third pmem region, region2.
+const DEVDAX: &str = "/dev/dax2.0";
 
 /// What the guest is like.
 #[derive(Args, Clone, Debug)]
@@ -421,6 +423,7 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
         ("MODE", OsStr::new(mode)),
         ("MODULE_TREE", kernel.tree.as_os_str()),
         ("HOST_MODPROBE", modprobe.as_os_str()),
+        ("LAB_DEVDAX", OsStr::new(DEVDAX)),
         ("LEASE_BREAK_TIME", OsStr::new(&options.lease_break_time.to_string())),
         ("HOST_IP", ip.as_os_str()),
         ("HOSTS", OsStr::new(&options.hosts.to_string())),
@@ -442,7 +445,8 @@ fn command_script(options: &Options, job: &Job) -> Result<Vec<u8>> {
         b". \"${0%/*}/settings.sh\"\n\
           export PATH=\"$LAB_BASE/lab/bin:$PATH:/usr/sbin:/sbin\" TMPDIR=\"$LAB_BASE/tmp\"\n\
           export PINFOLD_LAB=1 PINFOLD_LAB_KERNEL=\"$(uname -r)\"\n\
-          export PINFOLD_LAB_EXT4=\"$LAB_BASE/ext4\" PINFOLD_LAB_XFS=\"$LAB_BASE/xfs\"\n",
+          export PINFOLD_LAB_EXT4=\"$LAB_BASE/ext4\" PINFOLD_LAB_XFS=\"$LAB_BASE/xfs\"\n\
+          export PINFOLD_LAB_DEVDAX=\"$LAB_DEVDAX\"\n",
     );
     assign(
         &mut text,

@@ -111,7 +111,7 @@ impl Tried {
 
     fn judge_dax(&self) -> Finding {
         match self.kind {
-            MappingKind::FsDax => Finding::ok("dax", "in effect"),
+            MappingKind::FsDax | MappingKind::DeviceDax => Finding::ok("dax", "in effect"),
             MappingKind::SharedMemory => Finding::limited(
                 "dax",
                 "no: memory",
@@ -130,7 +130,8 @@ impl Tried {
         let tier: Result<GuardTier, String> = Ok(guarded.tier);
         let mut findings = vec![judge_tier("guard", &tier), self.judge_map_sync(guarded.map_sync)];
         let registrations = guarded.registrations.iter();
-        findings.extend(registrations.map(|(device, how)| self.judge_registration(device, how)));
+        findings
+            .extend(registrations.map(|(device, how)| judge_registration(self.kind, device, how)));
         if guarded.registrations.is_empty() {
             let why = "there is no RDMA device: pins go by the stream path";
             findings.push(Finding::limited("registration", "none", why));
@@ -149,17 +150,6 @@ impl Tried {
                 "refused",
                 "a commit must flush the file's metadata too (fsync), and is slower",
             ),
-        }
-    }
-
-    fn judge_registration(&self, device: &str, how: &Result<RegistrationMode, String>) -> Finding {
-        match how {
-            Ok(mode) => Finding::ok("registration", format!("{device}: {mode}")),
-            Err(why) => {
-                let found = format!("{device}: none");
-                let why = format!("{why}; pins of {} go by the stream path", self.kind);
-                Finding::limited("registration", found, why)
-            }
         }
     }
 
@@ -197,6 +187,22 @@ impl Tried {
         match &self.seal {
             Ok(()) => Finding::ok("seal", "possible"),
             Err(why) => Finding::limited("seal", "not possible", why),
+        }
+    }
+}
+
+/// What a NIC makes of a mapping.
+pub(super) fn judge_registration(
+    kind: MappingKind,
+    device: &str,
+    how: &Result<RegistrationMode, String>,
+) -> Finding {
+    match how {
+        Ok(mode) => Finding::ok("registration", format!("{device}: {mode}")),
+        Err(why) => {
+            let found = format!("{device}: none");
+            let why = format!("{why}; pins of {kind} go by the stream path");
+            Finding::limited("registration", found, why)
         }
     }
 }

@@ -18,8 +18,10 @@ const LEN: u64 = 4 << 20;
 
 /// A file to try things on.
 pub(super) struct Trial {
-    file: Description,
+    pub(super) file: Description,
     watcher: Watcher,
+    /// How much of it is tried.
+    len: u64,
     /// What a mapping of it consists of.
     pub(super) kind: MappingKind,
 }
@@ -51,7 +53,14 @@ impl Trial {
         export.remove(&name).map_err(failed("temporary_file"))?;
         let kind = file.kind().map_err(failed("file_system"))?;
         let (watcher, _breaks) = Watcher::start().map_err(failed("guard"))?;
-        Ok(Self { file, watcher, kind })
+        Ok(Self { file, watcher, len: LEN, kind })
+    }
+
+    /// On a device itself: mapping and registering it changes nothing.
+    pub(super) fn on_device(file: Description) -> Result<Self, Error> {
+        let (watcher, _breaks) = Watcher::start()?;
+        let (len, kind) = (LEN.min(file.size()?), file.kind()?);
+        Ok(Self { file, watcher, len, kind })
     }
 
     pub(super) fn layout(&self) -> Result<Layout, String> {
@@ -68,13 +77,14 @@ impl Trial {
         let (guard, mapping) = self
             .file
             .arm(&self.watcher)
-            .and_then(|armed| armed.map(LEN))
+            .and_then(|armed| armed.map(self.len))
             .map_err(|error| with_causes(&error))?;
         let (tier, map_sync) = (guard.tier(), mapping.map_sync());
         let registrations = fabrics
             .iter()
             .map(|fabric| {
-                (fabric.device().name().to_owned(), try_registration(fabric, self.kind, &mapping))
+                let mode = try_registration(fabric, self.kind, &mapping, self.len);
+                (fabric.device().name().to_owned(), mode)
             })
             .collect();
         take_down(guard, &mapping)?;
@@ -102,11 +112,12 @@ fn try_registration(
     fabric: &Fabric,
     kind: MappingKind,
     mapping: &Mapping,
+    len: u64,
 ) -> Result<RegistrationMode, String> {
     let (mode, quirks) = fabric.mode_for(kind)?;
     let domain = ProtectionDomain::new(fabric.device()).map_err(|error| with_causes(&error))?;
     let manner = Manner { mode, quirks, access: PinAccess::ReadWrite };
-    let segments = register(&domain, mapping, 0..LEN, &manner, || true)
+    let segments = register(&domain, mapping, 0..len, &manner, || true)
         .map_err(|error| with_causes(&error))?;
     for segment in segments {
         segment.deregister().map_err(|(_, why)| why)?;

@@ -4,9 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use pinfold_leases::{
-    Export, ExportLock, FileIdentity, Leftovers, RelativePath, Result as FileResult,
-};
+use pinfold_leases::{Export, ExportLock, FileIdentity, Leftovers, RelativePath};
 use pinfold_proto::v1;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -20,7 +18,7 @@ use crate::policy::Policy;
 use crate::registry::{Reason, Standing};
 use crate::wire;
 
-/// A directory that clients reach, unless it is quiesced.
+/// A directory or device that clients reach, unless it is quiesced.
 #[derive(Debug)]
 pub(super) struct Served {
     name: String,
@@ -64,9 +62,13 @@ pub(crate) struct Quieted {
 }
 
 impl Served {
-    /// Opens and locks a directory.
-    pub(super) fn open(config: &ExportConfig) -> FileResult<Self> {
+    /// Opens and locks a directory or device.
+    pub(super) fn open(config: &ExportConfig) -> Result<Self> {
         let export = Export::open(&config.directory)?;
+        if export.device().is_some() && config.policy != Policy::default() {
+            let (name, path) = (config.name.clone(), config.directory.clone());
+            return Err(Error::DevicePolicy { name, path });
+        }
         let state = State {
             identity: export.identity()?,
             lock: Some(export.lock()?),

@@ -172,6 +172,7 @@ impl Engine {
 
     /// Makes a file longer, under its guard if it has one. Returns its end.
     pub(crate) async fn grow(&self, export: String, path: RelativePath, size: u64) -> Result<u64> {
+        self.export(&export)?.demand_directory()?;
         let located = self.locate(export.clone(), path.clone()).await?;
         let turn = self.take_turn(&located).await?;
         let held = self.settled(&located).await?;
@@ -212,6 +213,7 @@ impl Engine {
         path: RelativePath,
         size: u64,
     ) -> Result<usize> {
+        self.export(&export)?.demand_directory()?;
         let located = self.locate(export.clone(), path.clone()).await?;
         Resize::Shorter.demand(located.size(), size)?;
         let turn = self.take_turn(&located).await?;
@@ -232,6 +234,7 @@ impl Engine {
         path: RelativePath,
         revoke_pins: bool,
     ) -> Result<usize> {
+        self.export(&export)?.demand_directory()?;
         let located = self.locate(export.clone(), path.clone()).await?;
         let turn = self.take_turn(&located).await?;
         if !revoke_pins {

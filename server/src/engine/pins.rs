@@ -465,7 +465,7 @@ impl Engine {
         self.streaming(piece, move |engine| {
             engine.inside(piece, len as u64, PinAccess::Read, |file, _| {
                 let mut data = vec![0; len];
-                file.description().read_at(&mut data, piece.offset)?;
+                file.read_at(&mut data, piece.offset)?;
                 Ok(data)
             })
         })
@@ -523,8 +523,9 @@ impl Engine {
             let stale = || Refusal::Stale { pin, asked: generation };
             let file = engine.file(view.guard).ok_or_else(stale)?;
             let range = committed_range(range, &view.range, file.description().size()?)?;
-            if file.kind() == pinfold_leases::MappingKind::SharedMemory {
-                return Err(Error::NotDurable { path: file.path().to_owned() });
+            let kind = file.kind();
+            if !kind.can_be_durable() {
+                return Err(Error::NotDurable { path: file.path().to_owned(), kind });
             }
             let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
             let start = Instant::now();
@@ -562,7 +563,7 @@ fn write_in_calls(file: &HeldFile, inside: &Inside<'_>, data: &[u8], start: u64)
     let mut offset = start;
     for bytes in data.chunks(WRITE_CALL_BYTES) {
         demand_ours(inside)?;
-        file.description().write_at(bytes, offset)?;
+        file.write_at(bytes, offset)?;
         offset += bytes.len() as u64;
     }
     demand_ours(inside)
