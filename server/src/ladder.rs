@@ -8,12 +8,13 @@
 //! 1. the fence, on a thread of its own, which is waited for as long as [`PATIENCE`];
 //! 2. region by region, on threads that were started before: while the lock is held none can be
 //!    started or ended. A file is fenced when every region has returned its share of the mapping.
-//!    Where pages are pinned there is no other fence, and all threads help;
+//!    Where pages are pinned there is no other fence, and several threads help;
 //! 3. the queue pairs of its sessions, destroyed without waiting for it: that proves nothing, but cuts
 //!    off what can be.
 //!
 //! A file whose own region is the one that hangs is beyond all of them until the thaw.
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -42,6 +43,9 @@ pub(crate) struct Ladder {
     /// The thread of the first rung has not come back from an earlier file.
     busy: Arc<AtomicBool>,
     regions: SyncSender<Arc<HeldFile>>,
+    /// Threads for one file whose pages are pinned. More than there are processors only get in each
+    /// other's way.
+    side_by_side: usize,
 }
 
 /// How far a file has come.
@@ -71,7 +75,8 @@ impl Ladder {
             let (sender, files) = (orders.clone(), Arc::clone(&files));
             fence::vital("pinfold-regions", move || deregister(&files, &sender))?;
         }
-        Ok(Self { fences, busy, regions })
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Ok(Self { fences, busy, regions, side_by_side: processors.min(THREADS) })
     }
 
     /// Takes a file as far as it can be taken in [`PATIENCE`]. For the fence thread only.
@@ -99,7 +104,7 @@ impl Ladder {
         let regions = file.begin_dropping_regions();
         // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
         // not take them all.
-        let threads = if hangs { 1 } else { regions.clamp(1, THREADS) };
+        let threads = if hangs { 1 } else { regions.clamp(1, self.side_by_side) };
         let news = hangs && file.cutting().is_first_hang();
         file.cutting().leave_to(threads, news.then(Instant::now));
         for _ in 0..threads {
