@@ -893,7 +893,7 @@ fn a_quiesced_export_is_let_go_and_refused_until_it_is_resumed() {
     until("the pin waits", || host.open_files().contains(&host.path("busy")));
     let quieted = host.json(&["quiesce", "data"]);
     assert_eq!((&quieted["revoked_pins"], &quieted["beside"]), (&2.into(), &Value::from([(); 0])));
-    assert_eq!(host.open_files(), [PathBuf::new(); 0], "not even the folder");
+    assert_eq!(host.open_files(), Vec::<PathBuf>::new(), "not even the folder");
     let held = holding.finish();
     assert_eq!(held.code, 7, "{}", held.stderr);
     assert!(held.stderr.contains("an operator quiesces the export"), "{}", held.stderr);
@@ -921,7 +921,7 @@ fn a_quiesced_export_is_let_go_and_refused_until_it_is_resumed() {
     let ps = host.run(&["ps"]).stdout;
     assert!(ps.contains("\nexport data: quiesced for "), "{ps}");
     assert_eq!(host.json(&["quiesce", "data"])["revoked_pins"], 0, "once more is no error");
-    assert_eq!(host.open_files(), [PathBuf::new(); 0]);
+    assert_eq!(host.open_files(), Vec::<PathBuf>::new());
 
     drop(opened);
     assert_eq!(host.json(&["resume", "data"])["was_quiesced"], true);

@@ -1,7 +1,7 @@
 //! The command `pinfold` as a process, as people and scripts use it.
 
 use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ChildStdout, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -74,10 +74,23 @@ impl Running {
     fn pinfold(url: &str, prefix: &[&str], device: &str, arguments: &[&str]) -> Self {
         let mut command = prefixed(prefix, &tool("pinfold"));
         command.args(["--server", url, "--rdma-device", device]);
-        command.args(arguments).stdin(Stdio::null());
+        command.args(arguments);
+        Self::start(command)
+    }
+
+    fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::null());
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         Self { child, stdout }
+    }
+
+    /// Starts a client that writes to a file until it can't (`src/bin/writer.rs`); device `none`: by the
+    /// stream path.
+    pub fn writer(url: &str, device: &str, file: &str) -> Self {
+        let mut command = Command::new(tool("writer"));
+        command.args([url, device, file]);
+        Self::start(command)
     }
 
     /// Reads up to a line that starts so; gives that line.

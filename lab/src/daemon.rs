@@ -43,16 +43,12 @@ struct Log {
 impl Daemon {
     /// Starts one with the lab's soft NIC on a free port, and waits until it listens.
     pub fn start(exports: &[(&str, &Path)]) -> Self {
-        Self::start_with(exports, &["--rdma-device", &Self::device()])
+        Self::start_with(exports, &["--rdma-device", &server_device()])
     }
 
     /// Starts one where another one listened that is gone now.
     pub fn start_at(port: u16, exports: &[(&str, &Path)]) -> Self {
-        Self::start_on(port, exports, &["--rdma-device", &Self::device()])
-    }
-
-    fn device() -> String {
-        std::env::var("PINFOLD_LAB_SERVER_DEVICE").unwrap_or_else(|_| device_name())
+        Self::start_on(port, exports, &["--rdma-device", &server_device()])
     }
 
     /// Where it listens.
@@ -85,7 +81,7 @@ impl Daemon {
     /// it, `["setpriv", …]` or nothing.
     pub fn start_with_policy(by: &[&str], folder: &Path, policy: &str) -> Self {
         let export = format!("{EXPORT}={},{policy}", folder.display());
-        let arguments = ["--rdma-device", &Self::device(), "--export", &export];
+        let arguments = ["--rdma-device", &server_device(), "--export", &export];
         Self::started(on_storage_host(by, 0), &[], &arguments)
     }
 
@@ -134,6 +130,11 @@ impl Daemon {
         self.log.wait_for(|line| {
             line["level"] == "ERROR" && line["message"].as_str().is_some_and(|m| m.contains(words))
         })
+    }
+
+    /// Waits until it has logged these words.
+    pub fn logged(&self, words: &str) -> Value {
+        self.log.wait_for(|line| line["message"].as_str().is_some_and(|m| m.contains(words)))
     }
 
     /// Waits until it has logged these words, of this file.
@@ -196,6 +197,11 @@ impl Daemon {
         };
         open + maps.lines().filter(beneath).count()
     }
+}
+
+/// The soft NIC of the storage host.
+pub(crate) fn server_device() -> String {
+    std::env::var("PINFOLD_LAB_SERVER_DEVICE").unwrap_or_else(|_| device_name())
 }
 
 /// `pinfoldd` where clients are to reach it: here, or in the network namespace that the lab has for

@@ -30,7 +30,7 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, Unmounted, device_name, required};
 pub use process::{
-    Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process,
+    Frozen, HugePages, Mounted, Opener, Truncation, connected_queue_pairs, read_by_another_process,
     rewrite_by_another_process, shell, tool,
 };
 pub use random::Random;
@@ -111,6 +111,15 @@ impl Lab {
     /// Starts another daemon on the same folder; the old one must be gone.
     pub fn restart(&mut self) {
         self.daemon = Daemon::start(&[(EXPORT, self.folder.path())]);
+    }
+
+    /// As [`Lab::restart`], where a session may be silent for so many seconds only. The old one ends.
+    pub fn restart_with_time_to_live(&mut self, seconds: u32) {
+        assert!(self.daemon.terminate().success());
+        let seconds = seconds.to_string();
+        let device = daemon::server_device();
+        let arguments = ["--rdma-device", &device, "--time-to-live", &seconds];
+        self.daemon = Daemon::start_with(&[(EXPORT, self.folder.path())], &arguments);
     }
 
     /// As [`Lab::restart`], and clients find it where the old one was.

@@ -141,6 +141,7 @@ async fn fight(lab: Lab, by_rdma: bool) {
         let mine = write_request(thief, &pin, own.start, round);
         thief.stub.write(mine).await.unwrap();
         expected[own].fill(round);
+        assert!(content(thief, &pin).await == expected, "somebody else writes");
         if let Some(hammer) = held.take() {
             let landed = hammer.landed.load(Ordering::Relaxed);
             for end in hammer.ends {

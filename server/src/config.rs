@@ -31,16 +31,34 @@ pub struct Config {
     pub limits: Limits,
 }
 
+/// A session that is silent for this part of its time-to-live loses its queue pair.
+const GRACE: u32 = 2;
+/// Signs of life that a client owes in a time-to-live.
+const HEARTBEATS: u32 = 5;
+
 impl Config {
     /// One with the defaults for all but the exports.
     pub fn new(exports: Vec<ExportConfig>) -> Self {
         Self {
             exports,
             rdma_devices: vec![DeviceChoice::Auto],
-            heartbeat_interval: Duration::from_secs(2),
+            heartbeat_interval: Duration::from_secs(10) / HEARTBEATS,
             time_to_live: Duration::from_secs(10),
             limits: Limits::default(),
         }
+    }
+
+    /// Sessions that are silent for so long are over; clients are told to be heard more often.
+    #[must_use]
+    pub fn live_for(mut self, time: Duration) -> Self {
+        self.time_to_live = time;
+        self.heartbeat_interval = time / HEARTBEATS;
+        self
+    }
+
+    /// A session that is silent for this long loses its queue pair.
+    pub(crate) fn silence_grace(&self) -> Duration {
+        self.time_to_live / GRACE
     }
 }
 

@@ -57,6 +57,12 @@ struct Args {
     #[arg(long)]
     plaintext_on_network: bool,
 
+    /// How long a client may be silent before its session is over; it loses its queue pair after half of
+    /// that
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(2..=3600))]
+    time_to_live: u64,
+
     /// How the log on standard error is written; RUST_LOG filters it
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -201,7 +207,8 @@ async fn run(args: Args) -> Result<()> {
     if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
         bail!(reason);
     }
-    let mut config = Config::new(exports(args.exports, args.config)?);
+    let mut config = Config::new(exports(args.exports, args.config)?)
+        .live_for(Duration::from_secs(args.time_to_live));
     config.rdma_devices = args.rdma_devices;
     // Installed before anything is guarded, so that no signal finds us half-way.
     let mut terminate = signal(SignalKind::terminate())?;

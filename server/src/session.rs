@@ -16,6 +16,9 @@ use crate::wire;
 /// Events that wait for a client to read them. One that lets more pile up loses them, and is fenced
 /// by the deadline.
 const OUTBOX_DEPTH: usize = 1024;
+/// This process may have been stopped itself: what came meanwhile is heard before a client's silence is
+/// held against it.
+const SECOND_LOOK: Duration = Duration::from_millis(100);
 /// Longest name of a client, in bytes.
 const LONGEST_NAME: usize = 256;
 
@@ -42,6 +45,7 @@ pub(crate) async fn start(
         engine,
         id,
         outbox: outbox.downgrade(),
+        grace: config.silence_grace(),
         time_to_live: config.time_to_live,
         pins_at_most: config.limits.pins_per_session,
     };
@@ -80,6 +84,7 @@ fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
         incarnation: engine.incarnation(),
         heartbeat_interval_ms: millis(config.heartbeat_interval),
         time_to_live_ms: millis(config.time_to_live),
+        silence_grace_ms: millis(config.silence_grace()),
         rdma_device: devices.first().cloned(),
         server_version: env!("CARGO_PKG_VERSION").to_owned(),
         stream_piece_bytes_max: wire::count(wire::STREAM_PIECE_BYTES_MAX),
@@ -92,22 +97,43 @@ struct Keeper {
     id: SessionId,
     /// Weak, so that the stream ends when the engine forgets the session.
     outbox: WeakOutbox,
+    grace: Duration,
     time_to_live: Duration,
     pins_at_most: usize,
+}
+
+/// What came from the client: as the stream gives it, or nothing in time.
+type Heard = Option<Result<Option<v1::SessionRequest>, Status>>;
+
+async fn hear(requests: &mut Streaming<v1::SessionRequest>, within: Duration) -> Heard {
+    tokio::time::timeout(within, requests.message()).await.ok()
 }
 
 impl Keeper {
     async fn run(self, mut requests: Streaming<v1::SessionRequest>) {
         let why = loop {
-            match tokio::time::timeout(self.time_to_live, requests.message()).await {
-                Ok(Ok(Some(request))) => self.handle(request),
-                Ok(Ok(None)) => break "closed by the client",
-                Ok(Err(_)) => break "its stream broke",
-                Err(_) => break "it was silent for too long",
+            match self.next(&mut requests).await {
+                Some(Ok(Some(request))) => self.handle(request),
+                Some(Ok(None)) => break "closed by the client",
+                Some(Err(_)) => break "its stream broke",
+                None => break "it was silent for too long",
             }
         };
         tracing::info!(session = %self.id, why, "session ended");
         self.engine.end_session(self.id).await;
+    }
+
+    /// Cuts the client off when it is late, and gives it up when it is later still.
+    async fn next(&self, requests: &mut Streaming<v1::SessionRequest>) -> Heard {
+        if let Some(heard) = hear(requests, self.grace).await {
+            return Some(heard);
+        }
+        if let Some(heard) = hear(requests, SECOND_LOOK).await {
+            return Some(heard);
+        }
+        tracing::info!(session = %self.id, "a client is silent; its queue pair is destroyed");
+        self.engine.cut_off(self.id);
+        hear(requests, self.time_to_live.saturating_sub(self.grace + SECOND_LOOK)).await
     }
 
     fn handle(&self, request: v1::SessionRequest) {

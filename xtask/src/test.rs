@@ -16,6 +16,9 @@ use crate::{paths, setup};
 /// Tests in files of this name make sense on Debian 12's kernel only: what it lacks.
 const ON_BOOKWORM: &str = "on_bookworm_";
 
+/// Tests in files of this name are about the wire between two hosts.
+const ONLY_ACROSS_HOSTS: &str = "across_hosts_";
+
 /// What runs a second time across two hosts: the main job, whose bytes must cross a wire.
 const ACROSS_HOSTS: [&str; 5] =
     ["dead_keys", "one_sided_writes", "second_life", "stream_path", "truncate_during_writes"];
@@ -96,10 +99,13 @@ fn plans(options: &Options, selected: Vec<Selected>) -> Vec<Plan> {
         selected.into_iter().partition(|selected| selected.is(ON_BOOKWORM));
     let (on_each, main): (Vec<_>, Vec<_>) =
         rest.into_iter().partition(|selected| selected.is(ON_EACH_KERNEL));
+    let (only_across, main): (Vec<_>, Vec<_>) =
+        main.into_iter().partition(|selected| selected.is(ONLY_ACROSS_HOSTS));
     let across = main
         .iter()
         .filter(|selected| ACROSS_HOSTS.contains(&selected.binary.name.as_str()))
         .map(|selected| selected.named("across-two-hosts"))
+        .chain(only_across)
         .collect();
     let older = |suite: Suite| -> Vec<_> {
         let is_other = options.kernel != suite;
@@ -223,13 +229,13 @@ mod tests {
 
     #[test]
     fn what_is_about_the_kernel_runs_last_and_on_each() {
-        let names = ["dead_keys", "on_bookworm_x", "on_each_kernel_y", "sizes"];
+        let names = ["across_hosts_z", "dead_keys", "on_bookworm_x", "on_each_kernel_y", "sizes"];
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
         assert_eq!(
             planned(&names),
             [
                 (Suite::Newest, 1, words(&["dead_keys", "sizes", "on_each_kernel_y"])),
-                (Suite::Newest, 2, words(&["dead_keys-across-two-hosts"])),
+                (Suite::Newest, 2, words(&["dead_keys-across-two-hosts", "across_hosts_z"])),
                 (Suite::Trixie, 1, words(&["on_each_kernel_y-trixie"])),
                 (Suite::Bookworm, 1, words(&["on_bookworm_x", "on_each_kernel_y-bookworm"])),
             ]

@@ -138,8 +138,8 @@ impl Engine {
         }
         if file.has_failed_segments() {
             for session in self.registry().sessions_on(file.id()) {
-                // On another thread, which ends only with the engine: this one waits for no device.
-                let _ = self.severances.send(session);
+                // On another thread: this one waits for no device.
+                self.cut_off(session);
             }
         }
         let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));

@@ -81,6 +81,12 @@ impl Engine {
         self.perform(actions);
     }
 
+    /// Destroys a session's queue pair, on a thread that may block; the session lives on.
+    pub(crate) fn cut_off(&self, id: SessionId) {
+        // The thread ends only with the engine.
+        let _ = self.severances.send(id);
+    }
+
     pub(super) fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
         self.demand_session(id)?;
         locked(&self.sessions).get(&id).cloned().ok_or(Refusal::UnknownSession.into())
