@@ -168,15 +168,18 @@ impl Engine {
                 Ok(granted) => return Ok(granted),
                 Err(error) => error,
             };
-            if matches!(error, Error::Quiesced { .. }) {
-                if !wait.is_worth(&error) || caller.is_closed() {
-                    return Err(error);
+            let located = match self.locate(order.export.clone(), order.path.clone()).await {
+                // Whatever stood in the way before.
+                Err(quiesced @ Error::Quiesced { .. }) => {
+                    if !wait.is_worth(&quiesced) || caller.is_closed() {
+                        return Err(quiesced);
+                    }
+                    wait.pause_outside(self).await?;
+                    obstacles = Obstacles::default();
+                    continue;
                 }
-                wait.pause_outside(self).await?;
-                obstacles = Obstacles::default();
-                continue;
-            }
-            let located = self.locate(order.export.clone(), order.path.clone()).await;
+                located => located,
+            };
             let just_let_through = || located.as_ref().is_ok_and(|at| self.just_let_through(at));
             if obstacles.pass(&error, just_let_through) {
                 tokio::time::sleep(TRY_AGAIN).await;
