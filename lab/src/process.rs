@@ -148,15 +148,6 @@ pub fn rewrite_by_another_process(path: &Path, byte: char, len: usize) {
     assert!(status.success(), "rewriting {}: {status}", path.display());
 }
 
-/// How many ends of connections the lab's NICs have, the clients' among them (rdma-resource(8); it names
-/// the threads that made them, not the processes).
-pub fn connected_queue_pairs() -> usize {
-    let output = Command::new("rdma").args(["resource", "show", "qp"]).output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let text = String::from_utf8(output.stdout).unwrap();
-    text.lines().filter(|line| line.contains(" type RC ")).count()
-}
-
 /// A truncate(2) that waits as long as the kernel makes it wait.
 #[derive(Debug)]
 pub struct Truncation(tokio::task::JoinHandle<nix::Result<()>>);

@@ -40,11 +40,14 @@ on_each_file_system! {
     async fn a_pinned_file_is_removed_only_by_who_says_so(lab in Lab) {
         lab.make_file("file", PAGE as u64);
         let session = lab.session().await;
+        let mut events = session.events();
         let pin = session.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap();
         let refused = session.remove(EXPORT, "file", false).await.unwrap_err();
         assert_eq!(refused.reason(), Some(Reason::FilePinned), "{refused}");
         assert_eq!(session.remove(EXPORT, "file", true).await.unwrap(), 1);
         assert!(!lab.path("file").exists());
+        // The answer and the notice come by ways of their own.
+        next_revocation(&mut events).await;
         assert!(matches!(pin.commit().await, Err(Error::Revoked { .. })));
         assert_eq!(session.list(EXPORT, "").await.unwrap(), []);
     }

@@ -135,8 +135,9 @@ impl Engine {
         if released.broken.is_some() {
             self.begin_passage(file.description(), changed);
         }
-        file.announce_release();
+        // Whoever waits for the release answers a client, who has then been told why its pins went.
         self.perform(actions);
+        file.announce_release();
         self.retire(&file, record, late_stream_writes);
     }
 
