@@ -5,7 +5,7 @@ use std::process::Command;
 
 use pinfold_client::Code;
 use pinfold_lab::{
-    Answer, FileSystem, ForeignClient, Lab, connected_queue_pairs, device_name, eventually,
+    Answer, FileSystem, ForeignClient, Lab, device_name, eventually, queue_pairs,
     read_by_another_process, required, rewrite_by_another_process, shell,
 };
 use pinfold_proto::{Reason, v1};
@@ -54,12 +54,12 @@ async fn partitioned(mut lab: Lab) {
     let pin = client.pin("file").await;
     let key = pin.segments[0];
     assert!(lane.write(&key, 0, &[b'R'; PAGE]).await.is_success());
-    assert_eq!(connected_queue_pairs(), 2);
+    assert_eq!(queue_pairs().len(), 2);
     let cut = Cut::start();
     // Its NIC sends it again and again.
     let in_flight = tokio::spawn(async move { lane.write(&key, 0, &[b'R'; PAGE]).await });
     lab.daemon.logged("silent; its queue pair is destroyed");
-    let gone = async || connected_queue_pairs() == 1;
+    let gone = async || queue_pairs().len() == 1;
     eventually("the server's end is gone", gone).await;
     lab.daemon.logged("session ended");
     lab.nothing_is_held().await;
