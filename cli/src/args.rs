@@ -111,11 +111,14 @@ pub(crate) enum Command {
     /// Pin a file and show the grant
     #[command(after_help = "Examples:\n  pinfold pin data/log\n  pinfold pin data/log --range \
         1M..2M --read-only\n  pinfold pin data/log --hold     # then, on the host: truncate -s 0 \
-        …/log\n  pinfold pin data/log --keep --json | jq .event\n\nWith --hold the pin is held \
+        …/log\n  pinfold pin data/log --keep --json | jq .event\n  pinfold pin data/log --exclusive \
+        --steal --hold\n\nWith --hold the pin is held \
         until Ctrl-C or until the host's file system wants the file back; then the steps of the \
         revocation are drawn to scale, and the exit code is 7. With --keep it is pinned again \
         after that, and after the server has gone away, until Ctrl-C: each interruption and each \
-        new grant is shown. If the file is another one by then, or shorter, the exit code is 7.")]
+        new grant is shown. If the file is another one by then, or shorter, the exit code is 7. With \
+        --steal all pins of the file are taken back first, and the generation of the new grant is a \
+        fencing token.")]
     Pin(Pin),
 
     /// Show who holds which files now

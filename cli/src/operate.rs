@@ -1,5 +1,6 @@
 //! `pinfold revoke`, `pinfold quiesce` and `pinfold resume`.
 
+use pinfold_client::Reason;
 use serde::Serialize;
 
 use crate::args::{Connection, Quiesce, Resume, Revoke};
@@ -55,7 +56,13 @@ pub(crate) async fn quiesce(connection: Connection, args: Quiesce) -> Result<(),
     let quieted = work::by_control(connection, &left_behind, async |session| {
         Ok(session.quiesce(&args.export).await?)
     })
-    .await;
+    .await
+    .map_err(|failure| match failure.reason() {
+        Some(Reason::FileDraining) => {
+            failure.with_hint("quiesce it again to go on waiting; `pinfold ps` shows what is held")
+        }
+        _ => failure,
+    });
     spinner.finish_and_clear();
     let (export, quieted) = (args.export, quieted?);
     let (revoked_pins, beside) = (quieted.revoked_pins, quieted.beside);
@@ -77,7 +84,14 @@ pub(crate) async fn resume(connection: Connection, args: Resume) -> Result<(), F
     let was_quiesced = work::by_control(connection, &left_behind, async |session| {
         Ok(session.resume(&args.export).await?)
     })
-    .await?;
+    .await
+    .map_err(|failure| match failure.reason() {
+        Some(Reason::FileNotFound | Reason::FileChanged) => {
+            failure.with_hint("mount the export's file system, then resume it again")
+        }
+        Some(Reason::FileBusy) => failure.with_hint("end the other server, then resume it again"),
+        _ => failure,
+    })?;
     let export = args.export;
     if args.json {
         return terminal::print_json(&Resumed { export, was_quiesced });

@@ -289,16 +289,16 @@ fn rest(lines: &Receiver<String>) -> String {
     }
 }
 
-/// Different at every offset up to far beyond a page and a chunk.
 /// Asks until it is so; for what no event tells.
 fn until(what: &str, mut is_so: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is_so() {
         assert!(begin.elapsed() < DEADLINE, "never: {what}");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
+/// Different at every offset up to far beyond a page and a chunk.
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 31 + (at >> 8) * 7 + (at >> 16) * 13) as u8).collect()
 }

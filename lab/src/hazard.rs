@@ -81,6 +81,7 @@ pub fn run_on_mount(
 pub fn run_over_nfs(bench: &Bench, places: &[Place]) -> Vec<Cell> {
     let places: Vec<&Place> = places.iter().filter(|place| place.is_dax()).collect();
     let nfs = Nfs::start(&places);
+    nfs.is_no_export(places[0]);
     let mut cells = Vec::new();
     for place in places {
         for tier in tiers(bench, place) {

@@ -10,23 +10,27 @@ const LEN: u64 = 64 << 10;
 const CLIENTS: usize = 4;
 const READS: u64 = 40;
 
-/// Processes that keep every processor busy, until they are dropped.
-struct Busy(Vec<Child>);
+/// A process; killed when it is dropped.
+struct Process(Child);
 
-impl Busy {
-    fn start() -> Self {
-        let processors = std::thread::available_parallelism().unwrap().get();
-        let spin = || Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
-        Self((0..processors).map(|_| spin()).collect())
+impl Process {
+    /// One that keeps a processor busy.
+    fn spinning() -> Self {
+        Self(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
+    }
+
+    /// Waits until it has done what it was started for.
+    async fn done(&mut self, what: &str) {
+        eventually(what, async || self.0.try_wait().unwrap().is_some()).await;
+        assert!(self.0.wait().unwrap().success(), "{what}");
     }
 }
 
-impl Drop for Busy {
+impl Drop for Process {
     fn drop(&mut self) {
-        for process in &mut self.0 {
-            process.kill().unwrap();
-            process.wait().unwrap();
-        }
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -62,12 +66,11 @@ on_each_file_system! {
             let pin = session.pin(request()).await.unwrap();
             clients.push(tokio::spawn(come_back(session, pin)));
         }
-        let _busy = Busy::start();
+        let processors = std::thread::available_parallelism().unwrap().get();
+        let _busy: Vec<_> = (0..processors).map(|_| Process::spinning()).collect();
         let mut rename = Command::new("nice");
-        rename.args(["-n", "19", "mv", "-f"]).arg(lab.path("other")).arg(lab.path("file"));
-        let mut rename = rename.spawn().unwrap();
-        eventually("the file is renamed", async || rename.try_wait().unwrap().is_some()).await;
-        assert!(rename.wait().unwrap().success());
+        rename.args(["-n", "10", "mv", "-f"]).arg(lab.path("other")).arg(lab.path("file"));
+        Process(rename.spawn().unwrap()).done("the file is renamed").await;
         for client in clients {
             client.await.unwrap();
         }
@@ -82,9 +85,8 @@ on_each_file_system! {
         // that all of them take less time than that many pauses would.
         let script = format!("for i in $(seq {READS}); do cat file > /dev/null || exit; done");
         let mut reads = Command::new("sh");
-        let mut reads = reads.args(["-c", &script]).current_dir(lab.folder()).spawn().unwrap();
-        eventually("all reads are done", async || reads.try_wait().unwrap().is_some()).await;
-        assert!(reads.wait().unwrap().success());
+        let reads = reads.args(["-c", &script]).current_dir(lab.folder()).spawn().unwrap();
+        Process(reads).done("all reads are done").await;
         let broken = lab.session().await.inspect().await.unwrap().broken;
         println!("{broken:?}");
         let file = broken.iter().find(|file| file.path.ends_with("/file")).unwrap();

@@ -2,11 +2,9 @@
 //! and whatever it does wrong is refused, or costs it its session, and nobody else anything.
 #![forbid(unsafe_code)]
 
-use std::process::Command;
-
 use pinfold_lab::{
     DEADLINE, FileSystem, ForeignClient, Lab, Opener, Pattern, Truncation, on_each_file_system,
-    read_by_another_process, reason_of,
+    queue_pairs, read_by_another_process, reason_of,
 };
 use pinfold_proto::v1;
 use pinfold_proto::v1::session_request::Message;
@@ -214,15 +212,6 @@ fn an_endpoint_that_can_not_be_right_is_refused() {
     });
 }
 
-/// Whether the kernel still has a queue pair of this number.
-fn queue_pair_exists(number: u32) -> bool {
-    let lists = Command::new("rdma").args(["resource", "show", "qp"]).output().unwrap();
-    assert!(lists.status.success(), "{}", String::from_utf8_lossy(&lists.stderr));
-    let words = String::from_utf8(lists.stdout).unwrap();
-    let words: Vec<&str> = words.split_whitespace().collect();
-    words.windows(2).any(|pair| pair == ["lqpn", &number.to_string()])
-}
-
 /// Waits for the server's timer: ten seconds.
 #[test]
 fn a_client_that_is_silent_for_its_time_to_live_loses_its_session() {
@@ -235,13 +224,13 @@ fn a_client_that_is_silent_for_its_time_to_live_loses_its_session() {
         let kept = lively.pin("other").await;
         let pin = silent.pin("file").await;
         assert!(silents.write(&pin.segments[0], 0, &[1; PAGE]).await.is_success());
-        assert!(queue_pair_exists(silents.server_queue_pair));
+        assert!(queue_pairs().contains_key(&silents.server_queue_pair.into()));
         silent.fall_silent();
         let ended = tokio::time::timeout(DEADLINE, silent.next_event()).await;
         assert_eq!(ended.unwrap(), None, "the server ends the stream");
 
         pinfold_lab::eventually("its queue pair is gone", async || {
-            !queue_pair_exists(silents.server_queue_pair)
+            !queue_pairs().contains_key(&silents.server_queue_pair.into())
         })
         .await;
         let standing = lively.stat("file").await;
@@ -252,7 +241,7 @@ fn a_client_that_is_silent_for_its_time_to_live_loses_its_session() {
         drop(free);
 
         // Who gave signs of life lost nothing.
-        assert!(queue_pair_exists(livelys.server_queue_pair));
+        assert!(queue_pairs().contains_key(&livelys.server_queue_pair.into()));
         assert!(livelys.write(&kept.segments[0], 0, &[2; PAGE]).await.is_success());
         lively.commit(kept.pin_id, kept.generation).await.unwrap();
         lively.unpin(kept.pin_id).await.unwrap();

@@ -104,21 +104,21 @@ on_each_file_system! {
         let buffer = session.buffer(PIECE).await.unwrap();
         let buffer = write_kept(&pin, 1, buffer).await;
         let operator = lab.session().await;
-            let quieted = operator.quiesce(EXPORT).await.unwrap();
-            println!("{quieted:?}");
-            assert_eq!(quieted.beside, [""; 0]);
-            let record = lab.daemon.audit_record(&lab.path("file"));
-            assert_eq!(record["reason"], "quiesce");
-            let refused = operator.pin(request()).await.unwrap_err();
-            quiesced(&["export lab has been quiesced", "`pinfold resume lab`"]).check(refused);
-            // Fails if a file, a mapping or the folder is open.
-            let unmounted = lab.file_system.unmount("dax=always");
-            let (code, reason) = (Code::NotFound, Reason::FileNotFound);
-            let folder = lab.folder().to_str().unwrap();
-            let gone = Answer { code, reason, exit: 4, says: &[folder] };
-            gone.check(operator.resume(EXPORT).await.unwrap_err());
-            unmounted.mount();
-            assert!(operator.resume(EXPORT).await.unwrap());
+        let quieted = operator.quiesce(EXPORT).await.unwrap();
+        println!("{quieted:?}");
+        assert_eq!(quieted.beside, [""; 0]);
+        let record = lab.daemon.audit_record(&lab.path("file"));
+        assert_eq!(record["reason"], "quiesce");
+        let refused = operator.pin(request()).await.unwrap_err();
+        quiesced(&["export lab has been quiesced", "`pinfold resume lab`"]).check(refused);
+        // Fails if a file, a mapping or the folder is open.
+        let unmounted = lab.file_system.unmount("dax=always");
+        let (code, reason) = (Code::NotFound, Reason::FileNotFound);
+        let folder = lab.folder().to_str().unwrap();
+        let gone = Answer { code, reason, exit: 4, says: &[folder] };
+        gone.check(operator.resume(EXPORT).await.unwrap_err());
+        unmounted.mount();
+        assert!(operator.resume(EXPORT).await.unwrap());
         comes_back(&pin).await;
         write_kept(&pin, 2, buffer).await;
         pin.unpin().await.unwrap();

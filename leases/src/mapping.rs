@@ -100,8 +100,6 @@ impl Mapping {
             source: std::io::Error::from_raw_os_error(libc::EINVAL),
         })?;
         let failed = |call| move |source| Error::Memory { call, len: len.get(), source };
-        let address = reserve_aligned(len).map_err(failed("mmap"))?;
-        // On failure the reservation is left alone: it may be another thread's by now.
         let not_mapped = |source: std::io::Error| match source.raw_os_error() {
             // A device without a driver.
             Some(libc::ENXIO) => {
@@ -110,8 +108,12 @@ impl Mapping {
             }
             _ => failed("mmap")(source),
         };
-        let map_sync = map_file(address, len, description).map_err(not_mapped)?;
+        // All that a client can make fail is done before addresses are reserved.
+        let map_sync = takes_map_sync(description).map_err(not_mapped)?;
         let view = View::of(description).map_err(not_mapped)?;
+        let address = reserve_aligned(len).map_err(failed("mmap"))?;
+        // On failure the reservation is left alone: it may be another thread's by now.
+        map_file(address, len, map_sync, description).map_err(not_mapped)?;
         let inner = Inner {
             address,
             len: len.get(),
@@ -464,17 +466,20 @@ fn reserve_aligned(len: NonZeroUsize) -> std::io::Result<NonNull<u8>> {
     Ok(aligned)
 }
 
-/// Maps the file over the reservation; says whether with `MAP_SYNC`.
+/// Maps the file over the reservation.
 ///
 /// A `MAP_FIXED` that the file system refuses (`f_op->mmap`, after the kernel has taken away what
 /// was there) leaves a hole, which another thread may get: two mappings would share addresses.
 /// So whether the file takes `MAP_SYNC` is tried elsewhere first.
-fn map_file(address: NonNull<u8>, len: NonZeroUsize, file: &Description) -> std::io::Result<bool> {
-    let map_sync = takes_map_sync(file)?;
+fn map_file(
+    address: NonNull<u8>,
+    len: NonZeroUsize,
+    map_sync: bool,
+    file: &Description,
+) -> std::io::Result<()> {
     let flags = if map_sync { SYNCHRONOUS } else { MapFlags::MAP_SHARED };
     // SAFETY: `address` is a reservation of `len` bytes that nothing refers to.
-    unsafe { sys::map_over(address, len, flags, file.fd()) }?;
-    Ok(map_sync)
+    unsafe { sys::map_over(address, len, flags, file.fd()) }
 }
 
 const SYNCHRONOUS: MapFlags = MapFlags::MAP_SHARED_VALIDATE.union(MapFlags::MAP_SYNC);

@@ -18,11 +18,11 @@ pub(crate) use revocation::drain_budget;
 mod sessions;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use pinfold_leases::{FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
+use pinfold_leases::{Fenced, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
 use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
 use tonic::Status;
@@ -30,7 +30,7 @@ use tonic::Status;
 use crate::breakers::{Breaks, Looks};
 use crate::config::{Config, DeviceChoice};
 use crate::error::{Error, Result};
-use crate::fabric::{Fabric, Link};
+use crate::fabric::{Fabric, Link, Severed};
 use crate::fence::{self, Order};
 use crate::gate::Gate;
 use crate::held::HeldFile;
@@ -56,6 +56,9 @@ const STREAM_WORK_AT_A_TIME: usize = 32;
 /// Pins that wait for others to close a file.
 const PINS_WAITING_AT_A_TIME: usize = 64;
 
+/// Threads that destroy queue pairs: one hangs with a write that hangs in a fault.
+const SEVERING_THREADS: usize = 8;
+
 /// What a session's stream carries to the client.
 pub(crate) type Outbox = mpsc::Sender<Result<v1::SessionEvent, Status>>;
 /// The same without keeping the stream open.
@@ -75,7 +78,9 @@ pub(crate) struct Engine {
     fences: Sender<Order>,
     ladder: Ladder,
     teardowns: Sender<Retired>,
-    severances: Sender<SessionId>,
+    severances: Sender<Severed>,
+    /// Sealed files that are fenced: letting them go writes to their file system.
+    unseals: Sender<Cut>,
     /// Of the threads that may block, so many at most work for clients: the rest is for ending
     /// sessions, which must not wait for other clients' slow calls.
     client_work: Arc<Semaphore>,
@@ -115,6 +120,14 @@ struct SessionParts {
     connecting: AsyncMutex<()>,
 }
 
+/// A file that is fenced, and is to be let go.
+#[derive(Debug)]
+struct Cut {
+    file: Arc<HeldFile>,
+    fenced: Fenced,
+    late_stream_writes: usize,
+}
+
 /// A file whose guard was let go, for the thread that takes it down.
 #[derive(Debug)]
 struct Retired {
@@ -136,6 +149,7 @@ impl Engine {
         let ladder = Ladder::start(&fences)?;
         let (teardowns, retired_files) = channel();
         let (severances, severed) = channel();
+        let (unseals, sealed) = channel();
         let lease_break_time = LeaseBreakTime::open()?;
         let engine = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
@@ -149,6 +163,7 @@ impl Engine {
             ladder,
             teardowns,
             severances,
+            unseals,
             client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),
             waiting_pins: Arc::new(Semaphore::new(PINS_WAITING_AT_A_TIME)),
             stream_work: Arc::new(Semaphore::new(STREAM_WORK_AT_A_TIME)),
@@ -177,11 +192,16 @@ impl Engine {
             }
         })?;
         let this = Weak::clone(&engine.me);
-        fence::vital("pinfold-sever", move || {
-            for session in severed {
-                with(&this, |engine| engine.sever(session));
+        fence::vital("pinfold-unseal", move || {
+            for cut in sealed {
+                with(&this, |engine| engine.let_go(cut));
             }
         })?;
+        let severed = Arc::new(Mutex::new(severed));
+        for _ in 0..SEVERING_THREADS {
+            let severed = Arc::clone(&severed);
+            fence::vital("pinfold-sever", move || sever_all(&severed))?;
+        }
         Ok(engine)
     }
 
@@ -238,7 +258,10 @@ impl Engine {
         if failed > 0 {
             // A key lives on. Only through the queue pair of its own session, which shares its
             // protection domain, could it be used; so that goes.
-            self.sever(session);
+            let parts = locked(&self.sessions).get(&session).cloned();
+            if let Some(parts) = parts {
+                parts.disconnect();
+            }
         }
     }
 
@@ -300,6 +323,15 @@ impl Engine {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic under one of these locks left the maps whole: each change is one insert or remove.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One of several threads: who waits for the next one holds the lock, and the others wait for that.
+fn sever_all(severed: &Mutex<Receiver<Severed>>) {
+    loop {
+        let next = locked(severed).recv();
+        let Ok(severed) = next else { return };
+        severed.destroy();
+    }
 }
 
 fn with(engine: &Weak<Engine>, work: impl FnOnce(&Engine)) {

@@ -58,8 +58,8 @@ pub enum Error {
         name: String,
     },
     /// The export's path is another directory's.
-    #[error("{} is not the directory that export {name} was before it was quiesced; mount its file \
-             system there, or restart pinfoldd to serve what is there now", path.display())]
+    #[error("{} is not the directory or device that export {name} was before it was quiesced; mount \
+             its file system there, or restart pinfoldd to serve what is there now", path.display())]
     OtherDirectory {
         /// The export.
         name: String,

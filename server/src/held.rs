@@ -324,7 +324,7 @@ impl HeldFile {
         self.deregister(std::iter::from_fn(|| self.next_segment()))
     }
 
-    /// Takes no memory, and gives back but little: the process's memory lock may be held by somebody
+    /// Takes no memory, and gives none back: the process's memory lock may be held by somebody
     /// who waits for this.
     fn next_segment(&self) -> Option<Segment> {
         let mut failed = locked(&self.failed);
@@ -333,17 +333,7 @@ impl HeldFile {
             return Some(failed.segments.swap_remove(0));
         }
         drop(failed);
-        let mut segments = locked(&self.segments);
-        while let Some(mut of_pin) = segments.first_entry() {
-            let next = of_pin.get_mut().pop();
-            if of_pin.get().is_empty() {
-                of_pin.remove();
-            }
-            if next.is_some() {
-                return next;
-            }
-        }
-        None
+        locked(&self.segments).values_mut().find_map(Vec::pop)
     }
 
     fn deregister(&self, segments: impl IntoIterator<Item = Segment>) -> usize {
@@ -408,7 +398,9 @@ impl HeldFile {
         let deregistered = Instant::now();
         let locks = mem::take(&mut *locked(&self.locks));
         drop(locks);
-        drop(locked(&self.mapping).take());
+        let mapping = locked(&self.mapping).take();
+        // Not under the lock: unmapping may hang, and others only look.
+        drop(mapping);
         (deregistered, Instant::now(), failed)
     }
 }

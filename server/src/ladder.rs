@@ -94,8 +94,9 @@ impl Ladder {
         // The thread is free, so there is room; it ends only with this.
         let _ = self.fences.send(Arc::clone(file));
         match file.cutting().wait(PATIENCE) {
-            Some(Err(FenceFailed::PinnedShares { .. })) => self.drop_regions(file, false),
-            Some(outcome) => Climbed::Done(outcome),
+            // Pages are pinned, or the kernel refuses: to deregister every region is a fence too.
+            Some(Err(_)) => self.drop_regions(file, false),
+            Some(Ok(fenced)) => Climbed::Done(Ok(fenced)),
             None => self.drop_regions(file, true),
         }
     }

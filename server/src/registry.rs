@@ -587,17 +587,9 @@ impl Registry {
         guard: GuardId,
         terms: Terms,
     ) -> Result<PinId, Refusal> {
-        let limit = self.limits.pins_per_session;
-        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        if holder.pins.len() >= limit {
-            let (what, limit) = ("the number of pins of one session", limit as u64);
-            return Err(Refusal::Quota { what, limit });
-        }
         let wanted = terms.range.end - terms.range.start;
-        let limit = self.limits.pinned_bytes_per_session;
-        if holder.pinned_bytes.saturating_add(wanted) > limit {
-            return Err(Refusal::Quota { what: "the bytes under one session's pins", limit });
-        }
+        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
+        self.demand_room(holder.pins.len(), holder.pinned_bytes, wanted)?;
         let file = self.files.get(&guard).ok_or(Refusal::Draining)?;
         if !matches!(file.phase, Phase::Held) {
             return Err(Refusal::Draining);
@@ -614,6 +606,35 @@ impl Registry {
         let pin = Pin { session, guard, terms, transport: Transport::Stream, live: false };
         self.pins.insert(id, pin);
         Ok(id)
+    }
+
+    /// Whether a session has room for a pin of so many bytes, once all pins of a file are taken back.
+    pub(crate) fn demand_room_after(
+        &self,
+        session: SessionId,
+        taken: FileIdentity,
+        wanted: u64,
+    ) -> Result<(), Refusal> {
+        let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
+        let taken = self.by_identity.get(&taken);
+        let stays = |pin: &&PinId| Some(&self.pins[pin].guard) != taken;
+        let staying = holder.pins.iter().filter(stays).map(|pin| &self.pins[pin].terms.range);
+        let (pins, bytes) = staying
+            .fold((0, 0), |(pins, bytes), range| (pins + 1, bytes + (range.end - range.start)));
+        self.demand_room(pins, bytes, wanted)
+    }
+
+    fn demand_room(&self, pins: usize, bytes: u64, wanted: u64) -> Result<(), Refusal> {
+        let limit = self.limits.pins_per_session;
+        if pins >= limit {
+            let (what, limit) = ("the number of pins of one session", limit as u64);
+            return Err(Refusal::Quota { what, limit });
+        }
+        let limit = self.limits.pinned_bytes_per_session;
+        if bytes.saturating_add(wanted) > limit {
+            return Err(Refusal::Quota { what: "the bytes under one session's pins", limit });
+        }
+        Ok(())
     }
 
     fn demand_free(&self, file: &File, wanted: &Terms) -> Result<(), Refusal> {
@@ -1525,6 +1546,24 @@ mod tests {
         world.registry.begin_pin(session(2), guard(1), shared(0..200)).unwrap();
         world.registry.unpin(session(1), pin, world.now).unwrap();
         world.registry.begin_pin(session(1), guard(1), shared(0..1000)).unwrap();
+    }
+
+    #[test]
+    fn a_steal_is_measured_by_what_will_be_left() {
+        let mut world = World::new();
+        world.file(1);
+        world.file(2);
+        for _ in 0..3 {
+            world.pin(1, 1);
+        }
+        world.pin(1, 2);
+        let room = |world: &World, file, wanted| {
+            world.registry.demand_room_after(session(1), inode(file), wanted)
+        };
+        assert_eq!(room(&world, 1, 900), Ok(()), "one pin of 100 bytes stays");
+        assert!(matches!(room(&world, 1, 901), Err(Refusal::Quota { limit: 1000, .. })));
+        assert_eq!(room(&world, 2, 700), Ok(()));
+        assert!(matches!(room(&world, 3, 1), Err(Refusal::Quota { limit: 4, .. })));
     }
 
     const TEN: Readers = Readers::Outwait(Duration::from_secs(10));

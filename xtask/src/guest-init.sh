@@ -60,9 +60,13 @@ port() {
 }
 
 # Where a power cut is to show what was not flushed, nothing is flushed by the kernel's own clock
-# (ext4(5), commit; Documentation/admin-guide/xfs.rst, xfssyncd_centisecs).
+# (ext4(5), commit; Documentation/admin-guide/xfs.rst, xfssyncd_centisecs; sysctl/vm.rst,
+# dirty_writeback_centisecs).
 SELDOM=commit=3000
-seldom_on_xfs() { echo 300000 >/proc/sys/fs/xfs/xfssyncd_centisecs || fail "no xfssyncd_centisecs"; }
+flush_seldom() {
+    echo 300000 >/proc/sys/fs/xfs/xfssyncd_centisecs || fail "no xfssyncd_centisecs"
+    echo 0 >/proc/sys/vm/dirty_writeback_centisecs || fail "no dirty_writeback_centisecs"
+}
 
 # A file system by the command that makes it; one that an earlier guest has left stays as it is.
 make_on() {
@@ -191,7 +195,7 @@ exec 3<>"$(port pinfold.control)"
 bb hostname pinfold-lab
 add_pmem
 if [ -n "$STORAGE" ]; then
-    seldom_on_xfs
+    flush_seldom
     add_disk
 else
     add_devdax

@@ -57,7 +57,7 @@ enum Task {
     /// Build everything
     #[command(after_help = "Example:\n  cargo xtask build")]
     Build,
-    /// All of CI: setup, format, clippy, docs, tests, the lab's tests
+    /// All of CI: setup, format, clippy, docs, tests, the lab's tests, the torture rig, power cuts
     #[command(after_help = "Example:\n  cargo xtask test --kernel trixie")]
     Test {
         #[command(flatten)]
@@ -140,7 +140,7 @@ enum VmTask {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Run the lab's tests; those named on_bookworm_* in a second guest, with Debian 12's kernel
+    /// Run the lab's tests: most in one guest, those across two hosts and for older kernels in others
     #[command(after_help = "Exit status: 0 if all passed, 1 if not, or if nothing matched.\n\n\
         Example:\n  cargo xtask vm test truncate")]
     Test {

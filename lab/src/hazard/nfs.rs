@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pinfold_leases::GuardTier;
+use pinfold_leases::{Export, GuardTier, RelativePath};
 
 use super::cell::{Bench, Outcome, make};
 use super::place::{Place, run};
@@ -74,6 +74,18 @@ impl Nfs {
     pub fn run(&self, bench: &Bench, place: &Place, tier: GuardTier, thing: &str) -> Outcome {
         let (_folder, path) = make(place.path());
         bench.does_remotely(&path, tier, thing, &self.path(&path)).outcome()
+    }
+
+    /// What lies on another host can't be held still from this one: refused, with the reason.
+    pub fn is_no_export(&self, place: &Place) {
+        let (_folder, path) = make(place.path());
+        let there = self.path(&path);
+        let export = Export::open(there.parent().unwrap()).unwrap();
+        let found = export.locate(&RelativePath::parse("file").unwrap()).unwrap();
+        let error = found.open().and_then(|file| file.kind()).unwrap_err().to_string();
+        for word in [there.to_str().unwrap(), "(NFS)", "export a directory on ext4, XFS"] {
+            assert!(error.contains(word), "{word:?} is not in {error:?}");
+        }
     }
 
     /// The client's way to a file of the server.

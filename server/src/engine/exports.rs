@@ -24,6 +24,8 @@ pub(super) struct Served {
     name: String,
     directory: PathBuf,
     pub(super) policy: Policy,
+    /// A DAX device.
+    is_device: bool,
     state: Mutex<State>,
     /// One at a time: a second one would meet the lock of the first.
     resuming: Arc<AsyncMutex<()>>,
@@ -69,6 +71,7 @@ impl Served {
             let (name, path) = (config.name.clone(), config.directory.clone());
             return Err(Error::DevicePolicy { name, path });
         }
+        let is_device = export.device().is_some();
         let state = State {
             identity: export.identity()?,
             lock: Some(export.lock()?),
@@ -79,6 +82,7 @@ impl Served {
             name: config.name.clone(),
             directory: config.directory.clone(),
             policy: config.policy,
+            is_device,
             state: Mutex::new(state),
             resuming: Arc::default(),
         })
@@ -275,7 +279,12 @@ impl Engine {
     }
 
     fn beside(&self, quiet: &Served) -> Vec<String> {
-        let others = self.exports.values().filter(|other| other.name != quiet.name);
+        // All devices lie in the folder of devices, and none keeps another's file system busy.
+        if quiet.is_device {
+            return Vec::new();
+        }
+        let others =
+            self.exports.values().filter(|other| other.name != quiet.name && !other.is_device);
         let same =
             others.filter(|other| other.quiet().is_none() && other.device() == quiet.device());
         same.map(|other| other.name.clone()).collect()

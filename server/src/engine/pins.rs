@@ -171,6 +171,7 @@ impl Engine {
             let located = match self.locate(order.export.clone(), order.path.clone()).await {
                 // Whatever stood in the way before.
                 Err(quiesced @ Error::Quiesced { .. }) => {
+                    self.demand_session(id)?;
                     if !wait.is_worth(&quiesced) || caller.is_closed() {
                         return Err(quiesced);
                     }
@@ -216,7 +217,9 @@ impl Engine {
         let turn = self.take_turn(&located).await?;
         if order.steal {
             // Nobody loses a pin for a request that can't be granted.
-            usable_range(order.range.clone(), located.size())?;
+            let range = usable_range(order.range.clone(), located.size())?;
+            let end = range.end.max(order.reserve_end);
+            self.registry().demand_room_after(id, located.identity(), end - range.start)?;
             self.demand_still_named(&order.export, &order.path, &located).await?;
             // In the same turn as the new guarding: nobody comes between.
             self.take_back(&located, Reason::Steal).await?;
@@ -440,11 +443,16 @@ impl Engine {
                 Action::FenceNow { guard, .. } => engine.file(*guard),
                 _ => None,
             });
+            let of = actions.iter().find_map(|action| match action {
+                Action::DropRegions { guard, .. } => engine.file(*guard),
+                _ => None,
+            });
             engine.perform(actions);
-            Ok(last_of)
+            let being_fenced = of.filter(|file| engine.registry().is_fencing(file.id()));
+            Ok(last_of.or(being_fenced))
         });
         if let Some(file) = last_of.await? {
-            // The fence kills the keys that the fence thread took out of this call's hands.
+            // The fence kills the keys that its threads took out of this call's hands.
             let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
             released.map_err(|_| still_draining(file.path()))?;
         }

@@ -4,16 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId, Opener, waiting_breakers,
+    Break, BreakKind, Description, FenceFailed, FileIdentity, GuardId, GuardTier, Opener,
+    waiting_breakers,
 };
 use pinfold_verbs::with_causes;
 
 use super::exports::Served;
-use super::{Engine, Inode, PATIENCE, Retired, locked};
+use super::{Cut, Engine, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
-use crate::ids::SessionId;
 use crate::ladder::{self, Climbed};
 use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
@@ -122,22 +122,39 @@ impl Engine {
             let path = file.path().display();
             tracing::error!(%path, late_stream_writes, "released with stream writes inside");
         }
+        let cut = Cut { file, fenced, late_stream_writes };
+        match cut.file.tier() {
+            // Nobody waits for a seal in the kernel, and to lift it is to write to its file system,
+            // which may be frozen: not here, where other files wait.
+            GuardTier::Sealed => drop(self.unseals.send(cut)),
+            _ => self.let_go(cut),
+        }
+    }
+
+    /// The release, and whatever comes of it.
+    pub(super) fn let_go(&self, Cut { file, fenced, late_stream_writes }: Cut) {
+        let guard = file.id();
         let changed = file.description().change_time_ns();
         let Some(released) = file.release(fenced) else { return };
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
-        let (actions, record) =
-            self.registry().released(guard, now, |waited| still_pending(&released, waited, limit));
+        if released.broken.is_some() {
+            self.begin_passage(file.description(), changed);
+        }
+        // Nobody sees it let go before its clients have been told why: the answer to another call
+        // would come before that. Only notices come out of this, which take no other lock for long.
+        let record = {
+            let mut registry = self.registry();
+            let (actions, record) =
+                registry.released(guard, now, |waited| still_pending(&released, waited, limit));
+            self.perform(actions);
+            record
+        };
+        file.announce_release();
         if released.still_sealed {
             let path = file.path().display();
             tracing::error!(%path, "the seal could not be lifted; pinfoldd undeny does it");
         }
-        if released.broken.is_some() {
-            self.begin_passage(file.description(), changed);
-        }
-        // Whoever waits for the release answers a client, who has then been told why its pins went.
-        self.perform(actions);
-        file.announce_release();
         self.retire(&file, record, late_stream_writes);
     }
 
@@ -186,14 +203,6 @@ impl Engine {
         let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
         let at = Instant::now() + pause.min(FENCE_RETRY_LAST);
         self.order(Order::At(file.id(), at));
-    }
-
-    /// Destroys a session's queue pair; the client connects a new one, or not.
-    pub(super) fn sever(&self, id: SessionId) {
-        let session = locked(&self.sessions).get(&id).cloned();
-        if let Some(session) = session {
-            session.disconnect();
-        }
     }
 
     /// Hands a released file to the thread that takes it down.

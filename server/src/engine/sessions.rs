@@ -83,8 +83,13 @@ impl Engine {
 
     /// Destroys a session's queue pair, on a thread that may block; the session lives on.
     pub(crate) fn cut_off(&self, id: SessionId) {
-        // The thread ends only with the engine.
-        let _ = self.severances.send(id);
+        let session = locked(&self.sessions).get(&id).cloned();
+        // Taken out now: what the client connects later is another one.
+        let severed = session.and_then(|session| locked(&session.link).as_mut().map(Link::sever));
+        if let Some(severed) = severed {
+            // The threads end only with the engine.
+            let _ = self.severances.send(severed);
+        }
     }
 
     pub(super) fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
