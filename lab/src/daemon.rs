@@ -16,6 +16,8 @@ use crate::{DEADLINE, EXPORT, Finished, device_name, tool};
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u32)]
 pub enum SystemCall {
+    /// ioctl(2)
+    Ioctl = 16,
     /// pwrite(2)
     Pwrite = 18,
     /// openat(2)

@@ -2,10 +2,11 @@
 //! no mprotect(2) of that process comes back, whatever it is for.
 #![forbid(unsafe_code)]
 
-use pinfold_client::{DrainPolicy, Event, PinRequest, Session};
+use pinfold_client::{ConnectOptions, DrainPolicy, Event, PinRequest, RdmaDevice, Reason, Session};
 use pinfold_lab::{
-    EXPORT, Frozen, Lab, LeaseBreakTimeSet, Opener, eventually, next_revocation,
-    on_each_file_system, queue_pairs, read_by_another_process, remote_fault_hangs, remote_slice,
+    Daemon, EXPORT, FileSystem, Frozen, Lab, LeaseBreakTimeSet, Opener, SystemCall, Truncation,
+    device_name, eventually, next_revocation, on_each_file_system, queue_pairs,
+    read_by_another_process, remote_fault_hangs, remote_slice,
 };
 
 const PAGE: usize = 4096;
@@ -98,4 +99,44 @@ on_each_file_system! {
         write_to(&lab, &lab.session().await, "stuck", b'S').await;
         deaf.close().await;
     }
+}
+
+/// A sealed file on ext4 and a guarded one on XFS, of one server.
+async fn a_seal_waits_for_the_thaw_alone(_lab: Lab) {
+    let folder = |at: FileSystem| tempfile::tempdir_in(at.mount_point()).unwrap();
+    let (sealed, other) = (folder(FileSystem::Ext4), folder(FileSystem::Xfs));
+    for folder in [&sealed, &other] {
+        std::fs::write(folder.path().join("file"), [0; PAGE]).unwrap();
+    }
+    let export = format!("sealed={},on_truncate=deny", sealed.path().display());
+    let arguments = ["--rdma-device", &device_name(), "--export", &export];
+    let daemon = Daemon::start_with(&[(EXPORT, other.path())], &arguments);
+    let options = ConnectOptions::new(&daemon.url).rdma_device(RdmaDevice::Named(device_name()));
+    let session = Session::connect(options).await.unwrap();
+    let mut told = session.events();
+    let seal = session.pin(PinRequest::read_write("sealed", "file")).await.unwrap();
+    let _pin = session.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap();
+
+    let frozen = Frozen::start(FileSystem::Ext4.mount_point());
+    let unpinned = tokio::spawn(seal.unpin());
+    let lifting = async || daemon.threads_in(SystemCall::Ioctl) > 0;
+    eventually("the seal is being lifted", lifting).await;
+    Truncation::start(other.path().join("file"), 0).done().await;
+    let timings = next_revocation(&mut told).await.timings.unwrap();
+    println!("{timings:?}");
+    assert!(timings.break_pending_at_release, "the kernel's time ran out: {timings:?}");
+    frozen.thaw();
+    // It waits for as long as it is patient.
+    match unpinned.await.unwrap() {
+        Ok(()) => {}
+        Err(error) => assert_eq!(error.reason(), Some(Reason::FileDraining), "{error}"),
+    }
+    let lifted = async || daemon.files_open_beneath(sealed.path()) == 0;
+    eventually("the sealed file is let go", lifted).await;
+    std::fs::write(sealed.path().join("file"), b"cut").unwrap();
+}
+
+#[test]
+fn a_seal_that_can_not_be_lifted_keeps_no_other_file() {
+    Lab::run(FileSystem::Tmpfs, a_seal_waits_for_the_thaw_alone);
 }
