@@ -955,7 +955,11 @@ fn an_export_is_resumed_only_as_the_folder_that_it_was() {
     fs::rename(host.folder.path(), &away).unwrap();
     host.assert_fails(&["resume", "data"], 4, &[text(host.folder.path())]);
     fs::create_dir(host.folder.path()).unwrap();
-    host.assert_fails(&["resume", "data"], 7, &["not the directory or device that export data was"]);
+    host.assert_fails(
+        &["resume", "data"],
+        7,
+        &["not the directory or device that export data was"],
+    );
     fs::remove_dir(host.folder.path()).unwrap();
     fs::rename(&away, host.folder.path()).unwrap();
     // While it is quiesced another server may have it.
