@@ -102,11 +102,7 @@ impl Lab {
         start: impl FnOnce() -> Self,
         test: impl FnOnce(Self) -> F,
     ) {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let lab = start();
-            tokio::time::timeout(deadline, test(lab)).await.expect("the test hangs");
-        });
+        in_time(deadline, async { test(start()).await });
     }
 
     fn start(file_system: FileSystem) -> Self {
@@ -189,6 +185,14 @@ pub async fn next_revocation(events: &mut Events) -> Revocation {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Runs a test, and fails it if it hangs.
+pub fn in_time(deadline: Duration, test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        tokio::time::timeout(deadline, test).await.expect("the test hangs");
+    });
 }
 
 /// Asks again and again until it is so; for what no event tells.

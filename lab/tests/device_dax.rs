@@ -10,7 +10,7 @@ use pinfold_client::{
 };
 use pinfold_lab::{
     Answer, DEADLINE, Daemon, DevDax, EXPORT, Finished, Pattern, device_name, doctor, eventually,
-    finding, remote_slice,
+    finding, in_time, remote_slice,
 };
 use serde_json::Value;
 
@@ -78,19 +78,13 @@ async fn check(session: &Session, pin: &Pin, seed: u64, offset: u64, len: usize,
     Pattern(seed).check(offset, &buffer.as_slice()[..len], what);
 }
 
-/// A test that must end.
-fn in_time(test: impl Future<Output = ()>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(DEADLINE, test).await.expect("the test hangs") });
-}
-
 fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 #[test]
 fn one_sided_writes_land_and_the_keys_die_with_their_pins() {
-    in_time(async {
+    in_time(DEADLINE, async {
         const AT: u64 = 4 * HUGE + 3 * 4096;
         const LEN: usize = 2 * MIB + 333;
         let mut bench = Bench::start();
@@ -133,7 +127,7 @@ fn one_sided_writes_land_and_the_keys_die_with_their_pins() {
 
 #[test]
 fn the_stream_path_copies_without_read_and_write() {
-    in_time(async {
+    in_time(DEADLINE, async {
         let mut bench = Bench::start();
         let session = bench.session().await;
         let pin = session.pin(bench.request().transport(Transport::Stream)).await.unwrap();
@@ -160,7 +154,7 @@ fn the_stream_path_copies_without_read_and_write() {
 
 #[test]
 fn the_command_puts_gets_and_shows_it_and_its_size_stays() {
-    in_time(async {
+    in_time(DEADLINE, async {
         const LEN: usize = 3 * MIB + 321;
         let bench = Bench::start();
         let file = bench.file();
@@ -232,7 +226,7 @@ async fn its_size_is_what_it_is(bench: &Bench, session: &Session) {
 
 #[test]
 fn what_can_not_be_an_export_is_refused_at_the_start() {
-    in_time(async {
+    in_time(DEADLINE, async {
         let device = DevDax::alone();
         let path = device.path();
         let none = ["--rdma-device", "none"];
@@ -307,7 +301,7 @@ impl Unbinding {
 
 #[test]
 fn taking_the_device_from_its_driver_kills_the_keys_and_hurts_nobody() {
-    in_time(async {
+    in_time(DEADLINE, async {
         let mut bench = Bench::start();
         let session = bench.session().await;
         let pin = session.pin(bench.request().transport(Transport::Rdma)).await.unwrap();

@@ -4,9 +4,9 @@
 
 use pinfold_client::{ConnectOptions, DrainPolicy, Event, PinRequest, RdmaDevice, Reason, Session};
 use pinfold_lab::{
-    Daemon, EXPORT, FileSystem, Frozen, Lab, LeaseBreakTimeSet, Opener, SystemCall, Truncation,
-    device_name, eventually, next_revocation, on_each_file_system, queue_pairs,
-    read_by_another_process, remote_fault_hangs, remote_slice,
+    DEADLINE, Daemon, EXPORT, FileSystem, Frozen, Lab, LeaseBreakTimeSet, Opener, SystemCall,
+    Truncation, device_name, eventually, in_time, next_revocation, on_each_file_system,
+    queue_pairs, read_by_another_process, remote_fault_hangs, remote_slice,
 };
 
 const PAGE: usize = 4096;
@@ -102,7 +102,7 @@ on_each_file_system! {
 }
 
 /// A sealed file on ext4 and a guarded one on XFS, of one server.
-async fn a_seal_waits_for_the_thaw_alone(_lab: Lab) {
+async fn a_seal_waits_for_the_thaw_alone() {
     let folder = |at: FileSystem| tempfile::tempdir_in(at.mount_point()).unwrap();
     let (sealed, other) = (folder(FileSystem::Ext4), folder(FileSystem::Xfs));
     for folder in [&sealed, &other] {
@@ -138,5 +138,5 @@ async fn a_seal_waits_for_the_thaw_alone(_lab: Lab) {
 
 #[test]
 fn a_seal_that_can_not_be_lifted_keeps_no_other_file() {
-    Lab::run(FileSystem::Tmpfs, a_seal_waits_for_the_thaw_alone);
+    in_time(DEADLINE, a_seal_waits_for_the_thaw_alone());
 }

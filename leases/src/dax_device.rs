@@ -13,11 +13,12 @@ use rustix::io::Errno;
 use crate::description::Description;
 use crate::error::{Error, NoDaxDevice, Result};
 use crate::export::{Attributes, Root, denied_or_failed};
+use crate::mapping::HUGE_PAGE;
 
 /// Where the kernel tells of character devices, by number.
 const CHARACTER_DEVICES: &str = "/sys/dev/char";
-/// What [`Mapping`](crate::Mapping)s are aligned to.
-const LARGEST_ALIGN: u64 = 2 << 20;
+/// Mappings are aligned to that.
+const LARGEST_ALIGN: u64 = HUGE_PAGE as u64;
 
 /// What a DAX device is (Documentation/ABI/testing/sysfs-bus-dax).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -5,10 +5,11 @@ use std::fs;
 use crate::dax_device::DaxDevice;
 use crate::description::{Description, MappingKind};
 use crate::error::Result;
+use crate::mapping::HUGE_PAGE;
 use crate::sys::{self, Extent};
 
 /// The page that CPUs and devices like best. Mappings start on a multiple of it.
-const HUGE: u64 = 2 << 20;
+const HUGE: u64 = HUGE_PAGE as u64;
 
 /// How a file lies on its medium (FIEMAP).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

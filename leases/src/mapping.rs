@@ -14,7 +14,7 @@ use crate::sys;
 use crate::watch::GuardId;
 
 /// Mappings start on and fill a multiple of this, so that the file system can use huge pages.
-const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// A file mapped shared, for reading and writing, from its first byte on. Made by
 /// [`Armed::map`](crate::Armed::map), and unmapped when it and every share of it are gone.

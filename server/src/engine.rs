@@ -18,8 +18,8 @@ pub(crate) use revocation::drain_budget;
 mod sessions;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use pinfold_leases::{Fenced, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
@@ -38,6 +38,7 @@ use crate::ids::{PinId, SessionId};
 use crate::ladder::Ladder;
 use crate::passage::Passages;
 use crate::registry::{Action, Limits, Record, Registry};
+use crate::sync::locked;
 use crate::wire;
 use exports::Served;
 use sessions::random;
@@ -197,11 +198,7 @@ impl Engine {
                 with(&this, |engine| engine.let_go(cut));
             }
         })?;
-        let severed = Arc::new(Mutex::new(severed));
-        for _ in 0..SEVERING_THREADS {
-            let severed = Arc::clone(&severed);
-            fence::vital("pinfold-sever", move || sever_all(&severed))?;
-        }
+        fence::vital_crew("pinfold-sever", SEVERING_THREADS, severed, Severed::destroy)?;
         Ok(engine)
     }
 
@@ -258,8 +255,7 @@ impl Engine {
         if failed > 0 {
             // A key lives on. Only through the queue pair of its own session, which shares its
             // protection domain, could it be used; so that goes.
-            let parts = locked(&self.sessions).get(&session).cloned();
-            if let Some(parts) = parts {
+            if let Some(parts) = self.parts(session) {
                 parts.disconnect();
             }
         }
@@ -267,7 +263,7 @@ impl Engine {
 
     /// Never waits: a client that does not read its stream is fenced by the deadline.
     fn tell(&self, id: SessionId, event: v1::SessionEvent) {
-        let Some(session) = locked(&self.sessions).get(&id).cloned() else { return };
+        let Some(session) = self.parts(id) else { return };
         if session.outbox.try_send(Ok(event)).is_err() {
             tracing::warn!(session = %id, "a client does not read its events");
         }
@@ -317,20 +313,6 @@ impl Engine {
 
     fn registry(&self) -> MutexGuard<'_, Registry> {
         locked(&self.registry)
-    }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic under one of these locks left the maps whole: each change is one insert or remove.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// One of several threads: who waits for the next one holds the lock, and the others wait for that.
-fn sever_all(severed: &Mutex<Receiver<Severed>>) {
-    loop {
-        let next = locked(severed).recv();
-        let Ok(severed) = next else { return };
-        severed.destroy();
     }
 }
 

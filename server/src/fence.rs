@@ -4,11 +4,13 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use pinfold_leases::GuardId;
 
 use crate::error::{Error, Result};
+use crate::sync::locked;
 
 /// More than a vital thread has in use at a time.
 const WARM_BYTES: usize = 64 << 10;
@@ -82,6 +84,29 @@ pub(crate) fn vital(name: &'static str, work: impl FnOnce() + Send + 'static) ->
         })
         .map(drop)
         .map_err(|source| Error::Thread { name, source })
+}
+
+/// Starts several such threads for one queue: each takes the next thing, works, and comes back for
+/// more. They end when all senders are gone.
+pub(crate) fn vital_crew<T: Send + 'static>(
+    name: &'static str,
+    threads: usize,
+    queue: Receiver<T>,
+    work: impl Fn(T) + Clone + Send + 'static,
+) -> Result<()> {
+    let queue = Arc::new(Mutex::new(queue));
+    for _ in 0..threads {
+        let (queue, work) = (Arc::clone(&queue), work.clone());
+        vital(name, move || {
+            loop {
+                // Who waits for the next one holds the lock, and the others wait for that.
+                let next = locked(&queue).recv();
+                let Ok(next) = next else { return };
+                work(next);
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// What is to be fenced, most urgent first: deadlines that have come, then orders that somebody

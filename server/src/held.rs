@@ -5,12 +5,12 @@ use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use pinfold_leases::{
-    BreakKind, Description, Error as FileError, FenceFailed, Fenced, Guard, GuardId, GuardState,
-    GuardTier, LeaseBreakTime, LockKind, Mapping, MappingKind, Opener, RangeLock, Released,
+    BreakKind, Description, Error as FileError, Fenced, Guard, GuardId, GuardState, GuardTier,
+    LeaseBreakTime, LockKind, Mapping, MappingKind, Opener, RangeLock, Released,
 };
 use tokio::sync::watch;
 
@@ -21,6 +21,7 @@ use crate::ids::PinId;
 use crate::ladder::Cutting;
 use crate::policy::Policy;
 use crate::registry::{Readers, Refusal};
+use crate::sync::locked;
 
 /// See the module's documentation. What must go in order is in options that are taken.
 #[derive(Debug)]
@@ -293,12 +294,6 @@ impl HeldFile {
         self.deregister(segments.unwrap_or_default())
     }
 
-    /// Deregisters whatever is registered, and tries again what failed before. How many failed.
-    pub(crate) fn drop_all_segments(&self) -> usize {
-        self.retry_failed();
-        self.drop_regions()
-    }
-
     /// What is being done to cut it off.
     pub(crate) fn cutting(&self) -> &Cutting {
         &self.cutting
@@ -358,17 +353,6 @@ impl HeldFile {
         self.fence_failures.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Cuts everything off. Regions that pin pages are deregistered, since nothing else cuts those.
-    pub(crate) fn fence(&self) -> Option<Result<Fenced, FenceFailed>> {
-        let mapping = self.mapping()?;
-        let fenced = mapping.fence();
-        if fenced.is_ok() {
-            return Some(fenced);
-        }
-        self.drop_all_segments();
-        Some(mapping.fence())
-    }
-
     /// Lets the breaker through.
     pub(crate) fn release(&self, fenced: Fenced) -> Option<Released> {
         // The last moment at which the kernel tells.
@@ -394,7 +378,8 @@ impl HeldFile {
     /// After the release: deregisters what is left and gives the mapping up. Returns when each was
     /// done, and how many regions could not be deregistered.
     pub(crate) fn tear_down(&self) -> (Instant, Instant, usize) {
-        let failed = self.drop_all_segments();
+        self.retry_failed();
+        let failed = self.drop_regions();
         let deregistered = Instant::now();
         let locks = mem::take(&mut *locked(&self.locks));
         drop(locks);
@@ -408,9 +393,4 @@ impl HeldFile {
 /// Of this system.
 pub(crate) fn smallest_page() -> u32 {
     u32::try_from(rustix::param::page_size()).unwrap_or(u32::MAX)
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // Every change made under these locks is a single insert, remove or take.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

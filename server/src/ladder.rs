@@ -17,7 +17,7 @@
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{FenceFailed, Fenced};
@@ -25,6 +25,7 @@ use pinfold_leases::{FenceFailed, Fenced};
 use crate::error::Result;
 use crate::fence::{self, Order};
 use crate::held::HeldFile;
+use crate::sync::locked;
 
 /// How long the fence may take before the next rung, and that one before the last.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
@@ -70,11 +71,9 @@ impl Ladder {
         let (sender, free) = (orders.clone(), Arc::clone(&busy));
         fence::vital("pinfold-cut", move || cut_off(&to_fence, &sender, &free))?;
         let (regions, files) = sync_channel(WAITING);
-        let files = Arc::new(Mutex::new(files));
-        for _ in 0..THREADS {
-            let (sender, files) = (orders.clone(), Arc::clone(&files));
-            fence::vital("pinfold-regions", move || deregister(&files, &sender))?;
-        }
+        let sender = orders.clone();
+        let work = move |file| deregister(&file, &sender);
+        fence::vital_crew("pinfold-regions", THREADS, files, work)?;
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         Ok(Self { fences, busy, regions, side_by_side: processors.min(THREADS) })
     }
@@ -128,17 +127,12 @@ fn cut_off(files: &Receiver<Arc<HeldFile>>, orders: &Sender<Order>, busy: &Atomi
     }
 }
 
-/// A thread of the second rung.
-fn deregister(files: &Mutex<Receiver<Arc<HeldFile>>>, orders: &Sender<Order>) {
-    loop {
-        // Who waits for the next file holds the lock, and the others wait for that.
-        let next = locked(files).recv();
-        let Ok(file) = next else { return };
-        file.drop_regions();
-        let outcome = || file.mapping().map(|mapping| mapping.fenced_by_return());
-        if file.cutting().regions_dropped(outcome) {
-            let _ = orders.send(Order::Now(file.id()));
-        }
+/// What a thread of the second rung does for one file.
+fn deregister(file: &Arc<HeldFile>, orders: &Sender<Order>) {
+    file.drop_regions();
+    let outcome = || file.mapping().map(|mapping| mapping.fenced_by_return());
+    if file.cutting().regions_dropped(outcome) {
+        let _ = orders.send(Order::Now(file.id()));
     }
 }
 
@@ -259,11 +253,6 @@ impl Cutting {
         }
         true
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each change under these locks is one assignment.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

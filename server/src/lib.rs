@@ -26,6 +26,7 @@ mod registry;
 mod service;
 mod session;
 mod status;
+mod sync;
 mod undeny;
 mod wire;
 

@@ -69,7 +69,6 @@ fn client_name(request: Option<v1::SessionRequest>) -> Result<String> {
 }
 
 fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
-    let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
     let devices: Vec<v1::RdmaDevice> = engine
         .fabrics()
         .iter()
@@ -82,9 +81,9 @@ fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
     v1::Welcome {
         session_id: id.as_bytes().to_vec(),
         incarnation: engine.incarnation(),
-        heartbeat_interval_ms: millis(config.heartbeat_interval),
-        time_to_live_ms: millis(config.time_to_live),
-        silence_grace_ms: millis(config.silence_grace()),
+        heartbeat_interval_ms: wire::short_millis(config.heartbeat_interval),
+        time_to_live_ms: wire::short_millis(config.time_to_live),
+        silence_grace_ms: wire::short_millis(config.silence_grace()),
         rdma_device: devices.first().cloned(),
         server_version: env!("CARGO_PKG_VERSION").to_owned(),
         stream_piece_bytes_max: wire::count(wire::STREAM_PIECE_BYTES_MAX),

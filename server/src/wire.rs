@@ -271,7 +271,7 @@ pub(crate) fn export_entry(name: String, quiesced: Option<v1::Quiesced>) -> v1::
 
 /// An export that is not served for now.
 pub(crate) fn quiesced(time: Duration, by: String, complete: bool) -> v1::Quiesced {
-    v1::Quiesced { for_ms: u64::try_from(time.as_millis()).unwrap_or(u64::MAX), by, complete }
+    v1::Quiesced { for_ms: millis(time), by, complete }
 }
 
 /// A session for the operator.
@@ -341,6 +341,15 @@ pub(crate) fn record(
     }
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// For times that 49 days are enough for.
+pub(crate) fn short_millis(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
+
 /// How often a file was taken back for local processes.
 pub(crate) fn broken_file(broken: Broken, now: Instant) -> v1::BrokenFile {
     v1::BrokenFile {
@@ -351,7 +360,7 @@ pub(crate) fn broken_file(broken: Broken, now: Instant) -> v1::BrokenFile {
             .into_iter()
             .map(|(command, breaks)| v1::BreaksBy { command, breaks })
             .collect(),
-        last_ago_ms: u64::try_from((now - broken.last).as_millis()).unwrap_or(u64::MAX),
+        last_ago_ms: millis(now - broken.last),
     }
 }
 
@@ -387,7 +396,7 @@ pub(crate) fn draining(
         pin_ids: pin_ids(pins),
         generation: Some(generation(revoked)),
         reason: reason(why).into(),
-        drain_budget_ms: u32::try_from(budget.as_millis()).unwrap_or(u32::MAX),
+        drain_budget_ms: short_millis(budget),
     }))
 }
 

@@ -315,25 +315,20 @@ fn boot(options: &Options, script: String, goals: Option<Vec<Goal>>) -> Result<V
 fn read(output: Receiver<Vec<u8>>, goals: Option<Vec<Goal>>, cut: impl FnOnce()) -> Vec<String> {
     let has_goals = goals.is_some();
     let (mut goals, mut cut) = (goals.unwrap_or_default(), Some(cut));
-    let (mut lines, mut held) = (Vec::new(), Vec::new());
-    for bytes in output {
-        held.extend(bytes);
-        while let Some(end) = held.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<_> = held.drain(..=end).collect();
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-            if let Some(goal) = goals.iter_mut().find(|goal| line.starts_with(&goal.begin)) {
-                goal.left = goal.left.saturating_sub(1);
-            }
-            let is_time = goals.iter().all(|goal| goal.left == 0) || line.starts_with(DIED);
-            lines.push(line);
-            if has_goals
-                && is_time
-                && let Some(cut) = cut.take()
-            {
-                cut();
-            }
+    let mut lines = Vec::new();
+    vm::each_line(output, |line| {
+        if let Some(goal) = goals.iter_mut().find(|goal| line.starts_with(&goal.begin)) {
+            goal.left = goal.left.saturating_sub(1);
         }
-    }
+        let is_time = goals.iter().all(|goal| goal.left == 0) || line.starts_with(DIED);
+        lines.push(line);
+        if has_goals
+            && is_time
+            && let Some(cut) = cut.take()
+        {
+            cut();
+        }
+    });
     lines
 }
 

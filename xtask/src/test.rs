@@ -137,20 +137,14 @@ fn boot(options: &Options, script: String, limit: Duration) -> Result<(Report, V
     reader.join().ok().context("the reader of the guest's output panicked")
 }
 
-/// Reads until the session is over; a line may come in pieces.
+/// Reads until the session is over.
 fn read(output: Receiver<Vec<u8>>) -> (Report, Vec<String>) {
     let began = Instant::now();
     let (mut report, mut lines) = (Report::default(), Vec::new());
-    let mut held = Vec::new();
-    for bytes in output {
-        held.extend(bytes);
-        while let Some(end) = held.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<_> = held.drain(..=end).collect();
-            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-            report.line(&line, began.elapsed());
-            lines.push(line);
-        }
-    }
+    vm::each_line(output, |line| {
+        report.line(&line, began.elapsed());
+        lines.push(line);
+    });
     (report, lines)
 }
 

@@ -77,6 +77,18 @@ pub(crate) enum End {
 /// Where the command's standard output goes, besides our own.
 pub(crate) type Copy = Option<Sender<Vec<u8>>>;
 
+/// Takes what a [`Copy`] brings apart into lines, until the session is over; a line may come in pieces.
+pub(crate) fn each_line(output: Receiver<Vec<u8>>, mut take: impl FnMut(String)) {
+    let mut held = Vec::new();
+    for bytes in output {
+        held.extend(bytes);
+        while let Some(end) = held.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<_> = held.drain(..=end).collect();
+            take(String::from_utf8_lossy(&line).trim_end().to_owned());
+        }
+    }
+}
+
 /// Boots, runs, and repeats once a boot that died before the command started.
 pub(crate) fn run(options: &Options, job: &Job, copy: &Copy) -> Result<End> {
     setup::require_lab()?;

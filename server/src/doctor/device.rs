@@ -9,11 +9,10 @@ use pinfold_verbs::checkup::Finding;
 use pinfold_verbs::with_causes;
 
 use super::bytes;
-use super::directory::judge_registration;
+use super::directory::{HUGE_PAGE, judge_registration};
 use super::trial::{Guarded, Trial};
 use crate::fabric::Fabric;
 
-const HUGE_PAGE: u64 = 2 << 20;
 /// Others may write the device's node.
 const OTHERS_WRITE: u32 = 0o002;
 

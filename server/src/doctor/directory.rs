@@ -13,7 +13,7 @@ use super::host::judge_tier;
 use super::trial::{Guarded, Trial, TrialError};
 use crate::fabric::Fabric;
 
-const HUGE_PAGE: u64 = 2 << 20;
+pub(super) const HUGE_PAGE: u64 = 2 << 20;
 /// Others may go through a directory (`x`).
 const OTHERS_ENTER: u32 = 0o001;
 

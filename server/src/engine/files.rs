@@ -289,10 +289,7 @@ impl Engine {
     /// Who holds what now, as seen by one session.
     pub(crate) fn inspect(&self, id: SessionId) -> v1::InspectResponse {
         let (sessions, files) = self.registry().view();
-        let device = |id| {
-            let parts = locked(&self.sessions).get(&id).cloned()?;
-            parts.device.get().cloned()
-        };
+        let device = |id| self.parts(id)?.device.get().cloned();
         let sessions = sessions
             .into_iter()
             .map(|view| wire::session_info(&view, view.id == id, device(view.id)))

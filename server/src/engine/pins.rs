@@ -282,7 +282,8 @@ impl Engine {
         locked(&self.files).insert(file.id(), Arc::clone(&file));
         let added = self.registry().add_file(identity, file.id());
         if let Err(refusal) = added {
-            if let Some(Ok(fenced)) = file.fence() {
+            // It has no regions yet.
+            if let Some(Ok(fenced)) = file.mapping().map(|mapping| mapping.fence()) {
                 file.release(fenced);
             }
             self.retire(&file, None, 0);

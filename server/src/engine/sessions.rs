@@ -8,7 +8,7 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use super::{Engine, Outbox, SessionParts, locked};
 use crate::error::{Error, Result};
-use crate::fabric::{Fabric, Link};
+use crate::fabric::{Fabric, Link, Severed};
 use crate::ids::{PinId, SessionId};
 use crate::registry::Refusal;
 
@@ -32,10 +32,14 @@ impl SessionParts {
 
     /// Destroys the queue pair: when this returns, no request of the session lands any more.
     pub(super) fn disconnect(&self) {
-        let severed = locked(&self.link).as_mut().map(Link::sever);
-        if let Some(severed) = severed {
+        if let Some(severed) = self.sever() {
             severed.destroy();
         }
+    }
+
+    /// Takes the queue pair out: what the client connects later is another one.
+    fn sever(&self) -> Option<Severed> {
+        locked(&self.link).as_mut().map(Link::sever)
     }
 }
 
@@ -59,7 +63,7 @@ impl Engine {
         let engine = self.arc();
         let ended = tokio::task::spawn_blocking(move || {
             // The stream ends when these go, and a client takes its end for the end of its keys.
-            let parts = locked(&engine.sessions).get(&id).cloned();
+            let parts = engine.parts(id);
             let actions = engine.registry().end_session(id, Instant::now());
             engine.perform(actions);
             drop(parts);
@@ -83,10 +87,7 @@ impl Engine {
 
     /// Destroys a session's queue pair, on a thread that may block; the session lives on.
     pub(crate) fn cut_off(&self, id: SessionId) {
-        let session = locked(&self.sessions).get(&id).cloned();
-        // Taken out now: what the client connects later is another one.
-        let severed = session.and_then(|session| locked(&session.link).as_mut().map(Link::sever));
-        if let Some(severed) = severed {
+        if let Some(severed) = self.parts(id).and_then(|parts| parts.sever()) {
             // The threads end only with the engine.
             let _ = self.severances.send(severed);
         }
@@ -94,7 +95,12 @@ impl Engine {
 
     pub(super) fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
         self.demand_session(id)?;
-        locked(&self.sessions).get(&id).cloned().ok_or(Refusal::UnknownSession.into())
+        self.parts(id).ok_or(Refusal::UnknownSession.into())
+    }
+
+    /// What there is of a session, also while it ends.
+    pub(super) fn parts(&self, id: SessionId) -> Option<Arc<SessionParts>> {
+        locked(&self.sessions).get(&id).cloned()
     }
 
     /// Connects a new queue pair to the client's end; one that was there before is destroyed. A
