@@ -35,8 +35,8 @@ pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, Unmounted, device_name, required};
 pub use process::{
-    Frozen, HugePages, Mounted, Opener, Truncation, read_by_another_process, remote_fault_hangs,
-    rewrite_by_another_process, shell, tool,
+    Busy, Frozen, HugePages, Mounted, Opener, Process, Truncation, read_by_another_process,
+    remote_fault_hangs, rewrite_by_another_process, shell, tool,
 };
 pub use queue_pairs::queue_pairs;
 pub use random::Random;

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::required;
+use crate::{eventually, required};
 
 /// A binary of this workspace.
 pub fn tool(name: &str) -> PathBuf {
@@ -31,6 +31,83 @@ pub(crate) fn memlock_prefix(bytes: usize) -> Vec<String> {
 pub fn shell(line: &str) {
     let status = Command::new("sh").args(["-ec", line]).status().unwrap();
     assert!(status.success(), "{line}: {status}");
+}
+
+/// A process; killed when it is dropped.
+#[derive(Debug)]
+pub struct Process(Child);
+
+impl Process {
+    /// Starts it.
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+
+    /// One that keeps a processor busy.
+    pub fn spinning() -> Self {
+        Self::start(Command::new("sh").args(["-c", "while :; do :; done"]))
+    }
+
+    /// Whether it has come to its end.
+    pub fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+
+    /// Waits until it has done what it was started for.
+    pub async fn done(&mut self, what: &str) {
+        eventually(what, async || self.has_ended()).await;
+        assert!(self.0.wait().unwrap().success(), "{what}");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A processor on which no ordinary process gets any time; until it is dropped. Others are left to
+/// the rest.
+#[derive(Debug)]
+pub struct Busy {
+    _process: Process,
+    limit: String,
+    _debugfs: Mounted,
+}
+
+impl Busy {
+    /// Its number.
+    pub const PROCESSOR: &str = "1";
+    const LIMIT: &str = "/proc/sys/kernel/sched_rt_runtime_us";
+
+    /// Keeps it busy with a real-time process (sched(7)), once nothing takes time away from those:
+    /// neither the limit of all of them nor, since Linux 6.12, what each processor keeps for others.
+    pub fn start() -> Self {
+        let limit = std::fs::read_to_string(Self::LIMIT).unwrap();
+        std::fs::write(Self::LIMIT, "-1").unwrap();
+        let debugfs = Mounted::new("debugfs", "mode=0700");
+        let kept = debugfs.path().join(format!("sched/fair_server/cpu{}/runtime", Self::PROCESSOR));
+        // Where it is nothing already, that can't be said again (EINVAL).
+        if std::fs::read_to_string(&kept).is_ok_and(|runtime| runtime.trim() != "0") {
+            std::fs::write(kept, "0").unwrap();
+        }
+        let mut command = Command::new("chrt");
+        let script = "echo busy; while :; do :; done";
+        command.args(["-f", "50", "taskset", "-c", Self::PROCESSOR, "sh", "-c", script]);
+        let mut process = Process::start(command.stdout(Stdio::piped()));
+        let mut line = String::new();
+        BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "busy\n");
+        Self { _process: process, limit, _debugfs: debugfs }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::LIMIT, self.limit.trim());
+    }
 }
 
 /// A file system that is mounted; until it is dropped.

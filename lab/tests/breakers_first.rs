@@ -1,38 +1,14 @@
 //! Who was let into a file goes first, however quickly its clients come back.
 #![forbid(unsafe_code)]
 
-use std::process::{Child, Command};
+use std::process::Command;
 
 use pinfold_client::{Event, Pin, PinRequest, Reason, Session};
-use pinfold_lab::{EXPORT, eventually, on_each_file_system};
+use pinfold_lab::{EXPORT, Process, on_each_file_system};
 
 const LEN: u64 = 64 << 10;
 const CLIENTS: usize = 4;
 const READS: u64 = 40;
-
-/// A process; killed when it is dropped.
-struct Process(Child);
-
-impl Process {
-    /// One that keeps a processor busy.
-    fn spinning() -> Self {
-        Self(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
-    }
-
-    /// Waits until it has done what it was started for.
-    async fn done(&mut self, what: &str) {
-        eventually(what, async || self.0.try_wait().unwrap().is_some()).await;
-        assert!(self.0.wait().unwrap().success(), "{what}");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Pins the file again whenever the pin is lost, at once, until its name is another file's.
 async fn come_back(session: Session, first: Pin) {
@@ -70,7 +46,7 @@ on_each_file_system! {
         let _busy: Vec<_> = (0..processors).map(|_| Process::spinning()).collect();
         let mut rename = Command::new("nice");
         rename.args(["-n", "10", "mv", "-f"]).arg(lab.path("other")).arg(lab.path("file"));
-        Process(rename.spawn().unwrap()).done("the file is renamed").await;
+        Process::start(&mut rename).done("the file is renamed").await;
         for client in clients {
             client.await.unwrap();
         }
@@ -85,8 +61,8 @@ on_each_file_system! {
         // that all of them take less time than that many pauses would.
         let script = format!("for i in $(seq {READS}); do cat file > /dev/null || exit; done");
         let mut reads = Command::new("sh");
-        let reads = reads.args(["-c", &script]).current_dir(lab.folder()).spawn().unwrap();
-        Process(reads).done("all reads are done").await;
+        let reads = reads.args(["-c", &script]).current_dir(lab.folder());
+        Process::start(reads).done("all reads are done").await;
         let broken = lab.session().await.inspect().await.unwrap().broken;
         println!("{broken:?}");
         let file = broken.iter().find(|file| file.path.ends_with("/file")).unwrap();

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::LeaseBreakTime;
@@ -71,10 +72,23 @@ pub(crate) struct Lease {
     pub(crate) id: GuardId,
     pub(crate) tier: GuardTier,
     pub(crate) description: Description,
+    /// Somebody waits for it whom the kernel has not told us of.
+    pub(crate) overlooked: AtomicBool,
 }
 
 impl Lease {
+    fn new(id: GuardId, tier: GuardTier, description: &Description) -> Self {
+        let overlooked = AtomicBool::new(false);
+        Self { id, tier, description: description.clone(), overlooked }
+    }
+
     pub(crate) fn state(&self) -> io::Result<GuardState> {
+        let told = self.state_in_kernel()?;
+        let overlooked = self.overlooked.load(Ordering::Relaxed);
+        Ok(if overlooked { GuardState::Broken(BreakKind::Writer) } else { told })
+    }
+
+    fn state_in_kernel(&self) -> io::Result<GuardState> {
         let fd = self.description.fd();
         let held = match self.tier {
             GuardTier::Unguarded | GuardTier::NotNeeded => return Ok(GuardState::Held),
@@ -190,7 +204,7 @@ impl Description {
     }
 
     fn armed(&self, watch: &Arc<Shared>, tier: GuardTier) -> Armed {
-        let lease = Arc::new(Lease { id: watch.next_id(), tier, description: self.clone() });
+        let lease = Arc::new(Lease::new(watch.next_id(), tier, self));
         if lease.is_kernel_lease() {
             watch.add(Arc::clone(&lease));
         }
@@ -305,8 +319,8 @@ impl Armed {
 
     /// Puts the append-only flag in the lease's place, over a mapping that nobody else has yet.
     pub(crate) fn map_sealed(mut self, len: u64) -> Result<(Guard, Mapping)> {
-        let description = self.lease().description.clone();
-        let sealed = Lease { id: self.watch.next_id(), tier: GuardTier::Sealed, description };
+        let description = &self.lease().description;
+        let sealed = Lease::new(self.watch.next_id(), GuardTier::Sealed, description);
         let mapping = Mapping::new(&sealed.description, sealed.id, len)?;
         seal::set_flag(&sealed.description)?;
         // Who asked before the flag was there goes through as soon as the lease is gone.
@@ -446,6 +460,9 @@ impl Guard {
             Ok(GuardState::Held) | Err(_) => None,
         };
         let lapsed = lease.lapsed();
+        if broken.is_some() {
+            self.watch.let_go_for_somebody(&lease);
+        }
         let still_sealed =
             lease.tier == GuardTier::Sealed && seal::lift(&lease.description).is_err();
         lease.let_go();

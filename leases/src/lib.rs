@@ -132,6 +132,7 @@ mod mapping;
 #[cfg(feature = "mutants")]
 pub mod mutant;
 mod openers;
+mod overlooked;
 mod report;
 mod seal;
 mod sys;

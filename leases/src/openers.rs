@@ -71,11 +71,15 @@ pub fn openers(file: FileIdentity, ours: Option<&Description>) -> Vec<Opener> {
     found
 }
 
+/// All locks and leases, and who waits for them: proc_locks(5).
+pub(crate) fn locks() -> String {
+    fs::read_to_string("/proc/locks").unwrap_or_default()
+}
+
 /// Lists the processes that the kernel holds back until a lease on this file is let go: the
 /// `LEASE BREAKER` lines of /proc/locks, see proc_locks(5).
 pub fn waiting_breakers(file: FileIdentity) -> Vec<Opener> {
-    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-    breaker_pids(&locks, file)
+    breaker_pids(&locks(), file)
         .into_iter()
         .map(|(pid, mode)| Opener { pid, command: command(pid), fd: None, mode })
         .collect()
@@ -102,9 +106,23 @@ pub(crate) enum OwnKind {
 /// place that tells a pending downgrade from one that is done. `None` if there is none, or if that
 /// can't be learned.
 pub(crate) fn own_lease(fd: std::os::fd::BorrowedFd<'_>) -> Option<OwnLease> {
+    own_info(fd)?.lines().find_map(lease_line)
+}
+
+/// Whether our lease or delegation is what /proc/locks shows for an inode, as `00:1b:3`. The device
+/// is compared with what the kernel says of the lease: `st_dev` is another one on btrfs.
+pub(crate) fn is_inode(ours: &Description, inode: &str) -> bool {
+    let number = inode.rsplit(':').next().and_then(|number| number.parse().ok());
+    number == Some(ours.identity().inode)
+        && own_info(ours.fd()).is_some_and(|info| {
+            let mut lines = info.lines().filter(|line| lease_line(line).is_some());
+            lines.any(|line| line.split_whitespace().any(|word| word == inode))
+        })
+}
+
+fn own_info(fd: std::os::fd::BorrowedFd<'_>) -> Option<String> {
     use std::os::fd::AsRawFd;
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
-    info.lines().find_map(lease_line)
+    fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()
 }
 
 /// Reads `lock: 1: DELEG ACTIVE READ 70 00:1b:3 0 EOF` (`lock_get_status` in fs/locks.c).
@@ -122,10 +140,7 @@ fn lease_line(line: &str) -> Option<OwnLease> {
 /// The process that holds a flock(2) on a file for itself alone, if /proc/locks shows it to us.
 pub(crate) fn flock_holder(file: FileIdentity) -> Option<u32> {
     // A reading may skip a line while others lock and unlock.
-    (0..5).find_map(|_| {
-        let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
-        flock_pid(&locks, file)
-    })
+    (0..5).find_map(|_| flock_pid(&locks(), file))
 }
 
 fn flock_pid(locks: &str, file: FileIdentity) -> Option<u32> {

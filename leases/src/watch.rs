@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::guard::{GuardTier, Lease};
+use crate::openers;
+use crate::overlooked::{Vigil, overlooked};
 use crate::report::Told;
 use crate::sys::{self, Signal, WatchedSignals};
 
@@ -68,7 +70,7 @@ pub struct Break {
 #[derive(Debug)]
 pub struct Watcher {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -77,12 +79,15 @@ pub(crate) struct Shared {
     stop: AtomicBool,
     ids: AtomicU64,
     entries: Mutex<HashMap<RawFd, Entry>>,
+    vigil: Vigil,
 }
 
 #[derive(Debug)]
 struct Entry {
     lease: Arc<Lease>,
     told: Told,
+    /// It came soon after a release: somebody may wait for it of whom the kernel doesn't tell.
+    doubtful: bool,
 }
 
 impl Watcher {
@@ -100,16 +105,16 @@ impl Watcher {
     pub fn start_rescanning(every: Duration) -> Result<(Self, Receiver<Break>)> {
         let (breaks, receiver) = channel();
         let (ready, started) = channel();
-        let thread = std::thread::Builder::new()
-            .name("pinfold-breaks".to_owned())
-            .spawn(move || run(&ready, &breaks, every))
-            .map_err(|source| Error::Watcher { source })?;
+        let found = breaks.clone();
+        let hears = spawn("pinfold-breaks", move || run(&ready, &breaks, every))?;
         let shared = started
             .recv()
             .map_err(io::Error::other)
             .and_then(|result| result)
             .map_err(|source| Error::Watcher { source })?;
-        Ok((Self { shared, thread: Some(thread) }, receiver))
+        let mut watcher = Self { shared: Arc::clone(&shared), threads: vec![hears] };
+        watcher.threads.push(spawn("pinfold-vigil", move || shared.keep_vigil(&found))?);
+        Ok((watcher, receiver))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -120,8 +125,9 @@ impl Watcher {
 impl Drop for Watcher {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.vigil.end();
         sys::wake_thread(self.shared.thread);
-        if let Some(thread) = self.thread.take() {
+        for thread in self.threads.drain(..) {
             // A panic of the thread was printed when it happened.
             let _ = thread.join();
         }
@@ -139,8 +145,16 @@ impl Drop for Vital {
     }
 }
 
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let vital = move || {
+        let _vital = Vital;
+        work();
+    };
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(vital).map_err(|source| Error::Watcher { source })
+}
+
 fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>, every: Duration) {
-    let _vital = Vital;
     // Before anybody can name this thread as a signal's owner, it must have them blocked.
     let signals = match WatchedSignals::block_in_this_thread() {
         Ok(signals) => signals,
@@ -151,6 +165,7 @@ fn run(ready: &Sender<io::Result<Arc<Shared>>>, breaks: &Sender<Break>, every: D
         stop: AtomicBool::new(false),
         ids: AtomicU64::new(1),
         entries: Mutex::default(),
+        vigil: Vigil::new(Instant::now()),
     });
     if ready.send(Ok(Arc::clone(&shared))).is_err() {
         return;
@@ -189,7 +204,16 @@ impl Shared {
 
     pub(crate) fn add(&self, lease: Arc<Lease>) {
         let fd = lease.description.fd().as_raw_fd();
-        self.entries().insert(fd, Entry { lease, told: Told::default() });
+        let doubtful =
+            lease.tier == GuardTier::Delegation && self.vigil.guarded(lease.description.identity());
+        self.entries().insert(fd, Entry { lease, told: Told::default(), doubtful });
+    }
+
+    /// To be called before it is let go.
+    pub(crate) fn let_go_for_somebody(&self, lease: &Lease) {
+        if lease.tier == GuardTier::Delegation {
+            self.vigil.let_go(lease.description.identity());
+        }
     }
 
     pub(crate) fn remove(&self, lease: &Lease) {
@@ -210,6 +234,31 @@ impl Shared {
         // No entry: a signal that was under way while its guard was released.
         if let Some(entry) = self.entries().get_mut(&fd) {
             entry.report(breaks);
+        }
+    }
+
+    fn keep_vigil(&self, breaks: &Sender<Break>) {
+        self.vigil.run(|| {
+            let doubtful = |entry: &Entry| entry.doubtful;
+            if !self.entries().values().any(doubtful) {
+                return false;
+            }
+            // Not under the lock: it may take long.
+            let locks = openers::locks();
+            for inode in overlooked(&locks) {
+                self.tell_of_overlooked(inode, breaks);
+            }
+            true
+        });
+    }
+
+    fn tell_of_overlooked(&self, inode: &str, breaks: &Sender<Break>) {
+        for entry in self.entries().values_mut() {
+            let description = &entry.lease.description;
+            if entry.doubtful && openers::is_inode(description, inode) {
+                entry.lease.overlooked.store(true, Ordering::Relaxed);
+                entry.report(breaks);
+            }
         }
     }
 
