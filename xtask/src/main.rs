@@ -63,7 +63,7 @@ enum Task {
         #[command(flatten)]
         options: vm::Options,
     },
-    /// The same, and the torture rig for ten minutes, whose result is written down in docs/results
+    /// The same, and the torture rig for ten minutes on each file system, whose result is written down in docs/results
     #[command(after_help = "Example:\n  cargo xtask test-full")]
     TestFull {
         #[command(flatten)]
