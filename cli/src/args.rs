@@ -116,7 +116,8 @@ pub(crate) enum Command {
         until Ctrl-C or until the host's file system wants the file back; then the steps of the \
         revocation are drawn to scale, and the exit code is 7. With --keep it is pinned again \
         after that, and after the server has gone away, until Ctrl-C: each interruption and each \
-        new grant is shown. If the file is another one by then, or shorter, the exit code is 7. With \
+        new grant is shown. If the file is another one by then, or shorter, or a local process has \
+        changed its bytes, the exit code is 7. With \
         --steal all pins of the file are taken back first, and the generation of the new grant is a \
         fencing token.")]
     Pin(Pin),

@@ -105,7 +105,10 @@ impl Exit {
             | Reason::FilePinned
             | Reason::RangeHeld
             | Reason::ExportQuiesced => Self::Busy,
-            Reason::FileChanged | Reason::UnknownPin | Reason::StaleGeneration => Self::Revoked,
+            Reason::FileChanged
+            | Reason::FileModified
+            | Reason::UnknownPin
+            | Reason::StaleGeneration => Self::Revoked,
             Reason::NoSpace | Reason::QuotaExceeded => Self::NoRoom,
             Reason::NoRdmaDevice
             | Reason::NoQueuePair
@@ -168,7 +171,7 @@ mod tests {
                 | "RANGE_PAST_END" => 5,
                 "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD"
                 | "EXPORT_QUIESCED" => 6,
-                "FILE_CHANGED" | "UNKNOWN_PIN" | "STALE_GENERATION" => 7,
+                "FILE_CHANGED" | "FILE_MODIFIED" | "UNKNOWN_PIN" | "STALE_GENERATION" => 7,
                 "NO_RDMA_DEVICE"
                 | "NO_QUEUE_PAIR"
                 | "DEVICE_CANNOT_REGISTER"

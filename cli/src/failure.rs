@@ -148,7 +148,9 @@ fn refusal_hint(reason: Reason) -> Option<&'static str> {
         Reason::FilePinned | Reason::RangeHeld => {
             Some("retry when the pins on it are gone; `pinfold ps` shows who has them")
         }
-        Reason::FileChanged | Reason::StaleGeneration => Some("pin it again and start over"),
+        Reason::FileChanged | Reason::FileModified | Reason::StaleGeneration => {
+            Some("pin it again and start over")
+        }
         Reason::ExportQuiesced => {
             Some("retry when the export is resumed; `pinfold ls -l` shows it")
         }

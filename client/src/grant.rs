@@ -16,6 +16,17 @@ pub struct Generation {
     pub counter: u64,
 }
 
+/// A stretch of a file's life during which nobody but the server's clients has changed its bytes. A new one
+/// begins when a local process has written to it, cut it or grown it while it was not pinned; to set its
+/// times looks the same. Until the server is started again lives can be told apart.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub struct Life {
+    /// As in [`Generation`].
+    pub incarnation: u64,
+    /// Counts up within it.
+    pub counter: u64,
+}
+
 /// What a pin lets its holder do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
@@ -106,6 +117,8 @@ pub struct Grant {
     pub generation: Generation,
     /// The inode that is pinned.
     pub identity: FileIdentity,
+    /// Which of the file's lives it is pinned in, if the server tells.
+    pub life: Option<Life>,
     /// The bytes of the file that are pinned.
     pub range: Range<u64>,
     /// How they are reached by RDMA: ordered by file offset, without gaps, up to `reserved_end`.
@@ -175,6 +188,7 @@ impl Grant {
             pin_id: wire.pin_id,
             generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
             identity: wire.identity.ok_or(Malformed("a grant without an identity"))?.into(),
+            life: wire.life.map(Into::into),
             range: range.start..range.end,
             no_rdma_because: segments.is_empty().then_some(wire.no_rdma_because),
             segments,
@@ -259,6 +273,18 @@ impl From<v1::Generation> for Generation {
 impl From<Generation> for v1::Generation {
     fn from(generation: Generation) -> Self {
         Self { incarnation: generation.incarnation, counter: generation.counter }
+    }
+}
+
+impl From<v1::Life> for Life {
+    fn from(wire: v1::Life) -> Self {
+        Self { incarnation: wire.incarnation, counter: wire.counter }
+    }
+}
+
+impl From<Life> for v1::Life {
+    fn from(life: Life) -> Self {
+        Self { incarnation: life.incarnation, counter: life.counter }
     }
 }
 

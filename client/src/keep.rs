@@ -86,7 +86,7 @@ struct Line {
 /// [`Error::Interrupted`], reads too, as what they would return may be of another life of the file.
 /// [`resume`](Self::resume) waits until the pin is held again and returns the report of what became
 /// of the writes; only then do calls go through again, by the new grant. If the file is another one
-/// by then, or shorter than what the pin could reach, calls fail with [`Error::FileChanged`] until
+/// by then, or shorter than what the pin could reach, or a local process has changed its bytes, calls fail with [`Error::FileChanged`] until
 /// [`accept_change`](Self::accept_change).
 ///
 /// Dropping it gives the pin back in the background; [`unpin`](Self::unpin) waits for that.
@@ -543,9 +543,9 @@ impl Keeper {
             View::Interrupted(gap, _) | View::Stopped(gap, _) => gap.old.usable(),
         };
         let identity = old.grant().identity;
+        self.request.expect(old.grant());
         let left = matches!(gone, Gone::Lost(_)).then_some(old);
         let mut renewal = Renewal { left, needed: Some((needed, identity)) };
-        self.request.expect(identity);
         self.request.no_longer_steal();
         loop {
             let why = match self.try_for_long(&mut renewal).await {
@@ -635,15 +635,18 @@ impl Keeper {
     /// server may have seen the file in the middle of a change, so it is looked at once more.
     async fn missed(&self, session: &Session, renewal: &Renewal, error: Error) -> Missed {
         let Some((needed, identity)) = &renewal.needed else { return Missed::Failed(error) };
-        let doubtful = [Reason::FileChanged, Reason::BadRange, Reason::RangePastEnd];
-        if !error.reason().is_some_and(|reason| doubtful.contains(&reason)) {
+        let doubtful =
+            [Reason::FileChanged, Reason::FileModified, Reason::BadRange, Reason::RangePastEnd];
+        let Some(reason) = error.reason().filter(|reason| doubtful.contains(reason)) else {
             return Missed::Failed(error);
-        }
+        };
         match session.stat(&self.request.export, &self.request.path).await {
             Ok(stat) if stat.identity != *identity => Missed::Changed(FileChange::Replaced),
             Ok(stat) if stat.size < needed.end => {
                 Missed::Changed(FileChange::Shrunk { needed: needed.end, size: stat.size })
             }
+            // That does not pass.
+            Ok(_) if reason == Reason::FileModified => Missed::Changed(FileChange::Modified),
             Ok(_) => Missed::Over(error),
             Err(error) => Missed::Failed(error),
         }

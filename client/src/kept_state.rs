@@ -52,6 +52,8 @@ pub struct Interruption {
 pub enum FileChange {
     /// The path names another file.
     Replaced,
+    /// A local process has written to it, cut it or grown it meanwhile, or set its times.
+    Modified,
     /// It is shorter than what the pin could reach.
     Shrunk {
         /// Where the bytes that the pin could reach ended.
@@ -195,6 +197,9 @@ impl fmt::Display for FileChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Replaced => f.write_str("its path names another file now"),
+            Self::Modified => {
+                f.write_str("a process of the storage host has changed its bytes meanwhile")
+            }
             Self::Shrunk { needed, size } => {
                 write!(f, "it ends at byte {size} now, and the pin reached up to {needed}")
             }

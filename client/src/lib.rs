@@ -73,7 +73,9 @@ pub use buffer::Buffer;
 pub use error::{Error, TransferError};
 pub use event::{Event, Events};
 pub use file::{Created, Entry, EntryKind, FileIdentity, FileStat, IfExists};
-pub use grant::{Access, Durability, Generation, Grant, GuardTier, Quirks, Segment, Transport};
+pub use grant::{
+    Access, Durability, Generation, Grant, GuardTier, Life, Quirks, Segment, Transport,
+};
 pub use inspection::{
     Breaker, BrokenFile, ExportInfo, FileInfo, FileState, Inspection, PinInfo, Quiesced, Quieted,
     Records, RevocationRecord, SessionInfo,

@@ -19,7 +19,7 @@ use crate::plan::{Plan, Reach, Refusal, Request, StreamPiece, Ways};
 use crate::session::Core;
 use crate::transfer::Transfer;
 use crate::{
-    Access, Buffer, Error, FileIdentity, Grant, Reason, TransferError, Transport, WriteFate,
+    Access, Buffer, Error, FileIdentity, Grant, Life, Reason, TransferError, Transport, WriteFate,
 };
 
 /// How long a refusal waits for the notice that explains it: the two come on different streams, a
@@ -34,6 +34,7 @@ pub struct PinRequest {
     range: Option<Range<u64>>,
     access: Access,
     expected_identity: Option<FileIdentity>,
+    expected_life: Option<Life>,
     pub(crate) transport: Transport,
     exclusive: bool,
     steal: bool,
@@ -146,6 +147,15 @@ impl PinRequest {
         self
     }
 
+    /// Refuses with [`Reason::FileModified`](crate::Reason::FileModified) if a local process has changed
+    /// the file's bytes since the life of an earlier grant. The server that made that one must still run:
+    /// of what was before it was started it knows nothing, and refuses nothing.
+    #[must_use]
+    pub fn expect_life(mut self, life: Life) -> Self {
+        self.expected_life = Some(life);
+        self
+    }
+
     fn new(export: String, path: String, access: Access) -> Self {
         Self {
             export,
@@ -153,6 +163,7 @@ impl PinRequest {
             range: None,
             access,
             expected_identity: None,
+            expected_life: None,
             transport: Transport::Auto,
             exclusive: false,
             steal: false,
@@ -221,9 +232,10 @@ impl PinRequest {
         self
     }
 
-    /// Pins this file only.
-    pub(crate) fn expect(&mut self, identity: FileIdentity) {
-        self.expected_identity = Some(identity);
+    /// Pins only what was granted before, unchanged.
+    pub(crate) fn expect(&mut self, grant: &Grant) {
+        self.expected_identity = Some(grant.identity);
+        self.expected_life = grant.life;
     }
 
     /// Waits for its turn from now on: two that steal from each other would never end.
@@ -234,6 +246,7 @@ impl PinRequest {
     /// Pins whatever the path names.
     pub(crate) fn expect_any(&mut self) {
         self.expected_identity = None;
+        self.expected_life = None;
     }
 
     pub(crate) fn to_wire(&self, session_id: Vec<u8>, transport: Transport) -> v1::PinRequest {
@@ -249,6 +262,7 @@ impl PinRequest {
             steal: self.steal,
             reserve_end: self.reserve_end,
             wait_ms: u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX),
+            expected_life: self.expected_life.map(Into::into),
         }
     }
 }

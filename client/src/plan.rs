@@ -206,6 +206,7 @@ mod tests {
             pin_id: 1,
             generation: Generation { incarnation: 1, counter: 1 },
             identity: FileIdentity { device: 1, inode: 1, birth_time_ns: 1 },
+            life: None,
             reserved_end: range.end,
             range,
             segments,

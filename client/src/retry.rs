@@ -66,6 +66,7 @@ fn reason_passes(reason: Reason, code: Code) -> bool {
         | Reason::NotARegularFile
         | Reason::PermissionDenied
         | Reason::FileChanged
+        | Reason::FileModified
         | Reason::UnsupportedFile
         | Reason::FixedSize
         | Reason::MediumLost
@@ -112,6 +113,7 @@ mod tests {
                 | "NOT_A_REGULAR_FILE"
                 | "PERMISSION_DENIED"
                 | "FILE_CHANGED"
+                | "FILE_MODIFIED"
                 | "UNSUPPORTED_FILE"
                 | "FIXED_SIZE"
                 | "MEDIUM_LOST"

@@ -155,6 +155,19 @@ async fn resumed(pin: &KeptPin) -> Interruption {
     soon(pin.resume()).await.expect("held again").expect("an interruption")
 }
 
+async fn assert_modified(pin: &KeptPin) {
+    let changed = soon(pin.resume()).await.unwrap_err();
+    let modified = matches!(changed, Error::FileChanged { change: FileChange::Modified, .. });
+    assert!(modified, "{changed}");
+}
+
+/// A local process has changed the file's bytes, and that is all right.
+async fn accepted(pin: &KeptPin) -> Interruption {
+    assert_modified(pin).await;
+    pin.accept_change();
+    resumed(pin).await
+}
+
 fn assert_interrupted(error: &Error) {
     assert!(matches!(error, Error::Interrupted { .. }), "{error:?}");
 }
@@ -170,7 +183,7 @@ async fn assert_nothing_goes_through(session: &KeptSession, pin: &KeptPin) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_truncate_is_reported_and_the_pin_goes_on() {
+async fn an_open_for_writing_is_reported_and_the_pin_goes_on() {
     let mut host = Host::start().await;
     let session = host.connect().await;
     let pin = session.pin(everything()).await.unwrap();
@@ -180,13 +193,7 @@ async fn a_truncate_is_reported_and_the_pin_goes_on() {
     let can_commit = commit(&pin).await;
     put(&session, &pin, 10_000, &[2; 5000]).await;
 
-    // It has the file open while that is short: nobody can pin it then.
-    let cut_and_grow = |path: PathBuf| {
-        let file = opened(&path);
-        file.set_len(50_000).unwrap();
-        file.set_len(LEN as u64).unwrap();
-    };
-    host.locally(cut_and_grow).await;
+    host.locally(|path| drop(opened(&path))).await;
     let interruption = soon(pin.interrupted()).await;
     assert_eq!(interruption.old, first);
     let expected = fate(can_commit, 0..5000, 10_000..15_000);
@@ -305,14 +312,53 @@ async fn a_file_that_took_its_name_is_another_file_until_that_is_accepted() {
 
     // What was accepted is what is expected from then on.
     let pin = session.pin(everything()).await.unwrap();
-    host.truncate(100).await;
+    host.locally(|path| drop(opened(&path))).await;
     resumed(&pin).await;
     session.close().await;
     host.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_is_shorter_than_the_pin_is_a_change_and_a_longer_one_is_not() {
+async fn a_file_that_was_written_again_in_the_same_size_is_a_change() {
+    let mut host = Host::start().await;
+    let session = host.connect().await;
+    let pin = session.pin(everything()).await.unwrap();
+    put(&session, &pin, 0, b"old").await;
+    host.locally(|path| fs::write(path, vec![b'n'; LEN]).unwrap()).await;
+    assert_modified(&pin).await;
+    let failed = try_to_put(&session, &pin, 0, b"never").await.unwrap_err();
+    assert!(matches!(failed.error, Error::FileChanged { .. }), "{failed}");
+    let direct = session.session().await.unwrap();
+    let old_life = pin.grant().life.expect("the server tells");
+    let refused = direct.pin(everything().expect_life(old_life)).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::FileModified), "{refused}");
+
+    pin.accept_change();
+    assert_eq!(resumed(&pin).await.fate.acknowledged, [0..3]);
+    assert_ne!(pin.grant().life, Some(old_life));
+    put(&session, &pin, 0, b"yes").await;
+    // Who only reads changes nothing, and so does who is let go because nobody has it pinned.
+    let life = pin.grant().life.unwrap();
+    assert_eq!(host.locally(|path| fs::read(path).unwrap()).await[..4], *b"yesn");
+    resumed(&pin).await;
+    assert_eq!(pin.grant().life, Some(life));
+    pin.unpin().await.unwrap();
+    direct.grow("data", "file", 2 * LEN as u64).await.unwrap();
+    let pin = direct.pin(everything().expect_life(life)).await.expect("what the server grew");
+    pin.unpin().await.unwrap();
+
+    // Of what happened while no server ran nothing is known.
+    host.stop().await;
+    fs::write(host.path("file"), b"another").unwrap();
+    host.serve().await;
+    let direct = session.session().await.unwrap();
+    direct.pin(everything().expect_life(life)).await.unwrap().unpin().await.unwrap();
+    session.close().await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_shorter_than_the_pin_is_told_how_much() {
     for range in [None, Some(100..5000)] {
         let mut host = Host::start().await;
         let session = host.connect().await;
@@ -322,7 +368,7 @@ async fn a_file_that_is_shorter_than_the_pin_is_a_change_and_a_longer_one_is_not
         }
         let pin = session.pin(request).await.unwrap();
         host.truncate(2 * LEN as u64).await;
-        resumed(&pin).await;
+        accepted(&pin).await;
         let needed = pin.usable().end;
         host.truncate(4999).await;
         let changed = soon(pin.resume()).await.unwrap_err();

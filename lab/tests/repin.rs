@@ -7,7 +7,9 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use pinfold_client::{Buffer, InterruptionCause, KeepPolicy, KeptPin, KeptSession, PinRequest};
+use pinfold_client::{
+    Buffer, Error, FileChange, InterruptionCause, KeepPolicy, KeptPin, KeptSession, PinRequest,
+};
 use pinfold_lab::{EXPORT, Pattern, on_each_file_system, read_by_another_process};
 
 const LEN: usize = 64 << 10;
@@ -51,7 +53,12 @@ on_each_file_system! {
         buffer = write(&pin, Pattern(2), PIECE, buffer).await;
 
         cut_and_grow(&lab.path("file")).await;
+        let changed = pin.resume().await.unwrap_err();
+        let modified = matches!(changed, Error::FileChanged { change: FileChange::Modified, .. });
+        assert!(modified, "{changed}");
+        pin.accept_change();
         let interruption = pin.resume().await.unwrap().expect("an interruption");
+        assert_ne!(pin.grant().life, old.life);
         let InterruptionCause::Revoked(revocation) = &interruption.cause else {
             panic!("{interruption:?}");
         };

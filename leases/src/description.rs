@@ -196,6 +196,17 @@ impl Description {
         self.attributes().ok()?.change_time_ns
     }
 
+    /// When its bytes changed last (`st_mtime`), in nanoseconds since 1970: by write(2), a page's first
+    /// store, or a change of size. Since Linux 6.13 one that comes after this was asked is later than
+    /// what was answered (multigrain timestamps: ext4, XFS, btrfs, tmpfs); before, the clock ticks in
+    /// milliseconds. `None` if that can't be read; of a device always the same.
+    pub fn modify_time_ns(&self) -> Option<u64> {
+        match self.device() {
+            Some(_) => Some(0),
+            None => self.attributes().ok()?.modify_time_ns,
+        }
+    }
+
     /// What a mapping of the file would consist of.
     pub fn kind(&self) -> Result<MappingKind> {
         if self.device().is_some() {

@@ -531,6 +531,7 @@ pub(crate) struct Attributes {
     pub(crate) allocated: u64,
     pub(crate) dax: bool,
     pub(crate) change_time_ns: Option<u64>,
+    pub(crate) modify_time_ns: Option<u64>,
     pub(crate) kind: FileType,
     /// Of a device, what it is rather than where its node lies (`st_rdev`).
     pub(crate) device_number: u64,
@@ -567,6 +568,7 @@ impl Attributes {
             allocated: stat.stx_blocks * 512,
             dax: stat.stx_attributes.contains(StatxAttributes::DAX),
             change_time_ns: nanoseconds(&stat.stx_ctime),
+            modify_time_ns: nanoseconds(&stat.stx_mtime),
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             device_number: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
         })
@@ -576,8 +578,10 @@ impl Attributes {
     fn of_device(device: &Description) -> Result<Self> {
         let size = device.size()?;
         let attributes = Self::of(device.fd(), device.path())?;
-        let (dax, change_time_ns, kind) = (true, None, FileType::RegularFile);
-        Ok(Self { size, allocated: size, dax, change_time_ns, kind, ..attributes })
+        let (dax, kind) = (true, FileType::RegularFile);
+        let (change_time_ns, modify_time_ns) = (None, Some(0));
+        let times = Self { change_time_ns, modify_time_ns, ..attributes };
+        Ok(Self { size, allocated: size, dax, kind, ..times })
     }
 
     fn demand_regular(&self, path: &Path) -> Result<()> {

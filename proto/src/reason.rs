@@ -62,6 +62,8 @@ reasons! {
     FileDraining = "FILE_DRAINING",
     /// The path names another file than expected.
     FileChanged = "FILE_CHANGED",
+    /// A local process has changed the file's bytes since it was last pinned.
+    FileModified = "FILE_MODIFIED",
     /// The file has pins that this operation would hurt.
     FilePinned = "FILE_PINNED",
     /// An exclusive pin overlaps; the message names its holder.

@@ -36,6 +36,7 @@ use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
 use crate::ladder::Ladder;
+use crate::lives::Lives;
 use crate::passage::Passages;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::sync::locked;
@@ -94,6 +95,7 @@ pub(crate) struct Engine {
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
     passages: Mutex<Passages>,
+    lives: Mutex<Lives>,
     breaks: Mutex<Breaks>,
     looks: Mutex<Looks>,
     retired: Notify,
@@ -173,6 +175,7 @@ impl Engine {
             files: Mutex::default(),
             inodes: Mutex::default(),
             passages: Mutex::default(),
+            lives: Mutex::default(),
             breaks: Mutex::default(),
             looks: Mutex::default(),
             retired: Notify::new(),

@@ -75,6 +75,13 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// Somebody else has written to the file, or cut it, since it was last pinned.
+    #[error("{} has been changed by another process of the storage host since it was pinned; read it \
+             again before you write", path.display())]
+    FileModified {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file has pins.
     #[error("{} has {} on it; try again when {} given back, or have {} revoked", path.display(),
             counted(*pins), if *pins == 1 { "it is" } else { "they are" },

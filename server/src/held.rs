@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::gate::Gate;
-use crate::ids::PinId;
+use crate::ids::{Life, PinId};
 use crate::ladder::Cutting;
 use crate::policy::Policy;
 use crate::registry::{Readers, Refusal};
@@ -36,6 +36,7 @@ pub(crate) struct HeldFile {
     kind: MappingKind,
     path: PathBuf,
     description: Description,
+    life: Life,
     guard: Mutex<Option<Guard>>,
     mapping: Mutex<Option<Arc<Mapping>>>,
     map_sync: bool,
@@ -65,6 +66,7 @@ impl HeldFile {
     /// Of a file that was just guarded and mapped.
     pub(crate) fn new(
         description: Description,
+        life: Life,
         kind: MappingKind,
         policy: Policy,
         takes_stream_writes: bool,
@@ -80,6 +82,7 @@ impl HeldFile {
             kind,
             path: description.path().to_owned(),
             description,
+            life,
             guard: Mutex::new(Some(guard)),
             map_sync: mapping.map_sync(),
             mapping: Mutex::new(Some(Arc::new(mapping))),
@@ -190,6 +193,11 @@ impl HeldFile {
     /// The file's description.
     pub(crate) fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// Which of the file's lives this guarding belongs to.
+    pub(crate) fn life(&self) -> Life {
+        self.life
     }
 
     /// Reads through the kernel: a file by its description, a device by its mapping.

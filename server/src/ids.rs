@@ -52,6 +52,24 @@ pub struct Generation {
     pub counter: u64,
 }
 
+/// One life of one file, which ends when somebody else changes its bytes: (incarnation of the server,
+/// one server-wide counter). See `lives`.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(crate) struct Life {
+    /// Random for each run of the server.
+    pub(crate) incarnation: u64,
+    /// Counts lives.
+    pub(crate) counter: u64,
+}
+
+impl Life {
+    /// Whether this is known not to be the life that a client knew. Of lives of earlier runs of the
+    /// server nothing is known.
+    pub(crate) fn is_another_than(self, known: Self) -> bool {
+        self.incarnation == known.incarnation && self.counter != known.counter
+    }
+}
+
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}.{}", self.incarnation, self.counter)

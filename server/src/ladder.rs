@@ -27,8 +27,11 @@ use crate::fence::{self, Order};
 use crate::held::HeldFile;
 use crate::sync::locked;
 
-/// How long the fence may take before the next rung, and that one before the last.
-pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the fence may take before the next rung.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long regions may take at most before the last rung, which costs clients their connections that
+/// have done nothing to lose them: on a machine that is busy everything takes long.
+const LONGEST_WITH_REGIONS: Duration = Duration::from_secs(2);
 /// Threads that deregister. As many files may hang at a time before they keep others waiting.
 const THREADS: usize = 16;
 /// Files that wait for such a thread. Room is made beforehand: handing one over needs no memory.
@@ -56,8 +59,8 @@ pub(crate) enum Climbed {
     Done(Outcome),
     /// Somebody is at it, and will order its fence again.
     UnderWay,
-    /// The same; the fence hangs, which is said once.
-    Hangs,
+    /// The same; the fence hangs, which is said once. At this time regions will have had enough.
+    Hangs { regions_until: Instant },
     /// The same; regions hang too, for so long that it is time for the last rung. Said once.
     RegionsHang,
 }
@@ -79,7 +82,12 @@ impl Ladder {
     }
 
     /// Takes a file as far as it can be taken in [`PATIENCE`]. For the fence thread only.
-    pub(crate) fn climb(&self, file: &Arc<HeldFile>) -> Climbed {
+    pub(crate) fn climb(
+        &self,
+        file: &Arc<HeldFile>,
+        lease_break_time: Option<Duration>,
+    ) -> Climbed {
+        let hangs = || Some(Instant::now() + patience_with_regions(lease_break_time));
         match file.cutting().begin() {
             Begun::Now => {}
             Begun::Earlier { overdue: true } => return Climbed::RegionsHang,
@@ -88,31 +96,41 @@ impl Ladder {
         }
         if self.busy.swap(true, Ordering::SeqCst) {
             // One that hangs is enough: this one would too.
-            return self.drop_regions(file, true);
+            return self.drop_regions(file, hangs());
         }
         // The thread is free, so there is room; it ends only with this.
         let _ = self.fences.send(Arc::clone(file));
         match file.cutting().wait(PATIENCE) {
             // Pages are pinned, or the kernel refuses: to deregister every region is a fence too.
-            Some(Err(_)) => self.drop_regions(file, false),
+            Some(Err(_)) => self.drop_regions(file, None),
             Some(Ok(fenced)) => Climbed::Done(Ok(fenced)),
-            None => self.drop_regions(file, true),
+            None => self.drop_regions(file, hangs()),
         }
     }
 
-    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: bool) -> Climbed {
+    /// If the fence hangs: until when regions have time.
+    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: Option<Instant>) -> Climbed {
         let regions = file.begin_dropping_regions();
         // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
         // not take them all.
-        let threads = if hangs { 1 } else { regions.clamp(1, self.side_by_side) };
-        let news = hangs && file.cutting().is_first_hang();
-        file.cutting().leave_to(threads, news.then(Instant::now));
+        let threads = if hangs.is_some() { 1 } else { regions.clamp(1, self.side_by_side) };
+        let news = hangs.filter(|_| file.cutting().is_first_hang());
+        file.cutting().leave_to(threads, news);
         for _ in 0..threads {
             // Waits only if thousands of files wait for threads that all hang.
             let _ = self.regions.send(Arc::clone(file));
         }
-        if news { Climbed::Hangs } else { Climbed::UnderWay }
+        match news {
+            Some(regions_until) => Climbed::Hangs { regions_until },
+            None => Climbed::UnderWay,
+        }
     }
+}
+
+/// An eighth of the time that the kernel gives, within limits.
+fn patience_with_regions(lease_break_time: Option<Duration>) -> Duration {
+    let time = lease_break_time.unwrap_or(Duration::MAX);
+    (time / 8).clamp(PATIENCE, LONGEST_WITH_REGIONS)
 }
 
 /// The thread of the first rung.
@@ -153,8 +171,8 @@ enum State {
     Idle,
     /// The fence thread waits for the fence.
     Awaited,
-    /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet:
-    /// since when.
+    /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet: until
+    /// when those have time.
     UnderWay { hangs: Option<Instant> },
     /// What came of it, for the fence thread.
     Ended(Outcome),
@@ -182,7 +200,7 @@ impl Cutting {
             State::Ended(outcome) => Begun::Ended(outcome),
             State::Awaited => unreachable!("only the thread that begins waits"),
             State::UnderWay { hangs } => {
-                let overdue = hangs.is_some_and(|since| since.elapsed() >= PATIENCE);
+                let overdue = hangs.is_some_and(|until| until <= Instant::now());
                 *state = State::UnderWay { hangs: hangs.filter(|_| !overdue) };
                 Begun::Earlier { overdue }
             }
@@ -291,10 +309,21 @@ mod tests {
         assert!(cutting.is_first_hang());
         assert!(!cutting.is_first_hang());
         assert!(matches!(cutting.begin(), Begun::Now));
-        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
-        cutting.leave_to(1, Some(long_ago));
+        cutting.leave_to(1, Some(Instant::now() + Duration::from_secs(1000)));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }), "there is time");
+        cutting.leave_to(1, Some(Instant::now()));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+    }
+
+    #[test]
+    fn the_last_rung_comes_well_before_the_kernel_lets_go() {
+        let patience = |seconds| patience_with_regions(Some(Duration::from_secs(seconds)));
+        assert_eq!(patience_with_regions(None), LONGEST_WITH_REGIONS);
+        assert_eq!(patience(45), LONGEST_WITH_REGIONS);
+        assert_eq!(patience(8), Duration::from_secs(1));
+        assert_eq!(patience(1), Duration::from_millis(125));
+        assert_eq!(patience_with_regions(Some(Duration::ZERO)), PATIENCE);
     }
 
     #[test]

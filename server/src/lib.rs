@@ -20,6 +20,7 @@ mod gate;
 mod held;
 mod ids;
 mod ladder;
+mod lives;
 mod passage;
 mod policy;
 mod registry;

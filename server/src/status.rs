@@ -41,6 +41,7 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::StillOpen { .. } => (Code::Unavailable, Reason::FileDraining),
         Error::OtherDirectory { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
+        Error::FileModified { .. } => (Code::FailedPrecondition, Reason::FileModified),
         Error::FilePinned { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::BadRange { .. } | Error::MisalignedPin { .. } => {
             (Code::InvalidArgument, Reason::BadRange)

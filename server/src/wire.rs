@@ -18,7 +18,7 @@ use crate::engine::{Granted, PageOrder, PinOrder, StreamPiece, TransportWish};
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::held::HeldFile;
-use crate::ids::{Generation, PinId, SessionId};
+use crate::ids::{Generation, Life, PinId, SessionId};
 use crate::registry::{
     FileView, PinAccess, Reason, Record, SessionView, Stage, Timings, Transport,
 };
@@ -125,6 +125,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         reserve_end: file_size(request.reserve_end)?,
         wait: Duration::from_millis(request.wait_ms.into()),
         expected: request.expected_identity.map(known_identity),
+        expected_life: request.expected_life.map(known_life),
     })
 }
 
@@ -178,6 +179,15 @@ fn known_identity(identity: v1::FileIdentity) -> FileIdentity {
 }
 
 /// As it goes over the wire.
+/// A file's life.
+fn life(life: Life) -> v1::Life {
+    v1::Life { incarnation: life.incarnation, counter: life.counter }
+}
+
+fn known_life(life: v1::Life) -> Life {
+    Life { incarnation: life.incarnation, counter: life.counter }
+}
+
 pub(crate) fn generation(generation: Generation) -> v1::Generation {
     v1::Generation { incarnation: generation.incarnation, counter: generation.counter }
 }
@@ -219,6 +229,7 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
         quirks: Some(granted.ways.quirks),
         no_rdma_because: granted.ways.no_rdma_because,
+        life: Some(life(file.life())),
     }
 }
 

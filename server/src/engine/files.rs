@@ -35,7 +35,7 @@ pub(crate) struct PageOrder {
 }
 
 /// In which direction a file's size may change.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Resize {
     Exactly,
     Longer,
@@ -167,7 +167,13 @@ impl Engine {
         }
         self.demand_named(export, path, located.identity())?;
         resize.demand(description.size()?, size)?;
-        Ok(description.resize(size)?)
+        let before = description.modify_time_ns();
+        description.resize(size)?;
+        if resize == Resize::Longer {
+            let after = description.modify_time_ns();
+            locked(&self.lives).grown(located.identity(), before, after);
+        }
+        Ok(())
     }
 
     /// Makes a file longer, under its guard if it has one. Returns its end.

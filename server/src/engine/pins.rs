@@ -22,7 +22,7 @@ use crate::fabric::{self, Fabric};
 use crate::fence::Order;
 use crate::gate::Inside;
 use crate::held::HeldFile;
-use crate::ids::{Generation, PinId, SessionId};
+use crate::ids::{Generation, Life, PinId, SessionId};
 use crate::registry::{Action, PinAccess, Reason, Refusal, Terms, Transport};
 use crate::wire;
 
@@ -114,6 +114,8 @@ pub(crate) struct PinOrder {
     pub access: PinAccess,
     /// Refuse unless the path names this file.
     pub expected: Option<FileIdentity>,
+    /// Refuse if somebody else has changed the file since.
+    pub expected_life: Option<Life>,
     /// How its bytes are to travel.
     pub transport: TransportWish,
     /// Keep others off.
@@ -241,6 +243,7 @@ impl Engine {
             file.reach_by(&order.export);
             let granted = engine
                 .demand_named(&order.export, &order.path, located.identity())
+                .and_then(|()| demand_life(&file, order.expected_life))
                 .and_then(|()| engine.pin_on(&file, id, &session, &order));
             if granted.is_err() {
                 let unused = engine.registry().release_if_unused(file.id());
@@ -277,7 +280,8 @@ impl Engine {
             }
         })?;
         let identity = description.identity();
-        let file = Arc::new(HeldFile::new(description, kind, policy, guardable, held));
+        let life = self.life(&description);
+        let file = Arc::new(HeldFile::new(description, life, kind, policy, guardable, held));
         // Known to the fence before it is known to the registry.
         locked(&self.files).insert(file.id(), Arc::clone(&file));
         let added = self.registry().add_file(identity, file.id());
@@ -294,6 +298,13 @@ impl Engine {
             self.handle_break(Break { guard: file.id(), kind, at: Instant::now() });
         }
         Ok(file)
+    }
+
+    /// Which life a file is in that has just been guarded.
+    fn life(&self, description: &Description) -> Life {
+        let modified = description.modify_time_ns();
+        let counter = locked(&self.lives).guarded(description.identity(), modified);
+        Life { incarnation: self.incarnation(), counter }
     }
 
     fn arm_and_map(
@@ -653,6 +664,15 @@ pub(super) fn committed_range(
         return Err(Error::RangePastEnd { start, end, limit: size, what, remedy: "" });
     }
     Ok(range)
+}
+
+fn demand_life(file: &HeldFile, expected: Option<Life>) -> Result<()> {
+    match expected {
+        Some(known) if file.life().is_another_than(known) => {
+            Err(Error::FileModified { path: file.path().to_owned() })
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::{Cut, Engine, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
-use crate::ladder::{self, Climbed};
+use crate::ladder::Climbed;
 use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
 
@@ -107,11 +107,12 @@ impl Engine {
             }
         }
         let late_stream_writes = file.gate().cut();
-        let fenced = match self.ladder.climb(&file) {
+        let limit = self.lease_break_time.read().unwrap_or(Some(Duration::ZERO));
+        let fenced = match self.ladder.climb(&file, limit) {
             Climbed::Done(Ok(fenced)) => fenced,
             Climbed::Done(Err(error)) => return self.fence_again(&file, &error),
             Climbed::UnderWay => return,
-            Climbed::Hangs => return self.fence_hangs(&file),
+            Climbed::Hangs { regions_until } => return self.fence_hangs(&file, regions_until),
             Climbed::RegionsHang => return self.regions_hang(&file),
         };
         // No commit that ends later succeeds.
@@ -134,8 +135,12 @@ impl Engine {
     /// The release, and whatever comes of it.
     pub(super) fn let_go(&self, Cut { file, fenced, late_stream_writes }: Cut) {
         let guard = file.id();
-        let changed = file.description().change_time_ns();
+        let description = file.description();
+        let (changed, modified) = (description.change_time_ns(), description.modify_time_ns());
         let Some(released) = file.release(fenced) else { return };
+        // Before it can be guarded again.
+        let modified = modified.filter(|_| !released.lapsed);
+        locked(&self.lives).let_go(description.identity(), modified);
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
         if released.broken.is_some() {
@@ -164,12 +169,12 @@ impl Engine {
     }
 
     /// Region by region now; if that is not done soon either, there is one rung left.
-    fn fence_hangs(&self, file: &HeldFile) {
+    fn fence_hangs(&self, file: &HeldFile, regions_until: Instant) {
         tracing::warn!(
             path = %file.path().display(),
             "the fence hangs, as it does while a file system is frozen: deregistering region by region"
         );
-        self.order(Order::At(file.id(), Instant::now() + ladder::PATIENCE));
+        self.order(Order::At(file.id(), regions_until));
     }
 
     fn regions_hang(&self, file: &HeldFile) {
