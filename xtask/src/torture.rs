@@ -110,7 +110,7 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<Tally> {
     let runs: Vec<_> = runs.filter(|run| run.is_wanted(wishes)).collect();
     let (tally, results) = carry_out(options, &runs, seed)?;
     if wishes.record {
-        record(seed, &results)?;
+        record(results)?;
     }
     Ok(tally)
 }
@@ -125,17 +125,33 @@ pub(crate) fn run_long(options: &Options) -> Result<Tally> {
     run(options, &Wishes { record: true, ..Wishes::of(LONG) })
 }
 
-fn record(seed: u64, results: &[Value]) -> Result<()> {
+/// A run takes the place of the one before on the same file system.
+fn record(results: Vec<Value>) -> Result<()> {
     let kernel = results.first().and_then(|result| result["kernel"].as_str());
-    let kernel = kernel.context("the rig named no kernel")?;
+    let kernel = kernel.context("the rig named no kernel")?.to_owned();
     let folder = paths::root().join("docs/results");
     fs::create_dir_all(&folder)?;
     let commit = paths::git(&["describe", "--always", "--dirty"])?;
-    let written = json!({"kernel": kernel, "commit": commit, "seed": seed, "runs": results});
     let path = folder.join(format!("torture-{kernel}.json"));
+    let before: Value = match fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text)?,
+        Err(_) => json!({"runs": []}),
+    };
+    let runs = before["runs"].as_array().cloned().unwrap_or_default();
+    let written = json!({"kernel": kernel, "runs": merged(runs, results, &commit)});
     fs::write(&path, serde_json::to_string_pretty(&written)? + "\n")?;
     println!("docs/results/torture-{kernel}.json is written");
     Ok(())
+}
+
+fn merged(mut runs: Vec<Value>, results: Vec<Value>, commit: &str) -> Vec<Value> {
+    for mut result in results {
+        result["commit"] = json!(commit);
+        runs.retain(|run| run["file_system"] != result["file_system"]);
+        runs.push(result);
+    }
+    runs.sort_by_key(|run| run["file_system"].to_string());
+    runs
 }
 
 /// Another one each time.
@@ -232,6 +248,16 @@ fn read(output: Receiver<Vec<u8>>) -> Vec<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_takes_the_place_of_the_last_on_its_file_system() {
+        let run = |file_system: &str, seed: u64| json!({"file_system": file_system, "seed": seed});
+        let first = merged(Vec::new(), vec![run("xfs", 1), run("ext4", 1)], "a");
+        let second = merged(first, vec![run("xfs", 2)], "b");
+        let seen: Vec<_> =
+            second.iter().map(|run| (run["seed"].as_u64(), run["commit"].as_str())).collect();
+        assert_eq!(seen, [(Some(1), Some("a")), (Some(2), Some("b"))]);
+    }
 
     fn on_ext4(mutant: Option<Mutant>) -> Run {
         Run { file_system: "ext4", seconds: 9, mutant }
