@@ -4,11 +4,16 @@
 #![forbid(unsafe_code)]
 
 mod fence;
+mod guard;
 mod one_sided;
 mod peer;
+mod pins;
 mod place;
+mod plain;
 mod report;
 mod statistics;
+mod stream;
+mod truncate;
 mod turns;
 
 use std::num::NonZeroUsize;
@@ -22,8 +27,8 @@ use report::{Goal, Head, Report, Row};
 use statistics::Pairs;
 
 /// Rounds of each measurement, and of a quick run.
-const ROUNDS: usize = 101;
-const QUICK_ROUNDS: usize = 21;
+const ROUNDS: usize = 51;
+const QUICK_ROUNDS: usize = 11;
 
 /// Measures Pinfold beside what it is to be compared with.
 #[derive(Parser)]
@@ -52,8 +57,18 @@ struct Cli {
 enum Name {
     /// Bandwidth and latency of one-sided writes and reads, beside C on libibverbs
     OneSided,
+    /// The stream path, beside a plain gRPC stream
+    Stream,
+    /// A guard taken and let go, beside C on fcntl(2)
+    Guard,
+    /// A pin taken and given back, beside C and empty calls
+    Pin,
+    /// How long a truncate waits, beside a lease holder in C (sets fs.lease-break-time for a moment)
+    Truncate,
     /// The fence in one call, beside deregistering the same regions
     Fence,
+    /// A pin where there are many pins and sessions, beside one where there are none
+    Scale,
 }
 
 /// A run at work.
@@ -89,7 +104,12 @@ impl Name {
     fn run(self, run: &mut Run<'_>) -> Result<()> {
         match self {
             Self::OneSided => one_sided::run(run),
+            Self::Stream => stream::run(run),
+            Self::Guard => guard::run(run),
+            Self::Pin => pins::run_alone(run),
+            Self::Truncate => truncate::run(run),
             Self::Fence => fence::run(run),
+            Self::Scale => pins::run_many(run),
         }
     }
 }

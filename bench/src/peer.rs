@@ -19,9 +19,19 @@ pub(crate) struct Peer {
 impl Peer {
     /// Starts one.
     pub(crate) fn start(program: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_with_log(program, arguments, Stdio::inherit())
+    }
+
+    /// Starts one whose log goes elsewhere than ours.
+    pub(crate) fn start_with_log(
+        program: &Path,
+        arguments: &[&str],
+        log: impl Into<Stdio>,
+    ) -> Result<Self> {
         let name = program.display().to_string();
         let mut child = Command::new(program)
             .args(arguments)
+            .stderr(log)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -52,6 +62,11 @@ impl Peer {
         let took = self.hear("took")?;
         let nanoseconds = took.parse().with_context(|| format!("{} took `{took}`", self.name))?;
         Ok(Duration::from_nanos(nanoseconds))
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 }
 

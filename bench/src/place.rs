@@ -33,7 +33,7 @@ pub(crate) struct Places {
 pub(crate) struct Storage {
     pub(crate) places: Places,
     url: String,
-    _daemon: Peer,
+    daemon: Peer,
     folder: tempfile::TempDir,
 }
 
@@ -46,9 +46,13 @@ impl Storage {
         let program = beside_us("pinfoldd")?;
         let device = &places.device;
         let arguments = ["--listen", "127.0.0.1:0", "--rdma-device", device, "--export", &export];
-        let mut daemon = Peer::start(&program, &arguments)?;
-        let url = daemon.hear("pinfoldd: listening on")?;
-        Ok(Self { places: places.clone(), url, _daemon: daemon, folder })
+        // As to a journal: a terminal, or the lab's console, would cost more than what it tells of.
+        let log = tempfile::NamedTempFile::new_in(&places.tmpfs)?;
+        let mut daemon = Peer::start_with_log(&program, &arguments, log.reopen()?)?;
+        let url = daemon
+            .hear("pinfoldd: listening on")
+            .with_context(|| std::fs::read_to_string(log.path()).unwrap_or_default())?;
+        Ok(Self { places: places.clone(), url, daemon, folder })
     }
 
     /// A new session with it.
@@ -84,6 +88,11 @@ impl Storage {
         Ok(path)
     }
 
+    /// The process id of the daemon.
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// A C program of `bench/peers`.
     pub(crate) fn peer(&self, name: &str) -> PathBuf {
         self.places.peers.join(name)
@@ -95,6 +104,7 @@ pub(crate) fn text(path: &Path) -> Result<&str> {
     path.to_str().with_context(|| format!("{} is no text", path.display()))
 }
 
-fn beside_us(name: &str) -> Result<PathBuf> {
+/// A program that was built with this one.
+pub(crate) fn beside_us(name: &str) -> Result<PathBuf> {
     Ok(std::env::current_exe().context("where is this program?")?.with_file_name(name))
 }

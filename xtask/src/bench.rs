@@ -16,7 +16,7 @@ use crate::{cargo, paths, setup};
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// C programs of `bench/peers`.
-const PEERS: [&str; 1] = ["one_sided"];
+const PEERS: [&str; 2] = ["guards", "one_sided"];
 
 /// What is to be measured.
 #[derive(clap::Args, Clone, Debug)]
