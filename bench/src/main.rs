@@ -7,6 +7,7 @@ mod fence;
 mod guard;
 mod one_sided;
 mod peer;
+mod perftest;
 mod pins;
 mod place;
 mod plain;
@@ -27,7 +28,7 @@ use report::{Goal, Head, Report, Row};
 use statistics::Pairs;
 
 /// Rounds of each measurement, and of a quick run.
-const ROUNDS: usize = 51;
+const ROUNDS: usize = 31;
 const QUICK_ROUNDS: usize = 11;
 
 /// Measures Pinfold beside what it is to be compared with.

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::Run;
 use crate::peer::Peer;
+use crate::perftest;
 use crate::place::{Storage, text};
 use crate::report::Goal;
 use crate::turns::alternate;
@@ -32,12 +33,16 @@ const ROUND_BYTES: usize = 1 << 20;
 /// Transfers in a round, one after the other.
 const ROUND_TRANSFERS: u64 = 50;
 
+/// Each is two processes.
+const PERFTEST_ROUNDS_MAX: usize = 11;
+
 const PAGE: usize = 4096;
 
 const KIB: usize = 1 << 10;
 
 const C_ASLEEP: &str = "C on libibverbs, asleep between completions, as we are";
 const C_POLLS: &str = "C on libibverbs, polls without end";
+const IB_WRITE_BW: &str = "ib_write_bw --odp --mmap, polls without end";
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum What {
@@ -90,6 +95,7 @@ struct Bare {
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let mut theirs = Theirs::start(run.storage)?;
     through_the_library(run, &mut theirs)?;
+    beside_perftest(run)?;
     by_one_thread(run, &mut theirs)?;
     without_the_library(run, &mut theirs)
 }
@@ -122,6 +128,23 @@ fn through_the_library(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
                 run.add(name.clone(), peer, "us", &pairs, goal);
             }
         }
+    }
+    Ok(())
+}
+
+/// What everybody measures with. It polls, which the library does not yet.
+fn beside_perftest(run: &mut Run<'_>) -> Result<()> {
+    let mut ours = Ours::start(run.storage, several_threads()?, "beside-perftest")?;
+    run.storage.foreign_file("perftest", FILE_BYTES)?;
+    for bytes in run.pick(&[4 * KIB, 64 * KIB, 1024 * KIB], &[64 * KIB]) {
+        let job = Job::bandwidth(What::Write, *bytes);
+        let pairs = alternate(
+            run.rounds.min(PERFTEST_ROUNDS_MAX),
+            || Ok(job.mb_per_s(ours.time(job)?)),
+            || perftest::write_bandwidth(run.storage, *bytes, DEPTH),
+        )?;
+        let name = format!("write_bandwidth/{}", size(*bytes));
+        run.add(name, IB_WRITE_BW, "MB/s", &pairs, Goal::AtLeast(0.98));
     }
     Ok(())
 }

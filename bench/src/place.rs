@@ -23,6 +23,9 @@ pub(crate) struct Places {
     /// The RDMA device
     #[arg(long, value_name = "NAME", env = "PINFOLD_LAB_RDMA_DEVICE")]
     pub(crate) device: String,
+    /// The index of the device's GID by which ib_write_bw connects (RoCE: an IPv4 one; show_gids(8))
+    #[arg(long, value_name = "INDEX", default_value = "1")]
+    pub(crate) gid_index: u8,
     /// Where the compiled peers are, of bench/peers
     #[arg(long, value_name = "FOLDER")]
     pub(crate) peers: PathBuf,
