@@ -19,7 +19,7 @@ mod turns;
 
 use std::num::NonZeroUsize;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 
 use pinfold_verbs::Device;
@@ -127,7 +127,8 @@ fn main() -> Result<()> {
     eprintln!("{}", report::heading());
     for name in Name::value_variants() {
         if names.is_empty() || names.contains(name) {
-            name.run(&mut run)?;
+            name.run(&mut run)
+                .with_context(|| format!("pinfoldd said:\n{}", storage.last_words()))?;
         }
     }
     println!("{}", serde_json::to_string_pretty(&Report::new(head, run.rows))?);

@@ -11,6 +11,9 @@ use crate::peer::Peer;
 /// What the export is called.
 pub(crate) const EXPORT: &str = "bench";
 
+/// Of the daemon's log, where something goes wrong.
+const LAST_LINES: usize = 20;
+
 /// Where things are.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Places {
@@ -37,6 +40,7 @@ pub(crate) struct Storage {
     pub(crate) places: Places,
     url: String,
     daemon: Peer,
+    log: tempfile::NamedTempFile,
     folder: tempfile::TempDir,
 }
 
@@ -55,7 +59,7 @@ impl Storage {
         let url = daemon
             .hear("pinfoldd: listening on")
             .with_context(|| std::fs::read_to_string(log.path()).unwrap_or_default())?;
-        Ok(Self { places: places.clone(), url, daemon, folder })
+        Ok(Self { places: places.clone(), url, daemon, log, folder })
     }
 
     /// A new session with it.
@@ -89,6 +93,13 @@ impl Storage {
         std::fs::write(&path, vec![0; bytes]).with_context(failed)?;
         std::fs::File::open(&path).and_then(|file| file.sync_all()).with_context(failed)?;
         Ok(path)
+    }
+
+    /// The end of what the daemon has logged.
+    pub(crate) fn last_words(&self) -> String {
+        let log = std::fs::read_to_string(self.log.path()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 
     /// The process id of the daemon.

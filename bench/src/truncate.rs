@@ -19,12 +19,6 @@ use crate::turns::alternate;
 
 const PAGE: u64 = 4096;
 
-/// Each round makes all pins anew.
-const ROUNDS_MAX: usize = 41;
-
-/// Pins that may be made in all rounds of a row, as each takes milliseconds.
-const PINS_MAX: usize = 16_384;
-
 const NAME: &str = "truncated";
 
 const SETTING: &str = "/proc/sys/fs/lease-break-time";
@@ -51,12 +45,12 @@ struct Theirs {
 /// With clients that drain, and without.
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let mut sides = (Ours::start(run.storage)?, Theirs::start(run.storage)?);
-    for pins in run.pick(&[0, 1, 64, 4096], &[0, 1, 64]) {
-        waits(run, &mut sides, "truncate_wait_with_drain", Goal::None, *pins)?;
+    for pins in [0, 1, 64] {
+        waits(run, &mut sides, "truncate_wait_with_drain", Goal::None, pins)?;
     }
     let _at_once = BreakTime::set(NO_TIME)?;
-    for pins in run.pick(&[1, 64, 4096], &[1, 64]) {
-        waits(run, &mut sides, "truncate_wait", Goal::AtMost(2.0), *pins)?;
+    for pins in [1, 64] {
+        waits(run, &mut sides, "truncate_wait", Goal::AtMost(2.0), pins)?;
     }
     Ok(())
 }
@@ -68,9 +62,8 @@ fn waits(
     goal: Goal,
     pins: u64,
 ) -> Result<()> {
-    let rounds = run.rounds.min(ROUNDS_MAX).min(PINS_MAX / pins.max(1) as usize);
     let ms = |took: Duration| took.as_secs_f64() * 1e3;
-    let pairs = alternate(rounds, || ours.time(pins).map(ms), || theirs.time(pins).map(ms))?;
+    let pairs = alternate(run.rounds, || ours.time(pins).map(ms), || theirs.time(pins).map(ms))?;
     let peer = "C: holds as many regions, one mprotect, lets go";
     run.add(format!("{name}/{pins}"), peer, "ms", &pairs, goal);
     Ok(())

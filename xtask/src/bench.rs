@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::vm::{self, End, Job, Options};
-use crate::{cargo, paths, setup};
+use crate::{cargo, paths, plot, setup};
 
 /// A full run takes some ten minutes; an emulated and busy machine more.
 const LIMIT: Duration = Duration::from_secs(3600);
@@ -31,7 +31,7 @@ pub(crate) struct Wishes {
     rounds: Option<u32>,
 }
 
-/// Builds, measures in a guest, and writes the JSON down: of all that there is to
+/// Builds, measures in a guest, and writes the JSON down, with a picture of it: of all that there is to
 /// `docs/performance/`, of a part or a quick run to `target/bench/`.
 pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<End> {
     setup::require_bench()?;
@@ -51,8 +51,12 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<End> {
     if matches!(end, End::Exit(0)) {
         let json: Vec<u8> = printed.try_iter().flatten().collect();
         let path = result_path(wishes)?;
-        fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))?;
-        eprintln!("written to {}", path.display());
+        let results = serde_json::from_slice(&json).context("the bench printed no JSON")?;
+        let picture = plot::svg(&results)?.into_bytes();
+        for (path, text) in [(path.with_extension("svg"), picture), (path, json)] {
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            eprintln!("written to {}", path.display());
+        }
     }
     Ok(end)
 }

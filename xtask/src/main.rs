@@ -14,6 +14,7 @@ mod libtest;
 mod mirror;
 mod mounts;
 mod paths;
+mod plot;
 mod qemu;
 mod setup;
 mod signals;
