@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use crate::vm::{self, End, Job, Options};
 use crate::{cargo, paths, plot, setup};
 
-/// A full run takes some ten minutes; an emulated and busy machine more.
+/// A full run takes a quarter of an hour; an emulated and busy machine more.
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// C programs of `bench/peers`.
@@ -23,7 +23,7 @@ const PEERS: [&str; 2] = ["guards", "one_sided"];
 pub(crate) struct Wishes {
     /// What to measure, as `pinfold-bench --help` names it; all, if nothing is named
     names: Vec<OsString>,
-    /// Fewer sizes and rounds: less than three minutes
+    /// Fewer sizes and rounds: a few minutes
     #[arg(long)]
     quick: bool,
     /// How often each is measured, in turns
