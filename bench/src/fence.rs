@@ -2,7 +2,6 @@
 //! deregistering each. With pinned pages, where nothing else is a fence: one after the other against
 //! side by side.
 
-use std::num::NonZeroUsize;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,127 +9,68 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use pinfold_leases::{Create, Export, Guard, Mapping, RelativePath, Watcher};
 use pinfold_verbs::{Access, Device, Memory, MemoryRegion, ProtectionDomain};
-use serde::Serialize;
 
-use crate::Places;
-use crate::sample::Sample;
+use crate::Run;
+use crate::place::Places;
+use crate::report::Goal;
+use crate::turns::alternate;
 
 const PAGE: usize = 4096;
 
-/// What is to be measured.
-#[derive(clap::Args, Clone, Debug)]
-pub(crate) struct Wishes {
-    #[command(flatten)]
-    places: Places,
-    /// Regions of a page each
-    #[arg(long, default_value = "4096")]
-    regions: NonZeroUsize,
-    /// How often each is measured, in turns
-    #[arg(long, default_value = "9")]
-    rounds: NonZeroUsize,
-    /// Threads that deregister side by side
-    #[arg(long, default_value = "16")]
-    threads: NonZeroUsize,
-}
+/// Regions of a page each.
+const REGIONS: usize = 4096;
 
-/// What came of it.
-#[derive(Debug, Serialize)]
-struct Report {
-    bench: &'static str,
-    kernel: String,
-    device: String,
-    regions: usize,
-    threads: usize,
-    /// mprotect(2) over the mapping of an fs-DAX file.
-    fence_in_one_call: Sample,
-    /// The same regions, `ibv_dereg_mr(3)` one after the other.
-    deregister_on_demand: Sample,
-    /// Pinned regions of a file on tmpfs, one after the other.
-    deregister_pinned: Sample,
-    /// The same by several threads.
-    deregister_pinned_side_by_side: Sample,
-    /// How many times as long deregistering takes as the fence in one call.
-    deregister_to_fence: f64,
-    /// How many times as long one thread takes as several.
-    one_thread_to_several: f64,
-}
+/// Threads that deregister side by side.
+const THREADS: usize = 16;
 
-/// Measures, and prints.
-pub(crate) fn run(wishes: &Wishes) -> Result<()> {
-    let bench = Bench::new(wishes)?;
-    let mut report = bench.empty_report();
-    // In turns, so that what changes meanwhile concerns all alike.
-    for _ in 0..wishes.rounds.get() {
-        report.fence_in_one_call.add(bench.fence_in_one_call()?);
-        report.deregister_on_demand.add(bench.deregister_on_demand()?);
-        report.deregister_pinned.add(bench.deregister_pinned(1)?);
-        report.deregister_pinned_side_by_side.add(bench.deregister_pinned(wishes.threads.get())?);
-    }
-    report.deregister_to_fence = report.deregister_on_demand.ratio_to(&report.fence_in_one_call);
-    report.one_thread_to_several =
-        report.deregister_pinned.ratio_to(&report.deregister_pinned_side_by_side);
-    report.show();
-    println!("{}", serde_json::to_string_pretty(&report)?);
+/// Each round registers thousands of regions, and what is compared differs by factors.
+const ROUNDS_MAX: usize = 9;
+
+/// Fence and deregistration.
+pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
+    let bench = Bench::new(&run.storage.places)?;
+    let rounds = run.rounds.min(ROUNDS_MAX);
+    let ms = |took: Duration| took.as_secs_f64() * 1e3;
+    let pairs = alternate(
+        rounds,
+        || bench.fence_in_one_call().map(ms),
+        || bench.deregister_on_demand().map(ms),
+    )?;
+    let peer = "ibv_dereg_mr of each of the same regions";
+    run.add(format!("fence/{REGIONS}"), peer, "ms", &pairs, Goal::AtMost(0.1));
+    let pairs = alternate(
+        rounds,
+        || bench.deregister_pinned(THREADS).map(ms),
+        || bench.deregister_pinned(1).map(ms),
+    )?;
+    let name = format!("deregister_pinned_by_{THREADS}_threads/{REGIONS}");
+    run.add(name, "ibv_dereg_mr by one thread", "ms", &pairs, Goal::None);
     Ok(())
 }
 
-impl Report {
-    fn show(&self) {
-        eprintln!("{} regions of a page each, {} on {}", self.regions, self.device, self.kernel);
-        eprintln!("  on demand: fence in one call      {}", self.fence_in_one_call.summary());
-        eprintln!("             deregister each        {}", self.deregister_on_demand.summary());
-        eprintln!("             {:.1} times as long", self.deregister_to_fence);
-        eprintln!("  pinned:    deregister each        {}", self.deregister_pinned.summary());
-        let several = self.deregister_pinned_side_by_side.summary();
-        eprintln!("             by {:2} threads          {several}", self.threads);
-        eprintln!("             {:.1} times as fast", self.one_thread_to_several);
-    }
-}
-
-struct Bench<'a> {
-    wishes: &'a Wishes,
-    device: Device,
+struct Bench {
     domain: ProtectionDomain,
     watcher: Watcher,
     dax: tempfile::TempDir,
     tmpfs: tempfile::TempDir,
 }
 
-impl<'a> Bench<'a> {
-    fn new(wishes: &'a Wishes) -> Result<Self> {
-        let places = &wishes.places;
+impl Bench {
+    fn new(places: &Places) -> Result<Self> {
         let folder = |place: &Path| {
             tempfile::tempdir_in(place).with_context(|| format!("no folder in {}", place.display()))
         };
-        let device = Device::open(&places.device)?;
-        let domain = ProtectionDomain::new(&device)?;
+        let domain = ProtectionDomain::new(&Device::open(&places.device)?)?;
         let (watcher, _) = Watcher::start()?;
         let (dax, tmpfs) = (folder(&places.dax)?, folder(&places.tmpfs)?);
-        Ok(Self { wishes, device, domain, watcher, dax, tmpfs })
-    }
-
-    fn empty_report(&self) -> Report {
-        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        Report {
-            bench: "fence",
-            kernel: kernel.trim().to_owned(),
-            device: self.device.name().to_owned(),
-            regions: self.wishes.regions.get(),
-            threads: self.wishes.threads.get(),
-            fence_in_one_call: Sample::default(),
-            deregister_on_demand: Sample::default(),
-            deregister_pinned: Sample::default(),
-            deregister_pinned_side_by_side: Sample::default(),
-            deregister_to_fence: 0.0,
-            one_thread_to_several: 0.0,
-        }
+        Ok(Self { domain, watcher, dax, tmpfs })
     }
 
     /// A new file, mapped and populated.
     fn map(&self, folder: &Path) -> Result<(Guard, Mapping)> {
         let export = Export::open(folder)?;
         let path = RelativePath::parse("file")?;
-        let size = self.len() as u64;
+        let size = (REGIONS * PAGE) as u64;
         let file = export.create(&path, &Create { size, mode: 0o600, dax: false })?;
         // Nobody else knows it, and a guard would be in the way of its removal.
         let (guard, mapping) = file.unguarded(&self.watcher)?.map(size)?;
@@ -139,16 +79,12 @@ impl<'a> Bench<'a> {
         Ok((guard, mapping))
     }
 
-    fn len(&self) -> usize {
-        self.wishes.regions.get() * PAGE
-    }
-
     /// A region for each page.
     fn register<M: Memory>(
         &self,
         one: impl Fn(std::ops::Range<usize>) -> Result<MemoryRegion<M>>,
     ) -> Result<Vec<MemoryRegion<M>>> {
-        (0..self.wishes.regions.get()).map(|page| one(page * PAGE..(page + 1) * PAGE)).collect()
+        (0..REGIONS).map(|page| one(page * PAGE..(page + 1) * PAGE)).collect()
     }
 
     fn fence_in_one_call(&self) -> Result<Duration> {

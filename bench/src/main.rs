@@ -4,45 +4,133 @@
 #![forbid(unsafe_code)]
 
 mod fence;
-mod sample;
+mod guard;
+mod one_sided;
+mod peer;
+mod perftest;
+mod pins;
+mod place;
+mod plain;
+mod report;
+mod statistics;
+mod stream;
+mod truncate;
+mod turns;
 
-use std::path::PathBuf;
+use std::num::NonZeroUsize;
 
-use anyhow::Result;
-use clap::{Parser, Subcommand};
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+
+use pinfold_verbs::Device;
+use place::{Places, Storage};
+use report::{Goal, Head, Report, Row};
+use statistics::Pairs;
+
+/// Rounds of each measurement, and of a quick run.
+const ROUNDS: usize = 31;
+const QUICK_ROUNDS: usize = 11;
 
 /// Measures Pinfold beside what it is to be compared with.
 #[derive(Parser)]
-#[command(bin_name = "pinfold-bench")]
+#[command(
+    bin_name = "pinfold-bench",
+    after_help = "Example:\n  pinfold-bench --dax /mnt/pmem0 --device mlx5_0 --peers target/bench/peers one-sided"
+)]
 struct Cli {
-    #[command(subcommand)]
-    bench: Bench,
+    #[command(flatten)]
+    places: Places,
+    /// What to measure; all, if nothing is named
+    #[arg(value_enum)]
+    names: Vec<Name>,
+    /// Fewer sizes and rounds
+    #[arg(long)]
+    quick: bool,
+    /// How often each is measured, in turns
+    #[arg(long)]
+    rounds: Option<NonZeroUsize>,
+    /// What is measured, for the report's head
+    #[arg(long, value_name = "COMMIT", default_value = "unknown")]
+    commit: String,
 }
 
-#[derive(Subcommand)]
-enum Bench {
-    /// The fence in one call against deregistering the same regions, one after the other and side by
-    /// side
-    #[command(after_help = "Example:\n  pinfold-bench fence --dax /mnt/pmem0 --regions 4096")]
-    Fence(fence::Wishes),
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum Name {
+    /// Bandwidth and latency of one-sided writes and reads, beside C on libibverbs
+    OneSided,
+    /// The stream path, beside a plain gRPC stream
+    Stream,
+    /// A guard taken and let go, beside C on fcntl(2)
+    Guard,
+    /// A pin taken and given back, beside C and empty calls
+    Pin,
+    /// How long a truncate waits, beside a lease holder in C (sets fs.lease-break-time for a moment)
+    Truncate,
+    /// The fence in one call, beside deregistering the same regions
+    Fence,
+    /// A pin where there are many pins and sessions, beside one where there are none
+    Scale,
 }
 
-/// Where things are.
-#[derive(clap::Args, Clone, Debug)]
-struct Places {
-    /// A folder on an fs-DAX file system
-    #[arg(long, value_name = "FOLDER", env = "PINFOLD_LAB_EXT4")]
-    dax: PathBuf,
-    /// A folder on tmpfs
-    #[arg(long, value_name = "FOLDER", default_value = "/dev/shm")]
-    tmpfs: PathBuf,
-    /// The RDMA device
-    #[arg(long, value_name = "NAME", env = "PINFOLD_LAB_RDMA_DEVICE")]
-    device: String,
+/// A run at work.
+pub(crate) struct Run<'a> {
+    pub(crate) storage: &'a Storage,
+    pub(crate) rounds: usize,
+    quick: bool,
+    rows: Vec<Row>,
+}
+
+impl Run<'_> {
+    /// The second if the run is to be quick.
+    pub(crate) fn pick<'b, T>(&self, full: &'b [T], quick: &'b [T]) -> &'b [T] {
+        if self.quick { quick } else { full }
+    }
+
+    /// Notes a measurement, and shows it.
+    pub(crate) fn add(
+        &mut self,
+        name: String,
+        peer: &'static str,
+        unit: &'static str,
+        pairs: &Pairs,
+        goal: Goal,
+    ) {
+        let Some(row) = Row::new(name, peer, unit, pairs, goal) else { return };
+        eprintln!("{}", row.line());
+        self.rows.push(row);
+    }
+}
+
+impl Name {
+    fn run(self, run: &mut Run<'_>) -> Result<()> {
+        match self {
+            Self::OneSided => one_sided::run(run),
+            Self::Stream => stream::run(run),
+            Self::Guard => guard::run(run),
+            Self::Pin => pins::run_alone(run),
+            Self::Truncate => truncate::run(run),
+            Self::Fence => fence::run(run),
+            Self::Scale => pins::run_many(run),
+        }
+    }
 }
 
 fn main() -> Result<()> {
-    match Cli::parse().bench {
-        Bench::Fence(wishes) => fence::run(&wishes),
+    let Cli { places, names, quick, rounds, commit } = Cli::parse();
+    let device = Device::open(&places.device)?;
+    let head = Head::new(&device, commit, quick);
+    drop(device);
+    let storage = Storage::start(&places)?;
+    let default = if quick { QUICK_ROUNDS } else { ROUNDS };
+    let rounds = rounds.map_or(default, NonZeroUsize::get);
+    let mut run = Run { storage: &storage, rounds, quick, rows: Vec::new() };
+    eprintln!("{}", report::heading());
+    for name in Name::value_variants() {
+        if names.is_empty() || names.contains(name) {
+            name.run(&mut run)
+                .with_context(|| format!("pinfoldd said:\n{}", storage.last_words()))?;
+        }
     }
+    println!("{}", serde_json::to_string_pretty(&Report::new(head, run.rows))?);
+    Ok(())
 }

@@ -1,32 +1,98 @@
-//! `bench`: measures in the lab, and keeps what was measured.
+//! `bench`: measures in the lab, beside peers that are compiled for it, and keeps what was measured.
 
 use std::ffi::OsString;
 use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::vm::{self, End, Job, Options};
-use crate::{cargo, paths};
+use crate::{cargo, paths, plot, setup};
 
-/// The fence's bench takes half a minute; an emulated and busy machine more.
-const LIMIT: Duration = Duration::from_secs(600);
+/// A full run takes a quarter of an hour; an emulated and busy machine more.
+const LIMIT: Duration = Duration::from_secs(3600);
 
-/// Builds, runs a bench in a guest, and writes its JSON to `target/bench/`.
-pub(crate) fn run(options: &Options, bench: &str, arguments: &[OsString]) -> Result<End> {
-    let programs = cargo::programs()?;
-    let program = programs.join("pinfold-bench").into_os_string();
-    let argv = [program, bench.into()].into_iter().chain(arguments.iter().cloned()).collect();
+/// C programs of `bench/peers`.
+const PEERS: [&str; 2] = ["guards", "one_sided"];
+
+/// What is to be measured.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Wishes {
+    /// What to measure, as `pinfold-bench --help` names it; all, if nothing is named
+    names: Vec<OsString>,
+    /// Fewer sizes and rounds: a few minutes
+    #[arg(long)]
+    quick: bool,
+    /// How often each is measured, in turns
+    #[arg(long)]
+    rounds: Option<u32>,
+}
+
+/// Builds, measures in a guest, and writes the JSON down, with a picture of it: of all that there is to
+/// `docs/performance/`, of a part or a quick run to `target/bench/`.
+pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<End> {
+    setup::require_bench()?;
+    let program = cargo::bench_programs()?.join("pinfold-bench").into_os_string();
+    let peers = compile_peers()?;
+    let mut argv =
+        vec![program, "--peers".into(), peers.into(), "--commit".into(), commit()?.into()];
+    if wishes.quick {
+        argv.push("--quick".into());
+    }
+    if let Some(rounds) = wishes.rounds {
+        argv.push(format!("--rounds={rounds}").into());
+    }
+    argv.extend(wishes.names.iter().cloned());
     let (output, printed) = mpsc::channel();
     let end = vm::run(options, &Job::Run(argv, LIMIT), &Some(output))?;
     if matches!(end, End::Exit(0)) {
         let json: Vec<u8> = printed.try_iter().flatten().collect();
-        let folder = paths::target_dir()?.join("bench");
-        fs::create_dir_all(&folder)?;
-        let path = folder.join(bench).with_extension("json");
-        fs::write(&path, json).with_context(|| format!("cannot write {}", path.display()))?;
-        eprintln!("written to {}", path.display());
+        let path = result_path(wishes)?;
+        let results = serde_json::from_slice(&json).context("the bench printed no JSON")?;
+        let picture = plot::svg(&results)?.into_bytes();
+        for (path, text) in [(path.with_extension("svg"), picture), (path, json)] {
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            eprintln!("written to {}", path.display());
+        }
     }
     Ok(end)
+}
+
+fn result_path(wishes: &Wishes) -> Result<PathBuf> {
+    let whole = wishes.names.is_empty() && !wishes.quick && wishes.rounds.is_none();
+    let folder = match whole {
+        true => paths::root().join("docs/performance"),
+        false => folder()?,
+    };
+    fs::create_dir_all(&folder)?;
+    Ok(folder.join("results.json"))
+}
+
+/// The same compiler and as much optimisation as ours.
+fn compile_peers() -> Result<PathBuf> {
+    let folder = folder()?.join("peers");
+    fs::create_dir_all(&folder)?;
+    for peer in PEERS {
+        let source = paths::root().join("bench/peers").join(peer).with_extension("c");
+        let mut command = Command::new("cc");
+        command.args(["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-o"]);
+        command.arg(folder.join(peer)).arg(&source).arg("-libverbs");
+        let status = command.status().context("cc did not start")?;
+        ensure!(status.success(), "cc cannot compile {}: {status}", source.display());
+    }
+    Ok(folder)
+}
+
+fn folder() -> Result<PathBuf> {
+    Ok(paths::target_dir()?.join("bench"))
+}
+
+/// With a mark where the tree has what no commit has.
+fn commit() -> Result<String> {
+    let commit = paths::git(&["rev-parse", "--short=12", "HEAD"])?;
+    let changed = !paths::git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    Ok(if changed { format!("{commit}, changed") } else { commit })
 }

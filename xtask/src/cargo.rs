@@ -64,6 +64,24 @@ pub(crate) fn programs() -> Result<PathBuf> {
     Ok(paths::target_dir()?.join("debug"))
 }
 
+/// Builds what is measured as it is shipped, optimised; gives its folder.
+pub(crate) fn bench_programs() -> Result<PathBuf> {
+    run(
+        &[
+            "build",
+            "--release",
+            "--bins",
+            "--locked",
+            "-p",
+            "pinfold-bench",
+            "-p",
+            "pinfold-server",
+        ],
+        &[],
+    )?;
+    Ok(paths::target_dir()?.join("release"))
+}
+
 /// Builds a `pinfoldd` that makes mistakes on purpose, and puts it aside, into a folder of its own,
 /// which is returned. What [`programs`] builds must be built after that.
 pub(crate) fn mutants() -> Result<PathBuf> {

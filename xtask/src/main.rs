@@ -14,6 +14,7 @@ mod libtest;
 mod mirror;
 mod mounts;
 mod paths;
+mod plot;
 mod qemu;
 mod setup;
 mod signals;
@@ -90,9 +91,15 @@ enum Task {
         #[command(flatten)]
         options: vm::Options,
     },
-    /// Measure in the lab, side by side with what it is compared with; JSON goes to target/bench
-    #[command(subcommand)]
-    Bench(BenchTask),
+    /// Measure in the lab, side by side with what it is compared with; a full run's JSON goes to
+    /// docs/performance, any other's to target/bench
+    #[command(after_help = "Example:\n  cargo xtask bench --quick one-sided")]
+    Bench {
+        #[command(flatten)]
+        options: vm::Options,
+        #[command(flatten)]
+        wishes: bench::Wishes,
+    },
     /// Run the hazard table on every kernel, and write it down in docs/
     #[command(after_help = "Example:\n  cargo xtask hazards && git diff docs")]
     Hazards {
@@ -105,19 +112,6 @@ enum Task {
     /// The lab: a Debian kernel under QEMU with two DAX file systems and a soft NIC
     #[command(subcommand)]
     Vm(VmTask),
-}
-
-#[derive(Subcommand)]
-enum BenchTask {
-    /// The fence in one call against deregistering the same regions
-    #[command(after_help = "Example:\n  cargo xtask bench fence -- --regions 16384")]
-    Fence {
-        #[command(flatten)]
-        options: vm::Options,
-        /// What `pinfold-bench fence` takes
-        #[arg(last = true, value_name = "ARGUMENT")]
-        arguments: Vec<OsString>,
-    },
 }
 
 #[derive(Subcommand)]
@@ -216,9 +210,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Docs => steps::docs().map(|()| 0),
         Task::Demo { options } => Ok(status(&demo::run(&options)?)),
         Task::DemoLocal => demo::run_local(),
-        Task::Bench(BenchTask::Fence { options, arguments }) => {
-            Ok(status(&bench::run(&options, "fence", &arguments)?))
-        }
+        Task::Bench { options, wishes } => Ok(status(&bench::run(&options, &wishes)?)),
         Task::Hazards { only_table: true, .. } => hazards::write_table().map(|()| 0),
         Task::Hazards { options, .. } => hazards::run(&options, steps::LAB_LIMIT).map(|()| 0),
         Task::Try { options } => {

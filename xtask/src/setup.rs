@@ -66,6 +66,17 @@ const LAB: [Need; 16] = [
     need("debootstrap", "its default mirror", Sign::Mirror),
 ];
 
+/// What bench/peers is compiled against, and what else stands beside us.
+const BENCH: [Need; 3] = [
+    need("gcc", "the bench's peers", Sign::Program("cc")),
+    need(
+        "libibverbs-dev",
+        "the bench's peers",
+        Sign::File(&["/usr/include/infiniband"], "verbs.h"),
+    ),
+    need("perftest", "ib_write_bw", Sign::Program("ib_write_bw")),
+];
+
 const fn need(package: &'static str, purpose: &'static str, sign: Sign) -> Need {
     Need { package, purpose, sign }
 }
@@ -84,7 +95,7 @@ impl Need {
 /// `cargo xtask setup`: installs what is missing, where we may.
 pub(crate) fn run(yes: bool) -> Result<()> {
     ensure!(cfg!(target_arch = "x86_64"), "the lab's kernels are for x86_64 machines only");
-    install(missing(BUILD.iter().chain(&LAB)), yes)
+    install(missing(BUILD.iter().chain(&LAB).chain(&BENCH)), yes)
 }
 
 /// The same without the lab.
@@ -114,14 +125,22 @@ fn install(missing: Vec<&Need>, yes: bool) -> Result<()> {
 
 /// Fails with all that the lab misses here, and the one command that brings it.
 pub(crate) fn require_lab() -> Result<()> {
-    let missing = missing(LAB.iter());
+    require("lab", missing(LAB.iter()))
+}
+
+/// The same for what is measured there.
+pub(crate) fn require_bench() -> Result<()> {
+    require("bench", missing(BENCH.iter()))
+}
+
+fn require(what: &str, missing: Vec<&Need>) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
     let names: Vec<_> =
         missing.iter().map(|need| format!("{} ({})", need.package, need.purpose)).collect();
     let prefix = administrator().unwrap_or_default();
-    bail!("the lab misses {}; run\n  {}", names.join(", "), install_line(prefix, &missing))
+    bail!("the {what} misses {}; run\n  {}", names.join(", "), install_line(prefix, &missing))
 }
 
 fn missing<'a>(needs: impl Iterator<Item = &'a Need>) -> Vec<&'a Need> {
