@@ -33,6 +33,10 @@ const FINDINGS: usize = 4;
 const ENOUGH: usize = 8;
 /// … and for how long, since clients may be stopped.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How often it is looked whether the machine runs at all, …
+const TICK: Duration = Duration::from_millis(50);
+/// … and a look that comes so late says that it does not: then the server had no time either.
+const STILL: Duration = Duration::from_millis(500);
 /// Far beyond anything that works: only a hang reaches it.
 const DEADLINE: Duration = Duration::from_secs(90);
 
@@ -63,7 +67,7 @@ pub struct Rig {
     counts: Mutex<BTreeMap<String, u64>>,
     latencies: Mutex<Vec<u64>>,
     findings: Mutex<Vec<Finding>>,
-    /// When the server was stopped.
+    /// When the server was stopped, or the machine stood still.
     stops: Mutex<Vec<(Instant, Instant)>>,
     mutant: Option<String>,
     /// The mutant, unless it is the one without a mistake.
@@ -164,6 +168,8 @@ impl Rig {
             .collect();
         let (rig, accidents) = (Arc::clone(self), Arc::clone(&crowd));
         threads.push(spawn("accidents".to_owned(), move || accidents.suffer(&rig)));
+        let rig = Arc::clone(self);
+        threads.push(spawn("clock".to_owned(), move || rig.watch_the_clock()));
         self.pause(self.order.time);
         self.end();
         let finished = self.join(threads);
@@ -228,6 +234,21 @@ impl Rig {
         *server = next.among_clients(&server.footprint);
     }
 
+    /// Notes when nobody gets any time, as when the host of this guest has more to do than it can.
+    fn watch_the_clock(&self) {
+        loop {
+            let from = Instant::now();
+            let goes_on = self.pause(TICK);
+            if from.elapsed() > TICK + STILL {
+                self.count("times that the machine stood still", 1);
+                self.stops.lock().unwrap().push((from, Instant::now()));
+            }
+            if !goes_on {
+                return;
+            }
+        }
+    }
+
     /// Stops the daemon for a while.
     pub fn stop_server(&self, time: Duration) {
         let server = self.server.lock().unwrap();
@@ -262,7 +283,9 @@ impl Rig {
         let excused = self.stops.lock().unwrap().iter().any(|stop| stop.0 <= at && since <= stop.1);
         match record["break_pending_at_release"].as_bool() {
             Some(true) => {}
-            _ if excused => self.count("breaks that the kernel's timer ended, in a stop", 1),
+            _ if excused => {
+                self.count("breaks that the kernel's timer ended, in a stop or standstill", 1)
+            }
             _ => self.found("timer", format!("the kernel let somebody through: {record}")),
         }
     }
