@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use rustix::fs::FallocateFlags;
 
 use crate::dax_device::DaxDevice;
+use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::export::{Attributes, Root, denied_or_failed, write_zeroes};
 use crate::lock::RangeLocks;
@@ -101,7 +102,7 @@ fn file_system_of(fd: BorrowedFd<'_>, path: &Path) -> Result<i64> {
         path: path.to_owned(),
         source: e.into(),
     };
-    Ok(rustix::fs::fstatfs(fd).map_err(failed)?.f_type)
+    Ok(pass("fstatfs").and_then(|()| rustix::fs::fstatfs(fd)).map_err(failed)?.f_type)
 }
 
 /// An open file description (open(2)), for reading and writing. A guard is granted only while it is
@@ -227,7 +228,8 @@ impl Description {
         self.demand_file()?;
         let old = self.size()?;
         if size < old {
-            rustix::fs::ftruncate(self.fd(), size)
+            pass("ftruncate")
+                .and_then(|()| rustix::fs::ftruncate(self.fd(), size))
                 .map_err(|e| denied_or_failed(e.into(), "ftruncate", self.path()))?;
         }
         if size > old
@@ -255,11 +257,14 @@ impl Description {
     fn extend(&self, old: u64, size: u64) -> Result<()> {
         #[cfg(feature = "mutants")]
         if crate::mutant::syncs_nothing() {
-            return rustix::fs::ftruncate(self.fd(), size)
+            return pass("ftruncate")
+                .and_then(|()| rustix::fs::ftruncate(self.fd(), size))
                 .map_err(|e| self.failed("ftruncate", e.into()));
         }
         // Allocating in one go gives contiguous extents, and says at once if there is no room.
-        match rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old) {
+        match pass("fallocate").and_then(|()| {
+            rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old)
+        }) {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
             Err(e) => return Err(self.no_space(size - old, "fallocate", e.into())),
         }
@@ -285,19 +290,22 @@ impl Description {
         if self.device().is_some() {
             return Ok(());
         }
-        rustix::fs::fsync(self.fd()).map_err(|e| self.failed("fsync", e.into()))
+        pass("fsync")
+            .and_then(|()| rustix::fs::fsync(self.fd()))
+            .map_err(|e| self.failed("fsync", e.into()))
     }
 
     /// Writes all of `data` at `offset` (pwrite(2)), through the kernel, so that nothing can fault.
     /// A device takes no pwrite(2): [`Mapping::write_at`](crate::Mapping::write_at). Breaks no guard. The caller keeps within the file's size, which this would change.
     pub fn write_at(&self, mut data: &[u8], mut offset: u64) -> Result<()> {
         while !data.is_empty() {
-            let written = match rustix::io::pwrite(self.fd(), data, offset) {
-                Err(rustix::io::Errno::INTR) => continue,
-                written => {
-                    written.map_err(|e| self.no_space(data.len() as u64, "pwrite", e.into()))?
-                }
-            };
+            let written =
+                match pass("pwrite").and_then(|()| rustix::io::pwrite(self.fd(), data, offset)) {
+                    Err(rustix::io::Errno::INTR) => continue,
+                    written => {
+                        written.map_err(|e| self.no_space(data.len() as u64, "pwrite", e.into()))?
+                    }
+                };
             data = &data[written..];
             offset += written as u64;
         }
@@ -307,7 +315,9 @@ impl Description {
     /// Fills `data` from `offset` (pread(2)). Fails with `UnexpectedEof` past the file's end.
     pub fn read_at(&self, mut data: &mut [u8], mut offset: u64) -> Result<()> {
         while !data.is_empty() {
-            let read = match rustix::io::pread(self.fd(), &mut *data, offset) {
+            let read = match pass("pread")
+                .and_then(|()| rustix::io::pread(self.fd(), &mut *data, offset))
+            {
                 Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
                 Err(rustix::io::Errno::INTR) => continue,
                 read => read.map_err(Into::into),
@@ -329,7 +339,8 @@ impl Description {
         let old = self.size()?;
         for flags in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
             if size > old {
-                rustix::fs::fallocate(self.fd(), flags, old, size - old)
+                pass("fallocate")
+                    .and_then(|()| rustix::fs::fallocate(self.fd(), flags, old, size - old))
                     .map_err(|e| self.no_space(size - old, "fallocate", e.into()))?;
             }
         }

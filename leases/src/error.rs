@@ -228,10 +228,12 @@ pub enum Error {
         source: io::Error,
     },
     /// A system call on a mapping failed.
-    #[error("{call} failed on a mapping of {len} bytes")]
+    #[error("{call} failed on {len} bytes of a mapping of {}", path.display())]
     Memory {
         /// The system call.
         call: &'static str,
+        /// The file.
+        path: PathBuf,
         /// Length of the range.
         len: usize,
         /// The kernel's word.

@@ -13,7 +13,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes,
 
 use crate::dax_device;
 use crate::description::{Description, FileIdentity, MappingKind, kind_of, on_hugetlbfs};
+use crate::door::pass;
 use crate::error::{Error, Result};
+use crate::mapping::unmap_what_is_left;
 
 /// How much is zeroed with one write.
 const ZEROES: usize = 1 << 20;
@@ -105,6 +107,7 @@ pub struct Leftovers(Weak<()>);
 impl Leftovers {
     /// Whether nothing of the export is open or mapped by this process any more.
     pub fn are_gone(&self) -> bool {
+        unmap_what_is_left();
         self.0.strong_count() == 0
     }
 }
@@ -127,7 +130,8 @@ impl Export {
     pub fn open(path: &Path) -> Result<Self> {
         let failed =
             |e: rustix::io::Errno| Error::Export { path: path.to_owned(), source: e.into() };
-        let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        let fd = pass("open")
+            .and_then(|()| rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))
             .map_err(failed)?;
         let root = Arc::new(Root { fd, held: Arc::default() });
         let device = match Attributes::of(root.fd.as_fd(), path)?.kind {
@@ -225,9 +229,15 @@ impl Export {
         let name = path.file_name()?;
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let fd = rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(create.mode))
+        let fd = pass("create")
+            .and_then(|()| {
+                rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(create.mode))
+            })
             .map_err(|e| refusal(e.into(), "create", path, &full))?;
-        let made = Attributes::of(fd.as_fd(), &full)?.identity;
+        let identity = || Ok(Attributes::of(fd.as_fd(), &full)?.identity);
+        // If it can't be told which file was made, that is asked once more for the removal alone.
+        let made = identity()
+            .inspect_err(|_| drop(identity().map(|made| remove_if_it_is(made, &folder, name))))?;
         let finish = || {
             let fd = if create.dax { with_dax(fd, made, &folder, name, &full)? } else { fd };
             let file = Description::new(fd, full.clone(), Arc::clone(&self.root))?;
@@ -256,7 +266,10 @@ impl Export {
             move |e: rustix::io::Errno| Error::File { call, path: full, source: e.into() }
         };
         let mut first = FirstNames::of(page);
-        for entry in rustix::fs::Dir::read_from(&folder).map_err(failed("opendir"))? {
+        for entry in pass("opendir")
+            .and_then(|()| rustix::fs::Dir::read_from(&folder))
+            .map_err(failed("opendir"))?
+        {
             let entry = entry.map_err(failed("readdir"))?;
             if entry.file_name() != c"." && entry.file_name() != c".." {
                 first.add(entry.file_name());
@@ -277,7 +290,9 @@ impl Export {
         self.demand_directory()?;
         let full = self.path.join(path.as_path());
         let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
-        rustix::fs::unlinkat(&folder, path.file_name()?, AtFlags::empty())
+        let name = path.file_name()?;
+        pass("unlinkat")
+            .and_then(|()| rustix::fs::unlinkat(&folder, name, AtFlags::empty()))
             .map_err(|e| refusal(e.into(), "remove", path, &full))?;
         sync_folder(&folder, &full)
     }
@@ -293,7 +308,10 @@ impl Export {
             | ResolveFlags::NO_SYMLINKS
             | ResolveFlags::NO_MAGICLINKS
             | ResolveFlags::NO_XDEV;
-        rustix::fs::openat2(self.root(), what, flags | OFlags::CLOEXEC, mode, rules)
+        pass("openat2")
+            .and_then(|()| {
+                rustix::fs::openat2(self.root(), what, flags | OFlags::CLOEXEC, mode, rules)
+            })
             .map_err(|e| refusal(e.into(), "open", asked, &self.path.join(asked.as_path())))
     }
 }
@@ -317,7 +335,8 @@ fn with_dax(
     }
     drop(fd);
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let again = rustix::fs::openat(folder, name, flags, Mode::empty())
+    let again = pass("open")
+        .and_then(|()| rustix::fs::openat(folder, name, flags, Mode::empty()))
         .map_err(|e| denied_or_failed(e.into(), "open", full))?;
     if Attributes::of(again.as_fd(), full)?.identity != made {
         // Somebody has put another file there meanwhile, and that one is not ours to fill.
@@ -340,7 +359,7 @@ fn sync_folder(folder: &OwnedFd, path: &Path) -> Result<()> {
     if crate::mutant::syncs_no_names() {
         return Ok(());
     }
-    rustix::fs::fsync(folder).map_err(|e| Error::File {
+    pass("fsync").and_then(|()| rustix::fs::fsync(folder)).map_err(|e| Error::File {
         call: "fsync of the folder",
         path: path.to_owned(),
         source: e.into(),
@@ -509,7 +528,7 @@ impl Located {
             return Ok(device.clone());
         }
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        match rustix::fs::open(self.link(), flags, Mode::empty()) {
+        match pass("open").and_then(|()| rustix::fs::open(self.link(), flags, Mode::empty())) {
             Ok(fd) => Description::new(fd, self.path.clone(), self.root()),
             Err(rustix::io::Errno::PERM) if self.is_sealed() => {
                 Err(Error::Sealed { path: self.path.clone() })
@@ -552,7 +571,7 @@ impl Attributes {
 
     fn read(fd: BorrowedFd<'_>, name: &std::ffi::CStr, flags: AtFlags) -> rustix::io::Result<Self> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(fd, name, flags, mask)?;
+        let stat = pass("statx").and_then(|()| rustix::fs::statx(fd, name, flags, mask))?;
         let born = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
         let birth_time_ns = match nanoseconds(&stat.stx_btime) {
             Some(nanoseconds) if born => nanoseconds,
@@ -610,7 +629,7 @@ pub(crate) fn write_zeroes(fd: BorrowedFd<'_>, range: std::ops::Range<u64>) -> i
     let mut at = range.start;
     while at < range.end {
         let piece = zeroes.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
-        at += rustix::io::pwrite(fd, &zeroes[..piece], at)? as u64;
+        at += pass("pwrite").and_then(|()| rustix::io::pwrite(fd, &zeroes[..piece], at))? as u64;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::LeaseBreakTime;
 use crate::description::Description;
 use crate::error::{Error, NoOutwait, Result};
-use crate::mapping::{Fenced, Mapping};
+use crate::mapping::{Fenced, Mapping, unmap_what_is_left};
 use crate::openers::{self, OwnKind, OwnLease, openers};
 use crate::seal;
 use crate::sys::{self, LeaseType};
@@ -217,6 +217,8 @@ impl Description {
             return self.unguarded(watcher);
         }
         let watch = watcher.shared();
+        // An old mapping of the file may stand in the way of a guard.
+        unmap_what_is_left();
         self.claim_to_arm()?;
         let tier = self
             .prepare(watch.thread())

@@ -123,8 +123,11 @@
 
 mod dax_device;
 mod description;
+mod door;
 mod error;
 mod export;
+#[cfg(any(test, feature = "mutants"))]
+pub mod fault;
 mod guard;
 mod layout;
 mod lock;

@@ -9,6 +9,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::description::Description;
+use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::export::{Attributes, Export, denied_or_failed};
 use crate::openers::flock_holder;
@@ -89,7 +90,9 @@ impl Description {
 
     fn set_lock(&self, piece: &Range<u64>, kind: Option<LockKind>) -> Result<()> {
         let mut lock = flock(piece, kind);
-        match fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&lock)) {
+        match pass("fcntl(F_OFD_SETLK)")
+            .and_then(|()| fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&lock)))
+        {
             Ok(_) => Ok(()),
             Err(nix::Error::EAGAIN | nix::Error::EACCES) => {
                 let asked = fcntl(self.fd(), FcntlArg::F_OFD_GETLK(&mut lock));
@@ -143,9 +146,12 @@ impl Export {
     pub fn lock(&self) -> Result<ExportLock> {
         let failed = |call| move |e: Errno| denied_or_failed(e.into(), call, self.path());
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let folder = rustix::fs::open(link_of(self.root()), flags, Mode::empty())
+        let folder = pass("open")
+            .and_then(|()| rustix::fs::open(link_of(self.root()), flags, Mode::empty()))
             .map_err(failed("open the export"))?;
-        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        match pass("flock")
+            .and_then(|()| rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive))
+        {
             Ok(()) => Ok(ExportLock { _folder: folder }),
             Err(Errno::WOULDBLOCK) => {
                 let identity = Attributes::of(self.root(), self.path())?.identity;

@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::mman::{MapFlags, MmapAdvise};
 
@@ -52,8 +52,13 @@ unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let unmapped = self.unmap();
-        debug_assert!(unmapped.is_ok(), "munmap of our own whole mapping: {unmapped:?}");
+        #[cfg(feature = "mutants")]
+        if self.unmapped.load(Ordering::SeqCst) {
+            return;
+        }
+        // SAFETY: the mapping is ours, and its last holder is being dropped: every share was given
+        // back, so no hardware uses it either.
+        unsafe { unmap_or_leave(self.address, self.len, Some(&self.description)) };
     }
 }
 
@@ -94,12 +99,11 @@ impl Mapping {
     pub(crate) fn new(description: &Description, guard: GuardId, len: u64) -> Result<Self> {
         let wanted =
             usize::try_from(len).ok().and_then(|len| len.checked_next_multiple_of(HUGE_PAGE));
-        let len = wanted.and_then(NonZeroUsize::new).ok_or(Error::Memory {
-            call: "mmap",
-            len: wanted.unwrap_or(usize::MAX),
-            source: std::io::Error::from_raw_os_error(libc::EINVAL),
+        let len = wanted.and_then(NonZeroUsize::new).ok_or_else(|| {
+            let source = std::io::Error::from_raw_os_error(libc::EINVAL);
+            memory(description, "mmap", wanted.unwrap_or(usize::MAX), source)
         })?;
-        let failed = |call| move |source| Error::Memory { call, len: len.get(), source };
+        let failed = |call| move |source| memory(description, call, len.get(), source);
         let not_mapped = |source: std::io::Error| match source.raw_os_error() {
             // A device without a driver.
             Some(libc::ENXIO) => {
@@ -108,12 +112,8 @@ impl Mapping {
             }
             _ => failed("mmap")(source),
         };
-        // All that a client can make fail is done before addresses are reserved.
-        let map_sync = takes_map_sync(description).map_err(not_mapped)?;
         let view = View::of(description).map_err(not_mapped)?;
-        let address = reserve_aligned(len).map_err(failed("mmap"))?;
-        // On failure the reservation is left alone: it may be another thread's by now.
-        map_file(address, len, map_sync, description).map_err(not_mapped)?;
+        let (address, map_sync) = map_file(len, description).map_err(not_mapped)?;
         let inner = Inner {
             address,
             len: len.get(),
@@ -187,11 +187,7 @@ impl Mapping {
         let piece = self.whole_pages(piece);
         // SAFETY: the range lies inside our own mapping (`checked`), and populating discards nothing.
         unsafe { sys::advise(self.at(piece.start), piece.len(), MmapAdvise::MADV_POPULATE_WRITE) }
-            .map_err(|source| Error::Memory {
-                call: "madvise(MADV_POPULATE_WRITE)",
-                len: piece.len(),
-                source,
-            })
+            .map_err(|e| self.inner.failed("madvise(MADV_POPULATE_WRITE)", &piece, e))
     }
 
     /// Fills `to` with the bytes from `offset` on. Fails with [`Error::AlreadyFenced`] after a fence,
@@ -228,7 +224,7 @@ impl Mapping {
                 self.demand_open()?;
                 Err(self.inner.lost(rest, e))
             }
-            Err(source) => Err(Error::Memory { call: "process_vm_readv", len: rest.len(), source }),
+            Err(e) => Err(self.inner.failed("process_vm_readv", &rest, e)),
             Ok(done) => Ok(done),
         }
     }
@@ -320,20 +316,13 @@ impl Inner {
         unsafe { sys::make_inaccessible(self.address, self.len) }
     }
 
-    #[cfg(not(feature = "mutants"))]
-    fn unmap(&self) -> std::io::Result<()> {
-        // SAFETY: the mapping is ours, and the last holder of it is being dropped: every share was
-        // given back, so no hardware uses it either.
-        unsafe { sys::unmap(self.address, self.len) }
-    }
-
     /// Once only: the addresses may be another mapping's afterwards.
     #[cfg(feature = "mutants")]
     fn unmap(&self) -> std::io::Result<()> {
         if self.unmapped.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        // SAFETY: as without mutants; or hardware still uses it, which is the mutant that is chosen.
+        // SAFETY: not given: hardware still uses it, which is the mutant that is chosen.
         unsafe { sys::unmap(self.address, self.len) }
     }
 
@@ -354,6 +343,10 @@ impl Inner {
     fn at(&self, offset: usize) -> NonNull<u8> {
         // SAFETY: every caller passes an offset that `checked` found inside the mapping.
         unsafe { self.address.add(offset) }
+    }
+
+    fn failed(&self, call: &'static str, range: &Range<usize>, source: std::io::Error) -> Error {
+        memory(&self.description, call, range.len(), source)
     }
 
     fn lost(&self, range: Range<usize>, source: std::io::Error) -> Error {
@@ -407,8 +400,7 @@ impl View {
 impl Drop for View {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and its last user is being dropped.
-        let unmapped = unsafe { sys::unmap(self.address, self.len) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own whole mapping: {unmapped:?}");
+        unsafe { unmap_or_leave(self.address, self.len, None) };
     }
 }
 
@@ -428,7 +420,7 @@ impl Flusher {
         let range = whole_pages(range, self.inner.len);
         // SAFETY: the range lies inside our own mapping, which this value keeps.
         unsafe { sys::sync(self.inner.at(range.start), range.len()) }
-            .map_err(|source| Error::Memory { call: "msync", len: range.len(), source })
+            .map_err(|e| self.inner.failed("msync", &range, e))
     }
 
     /// Makes what was stored in `range`, by hardware too, survive power loss: flushes it, and without
@@ -443,62 +435,103 @@ impl Flusher {
     }
 }
 
+fn memory(file: &Description, call: &'static str, len: usize, source: std::io::Error) -> Error {
+    Error::Memory { call, path: file.path().to_owned(), len, source }
+}
+
 fn whole_pages(range: Range<usize>, len: usize) -> Range<usize> {
     let page = rustix::param::page_size();
     range.start - range.start % page..range.end.next_multiple_of(page).min(len)
 }
 
-/// Reserves `len` bytes (a multiple of 2 MiB) on a 2 MiB boundary.
-fn reserve_aligned(len: NonZeroUsize) -> std::io::Result<NonNull<u8>> {
-    let larger = len.checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::InvalidInput)?;
-    let start = sys::reserve(larger)?;
-    let head = start.as_ptr().align_offset(HUGE_PAGE);
-    // SAFETY: `head` is below 2 MiB, and the reservation is that much longer than `len`.
-    let aligned = unsafe { start.add(head) };
-    // SAFETY: head + len is at most the length of the reservation.
-    let rest = unsafe { aligned.add(len.get()) };
-    for (address, surplus) in [(start, head), (rest, HUGE_PAGE - head)] {
-        if surplus > 0 {
-            // SAFETY: a part of our own reservation that nothing uses.
-            unsafe { sys::unmap(address, surplus) }?;
+/// Maps the file at a multiple of 2 MiB, and says whether it took `MAP_SYNC`.
+///
+/// Addresses are looked for first, and asked for then; if somebody else is quicker, others are looked
+/// for. Not by a reservation that the file is mapped over: a `MAP_FIXED` that the file system refuses
+/// (`f_op->mmap`, after the kernel has taken away what was there) leaves a hole, which another thread
+/// may get, so the reservation could neither be used any more nor given back.
+fn map_file(len: NonZeroUsize, file: &Description) -> std::io::Result<(NonNull<u8>, bool)> {
+    for _ in 0..MAP_TRIES {
+        let (address, map_sync) = map_file_near(free_addresses(len)?, len, file)?;
+        if address.as_ptr().align_offset(HUGE_PAGE) == 0 {
+            return Ok((address, map_sync));
         }
+        // SAFETY: the mapping was made here, and nothing uses it.
+        unsafe { unmap_or_leave(address, len.get(), Some(file)) };
     }
-    Ok(aligned)
+    Err(std::io::Error::from_raw_os_error(libc::EBUSY))
 }
 
-/// Maps the file over the reservation.
-///
-/// A `MAP_FIXED` that the file system refuses (`f_op->mmap`, after the kernel has taken away what
-/// was there) leaves a hole, which another thread may get: two mappings would share addresses.
-/// So whether the file takes `MAP_SYNC` is tried elsewhere first.
-fn map_file(
-    address: NonNull<u8>,
+fn map_file_near(
+    place: NonNull<u8>,
     len: NonZeroUsize,
-    map_sync: bool,
     file: &Description,
-) -> std::io::Result<()> {
-    let flags = if map_sync { SYNCHRONOUS } else { MapFlags::MAP_SHARED };
-    // SAFETY: `address` is a reservation of `len` bytes that nothing refers to.
-    unsafe { sys::map_over(address, len, flags, file.fd()) }
+) -> std::io::Result<(NonNull<u8>, bool)> {
+    let map = |flags, map_sync| {
+        sys::map_near(place, len, flags, file.fd()).map(|address| (address, map_sync))
+    };
+    #[cfg(feature = "mutants")]
+    if crate::mutant::syncs_nothing() {
+        return map(MapFlags::MAP_SHARED, false);
+    }
+    match map(SYNCHRONOUS, true) {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => map(MapFlags::MAP_SHARED, false),
+        mapped => mapped,
+    }
 }
 
 const SYNCHRONOUS: MapFlags = MapFlags::MAP_SHARED_VALIDATE.union(MapFlags::MAP_SYNC);
 
-fn takes_map_sync(file: &Description) -> std::io::Result<bool> {
-    #[cfg(feature = "mutants")]
-    if crate::mutant::syncs_nothing() {
-        return Ok(false);
+/// Each is lost only to a thread that asks for memory between two calls.
+const MAP_TRIES: u32 = 1000;
+
+/// Finds `len` bytes (a multiple of 2 MiB) on a 2 MiB boundary that nothing uses just now.
+fn free_addresses(len: NonZeroUsize) -> std::io::Result<NonNull<u8>> {
+    let larger = len.checked_add(HUGE_PAGE).ok_or(std::io::ErrorKind::InvalidInput)?;
+    let start = sys::reserve(larger)?;
+    // SAFETY: our own reservation, which nothing uses.
+    unsafe { unmap_or_leave(start, larger.get(), None) };
+    let head = start.as_ptr().align_offset(HUGE_PAGE);
+    // SAFETY: `head` is below 2 MiB, and the reservation was that much longer than `len`.
+    Ok(unsafe { start.add(head) })
+}
+
+/// Addresses that munmap(2) would not give back.
+#[derive(Debug)]
+struct Left {
+    address: NonNull<u8>,
+    len: usize,
+    /// As long as a mapping of the file lives, only its own description can be guarded.
+    _description: Option<Description>,
+}
+
+// SAFETY: the addresses are used by nobody but munmap(2), by whichever thread.
+unsafe impl Send for Left {}
+
+static LEFT: Mutex<Vec<Left>> = Mutex::new(Vec::new());
+
+fn left() -> MutexGuard<'static, Vec<Left>> {
+    // No code that holds it can leave the list half-changed.
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// munmap(2) may need memory (ENOMEM, also where it would cut a map in two and `vm.max_map_count` is
+/// reached). What it refuses stays where it is, and is tried again before the next file is guarded, and
+/// whenever somebody waits for an export to be let go.
+///
+/// # Safety
+/// As for [`sys::unmap`].
+unsafe fn unmap_or_leave(address: NonNull<u8>, len: usize, description: Option<&Description>) {
+    // SAFETY: demanded of the caller.
+    if unsafe { sys::unmap(address, len) }.is_err() {
+        left().push(Left { address, len, _description: description.cloned() });
     }
-    let len = NonZeroUsize::new(HUGE_PAGE).expect("not 0");
-    match sys::map_anywhere(len, SYNCHRONOUS, file.fd()) {
-        Ok(address) => {
-            // SAFETY: the mapping was made here, and nothing uses it.
-            unsafe { sys::unmap(address, HUGE_PAGE) }?;
-            Ok(true)
-        }
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
-        Err(e) => Err(e),
-    }
+}
+
+/// Tries again what munmap(2) has refused.
+pub(crate) fn unmap_what_is_left() {
+    // SAFETY: what is in the list is ours, and used by nobody: see `unmap_or_leave`.
+    left().retain(|left| unsafe { sys::unmap(left.address, left.len) }.is_err());
 }
 
 /// A share of a [`Mapping`] for hardware that follows page tables: as long as it lives, the

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::description::Description;
+use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::export::{Located, denied_or_failed};
 use crate::guard::{Armed, Guard};
@@ -51,7 +52,7 @@ impl Drop for ArmedToSeal {
         drop(self.armed.take());
         if let Some(file) = self.marked.take() {
             // A mark alone does no harm: whoever seals the file next writes it again.
-            let _ = rustix::fs::fremovexattr(file.fd(), MARK);
+            let _ = pass("fremovexattr").and_then(|()| rustix::fs::fremovexattr(file.fd(), MARK));
         }
     }
 }
@@ -65,7 +66,8 @@ impl Description {
     /// and as [`arm`](Self::arm) is.
     pub fn arm_to_seal(&self, watcher: &Watcher) -> Result<ArmedToSeal> {
         self.demand_sealable()?;
-        rustix::fs::fsetxattr(self.fd(), MARK, LAYOUT, XattrFlags::empty())
+        pass("fsetxattr")
+            .and_then(|()| rustix::fs::fsetxattr(self.fd(), MARK, LAYOUT, XattrFlags::empty()))
             .map_err(|e| no_seal(self, "fsetxattr", e))?;
         let mut marked = ArmedToSeal { armed: None, marked: Some(self.clone()) };
         // On failure `marked` is dropped, and the mark with it.
@@ -74,7 +76,9 @@ impl Description {
     }
 
     fn demand_sealable(&self) -> Result<()> {
-        let flags = ioctl_getflags(self.fd()).map_err(|e| no_seal(self, "FS_IOC_GETFLAGS", e))?;
+        let flags = pass("FS_IOC_GETFLAGS")
+            .and_then(|()| ioctl_getflags(self.fd()))
+            .map_err(|e| no_seal(self, "FS_IOC_GETFLAGS", e))?;
         if flags.contains(IFlags::APPEND) {
             // Set since we opened it, and not by us.
             return Err(denied_or_failed(Errno::PERM.into(), "seal", self.path()));
@@ -117,10 +121,11 @@ impl Located {
     /// CAP_LINUX_IMMUTABLE, and to be the file's owner or to have CAP_LEASE.
     pub fn unseal(&self) -> Result<bool> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = match rustix::fs::open(self.link(), flags, Mode::empty()) {
-            Err(Errno::AGAIN) => return Err(self.busy()),
-            opened => opened.map_err(|e| denied_or_failed(e.into(), "open", self.path()))?,
-        };
+        let fd =
+            match pass("open").and_then(|()| rustix::fs::open(self.link(), flags, Mode::empty())) {
+                Err(Errno::AGAIN) => return Err(self.busy()),
+                opened => opened.map_err(|e| denied_or_failed(e.into(), "open", self.path()))?,
+            };
         match rustix::fs::fgetxattr(&fd, MARK, &mut [0u8; 16]) {
             Err(Errno::NODATA | Errno::OPNOTSUPP) => return Ok(false),
             Ok(_) | Err(Errno::RANGE) => {}
@@ -154,37 +159,46 @@ pub(crate) fn link_of(fd: BorrowedFd<'_>) -> String {
 /// Asked of statx(2), which waits for nobody, a frozen file system neither.
 pub(crate) fn is_append_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let found = rustix::fs::statx(fd, c"", flags, StatxFlags::TYPE)?;
+    let found = pass("statx").and_then(|()| rustix::fs::statx(fd, c"", flags, StatxFlags::TYPE))?;
     Ok(found.stx_attributes.contains(StatxAttributes::APPEND))
 }
 
 /// Sets the flag and looks whether it is there.
 pub(crate) fn set_flag(file: &Description) -> Result<()> {
-    let flags = ioctl_getflags(file.fd()).map_err(|e| no_seal(file, "FS_IOC_GETFLAGS", e))?;
-    ioctl_setflags(file.fd(), flags | IFlags::APPEND)
+    let flags = pass("FS_IOC_GETFLAGS")
+        .and_then(|()| ioctl_getflags(file.fd()))
+        .map_err(|e| no_seal(file, "FS_IOC_GETFLAGS", e))?;
+    pass("FS_IOC_SETFLAGS")
+        .and_then(|()| ioctl_setflags(file.fd(), flags | IFlags::APPEND))
         .map_err(|e| no_seal(file, "FS_IOC_SETFLAGS", e))?;
-    match is_append_only(file.fd()) {
-        Ok(true) => Ok(()),
+    let refused = match is_append_only(file.fd()) {
+        Ok(true) => return Ok(()),
         // Then its loss could not be seen either.
-        Ok(false) => Err(no_seal(file, "statx(STATX_ATTR_APPEND)", Errno::OPNOTSUPP)),
-        Err(e) => Err(file.failed("statx", e)),
-    }
+        Ok(false) => no_seal(file, "statx(STATX_ATTR_APPEND)", Errno::OPNOTSUPP),
+        Err(e) => file.failed("statx", e),
+    };
+    // Before the mark goes that says whose it is.
+    clear_flag(file)?;
+    Err(refused)
 }
 
 /// Clears the flag, if it is there.
 pub(crate) fn clear_flag(file: &Description) -> Result<()> {
-    let flags = ioctl_getflags(file.fd()).map_err(|e| no_seal(file, "FS_IOC_GETFLAGS", e))?;
+    let flags = pass("FS_IOC_GETFLAGS")
+        .and_then(|()| ioctl_getflags(file.fd()))
+        .map_err(|e| no_seal(file, "FS_IOC_GETFLAGS", e))?;
     if !flags.contains(IFlags::APPEND) {
         return Ok(());
     }
-    ioctl_setflags(file.fd(), flags - IFlags::APPEND)
+    pass("FS_IOC_SETFLAGS")
+        .and_then(|()| ioctl_setflags(file.fd(), flags - IFlags::APPEND))
         .map_err(|e| no_seal(file, "FS_IOC_SETFLAGS", e))
 }
 
 /// Clears flag and mark, in this order.
 pub(crate) fn lift(file: &Description) -> Result<()> {
     clear_flag(file)?;
-    match rustix::fs::fremovexattr(file.fd(), MARK) {
+    match pass("fremovexattr").and_then(|()| rustix::fs::fremovexattr(file.fd(), MARK)) {
         Ok(()) | Err(Errno::NODATA) => Ok(()),
         Err(e) => Err(denied_or_failed(e.into(), "fremovexattr", file.path())),
     }

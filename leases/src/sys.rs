@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use nix::sys::mman::{MapFlags, MmapAdvise, MsFlags, ProtFlags};
 
+use crate::door;
+
 // <linux/fcntl.h>; libc has none of these for linux-gnu.
 const F_SETSIG: libc::c_int = 10;
 const F_GETSIG: libc::c_int = 11;
@@ -79,6 +81,10 @@ impl LeaseType {
     }
 }
 
+fn pass(call: &'static str) -> io::Result<()> {
+    door::pass(call)
+}
+
 fn fcntl_int(
     fd: BorrowedFd<'_>,
     command: libc::c_int,
@@ -91,16 +97,23 @@ fn fcntl_int(
 
 /// `F_SETLEASE`, fcntl(2).
 pub(crate) fn lease_set(fd: BorrowedFd<'_>, kind: LeaseType) -> io::Result<()> {
+    if kind != LeaseType::None {
+        pass("fcntl(F_SETLEASE)")?;
+    }
     fcntl_int(fd, libc::F_SETLEASE, kind.raw()).map(drop)
 }
 
 /// `F_GETLEASE`, fcntl(2): during a break, what the break asks for. Applies an expiry that is due.
 pub(crate) fn lease_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
+    pass("fcntl(F_GETLEASE)")?;
     fcntl_int(fd, libc::F_GETLEASE, 0).map(LeaseType::from_raw)
 }
 
 /// `F_SETDELEG`, F_SETDELEG(2const), Linux 6.19. `EINVAL` on older kernels.
 pub(crate) fn delegation_set(fd: BorrowedFd<'_>, kind: LeaseType) -> io::Result<()> {
+    if kind != LeaseType::None {
+        pass("fcntl(F_SETDELEG)")?;
+    }
     let mut arg = Delegation { kind: kind.raw() as u16, ..Delegation::default() };
     // SAFETY: `fd` is open for the call and `arg` is a live struct of the layout it expects.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_SETDELEG, &raw mut arg) };
@@ -109,6 +122,7 @@ pub(crate) fn delegation_set(fd: BorrowedFd<'_>, kind: LeaseType) -> io::Result<
 
 /// `F_GETDELEG`: as [`lease_get`], for a delegation.
 pub(crate) fn delegation_get(fd: BorrowedFd<'_>) -> io::Result<LeaseType> {
+    pass("fcntl(F_GETDELEG)")?;
     let mut arg = Delegation::default();
     // SAFETY: `fd` is open for the call and `arg` is a live, writable struct of its layout.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETDELEG, &raw mut arg) };
@@ -140,6 +154,7 @@ const FS_XFLAG_DAX: u32 = 0x8000;
 /// Sets `FS_XFLAG_DAX` (ioctl_xfs_fsgetxattr(2)). The file system heeds it, if at all, from the
 /// moment that it reads the inode anew.
 pub(crate) fn ask_for_dax(fd: BorrowedFd<'_>) -> io::Result<()> {
+    pass("ioctl(FS_IOC_FSSETXATTR)")?;
     let mut attributes = Fsxattr::default();
     // SAFETY: `fd` is open for the call and `attributes` is a live struct of the layout expected.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut attributes) };
@@ -216,6 +231,7 @@ pub(crate) fn extents(fd: BorrowedFd<'_>) -> io::Result<Vec<Extent>> {
 }
 
 fn fiemap(fd: BorrowedFd<'_>, start: u64) -> io::Result<Vec<FiemapExtent>> {
+    pass("ioctl(FS_IOC_FIEMAP)")?;
     let mut map = Fiemap {
         start,
         len: u64::MAX - start,
@@ -237,6 +253,7 @@ fn fiemap(fd: BorrowedFd<'_>, start: u64) -> io::Result<Vec<FiemapExtent>> {
 /// `F_SETSIG`: which signal a break sends. Must come again after each `F_UNLCK` or expiry, which
 /// wipe it; without it the break sends SIGIO, whose default action ends the process.
 pub(crate) fn signal_set(fd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    pass("fcntl(F_SETSIG)")?;
     fcntl_int(fd, F_SETSIG, signal).map(drop)
 }
 
@@ -247,6 +264,7 @@ pub(crate) fn signal_get(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
 
 /// `F_SETOWN_EX` with `F_OWNER_TID`: the signal goes to this one thread.
 pub(crate) fn owner_set(fd: BorrowedFd<'_>, thread: libc::pid_t) -> io::Result<()> {
+    pass("fcntl(F_SETOWN_EX)")?;
     let owner = OwnerEx { kind: F_OWNER_TID, pid: thread };
     // SAFETY: `fd` is open for the call and `owner` is a live struct of the layout it expects.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), F_SETOWN_EX, &raw const owner) };
@@ -347,6 +365,7 @@ pub(crate) fn wake_thread(thread: libc::pid_t) {
 
 /// Reserves `len` bytes of addresses that nothing can touch.
 pub(crate) fn reserve(len: std::num::NonZeroUsize) -> io::Result<NonNull<u8>> {
+    pass("mmap")?;
     // SAFETY: a new anonymous mapping at an address of the kernel's choice disturbs nothing.
     let address = unsafe {
         nix::sys::mman::mmap_anonymous(
@@ -359,35 +378,21 @@ pub(crate) fn reserve(len: std::num::NonZeroUsize) -> io::Result<NonNull<u8>> {
     Ok(address.cast())
 }
 
-/// Maps `len` bytes of a file from offset 0 at addresses of the kernel's choice.
-pub(crate) fn map_anywhere(
+/// Maps `len` bytes of a file from offset 0, at `place` if nothing is there, else at addresses of the
+/// kernel's choice. (`MAP_FIXED_NOREPLACE` is not for `MAP_SHARED_VALIDATE`: EOPNOTSUPP, since
+/// `LEGACY_MAP_MASK` lacks it.)
+pub(crate) fn map_near(
+    place: NonNull<u8>,
     len: std::num::NonZeroUsize,
     flags: MapFlags,
     fd: BorrowedFd<'_>,
 ) -> io::Result<NonNull<u8>> {
+    pass("mmap")?;
+    let place = Some(place.addr());
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
-    let address = unsafe { nix::sys::mman::mmap(None, len, protection, flags, fd, 0) }?;
+    // SAFETY: a new mapping that replaces nothing disturbs nothing.
+    let address = unsafe { nix::sys::mman::mmap(place, len, protection, flags, fd, 0) }?;
     Ok(address.cast())
-}
-
-/// Maps `len` bytes of a file from offset 0 over addresses that the caller has reserved. If this
-/// fails, the addresses may be anybody's: they must not be used or unmapped any more.
-///
-/// # Safety
-/// `address..address + len` must be a reservation (or part of one) of the caller's own that
-/// nothing refers to.
-pub(crate) unsafe fn map_over(
-    address: NonNull<u8>,
-    len: std::num::NonZeroUsize,
-    flags: MapFlags,
-    fd: BorrowedFd<'_>,
-) -> io::Result<()> {
-    let place = std::num::NonZeroUsize::new(address.as_ptr() as usize);
-    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: MAP_FIXED replaces only the caller's own reservation, as this function demands.
-    unsafe { nix::sys::mman::mmap(place, len, protection, flags | MapFlags::MAP_FIXED, fd, 0) }?;
-    Ok(())
 }
 
 /// Maps `len` bytes of a file from offset 0 for reading, at addresses of the kernel's choice.
@@ -395,6 +400,7 @@ pub(crate) fn map_for_reading(
     len: std::num::NonZeroUsize,
     fd: BorrowedFd<'_>,
 ) -> io::Result<NonNull<u8>> {
+    pass("mmap")?;
     // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
     let address = unsafe {
         nix::sys::mman::mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, fd, 0)
@@ -416,6 +422,7 @@ pub(crate) unsafe fn copy_out(from: NonNull<u8>, to: &mut [u8]) -> io::Result<us
     let mapping = libc::iovec { iov_base: from.as_ptr().cast(), iov_len: to.len() };
     let memory = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
     let me = std::process::id() as libc::pid_t;
+    pass("process_vm_writev")?;
     // SAFETY: both ranges are the caller's, and only `to` is written, which is borrowed for it.
     let done =
         unsafe { libc::process_vm_writev(me, &raw const mapping, 1, &raw const memory, 1, 0) };
@@ -430,6 +437,7 @@ pub(crate) unsafe fn copy_in(to: NonNull<u8>, from: &[u8]) -> io::Result<usize> 
     let mapping = libc::iovec { iov_base: to.as_ptr().cast(), iov_len: from.len() };
     let memory = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let me = std::process::id() as libc::pid_t;
+    pass("process_vm_readv")?;
     // SAFETY: both ranges are the caller's, and only the mapping is written.
     let done =
         unsafe { libc::process_vm_readv(me, &raw const mapping, 1, &raw const memory, 1, 0) };
@@ -472,6 +480,7 @@ pub(crate) unsafe fn write_back(_address: NonNull<u8>, _len: usize) {}
 /// # Safety
 /// The range must be the caller's own mapping and nothing may use it any more, hardware included.
 pub(crate) unsafe fn unmap(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    pass("munmap")?;
     // SAFETY: demanded of the caller.
     unsafe { nix::sys::mman::munmap(address.cast(), len) }?;
     Ok(())
@@ -482,6 +491,7 @@ pub(crate) unsafe fn unmap(address: NonNull<u8>, len: usize) -> io::Result<()> {
 /// # Safety
 /// The range must be the caller's own mapping, and no reference into it may exist.
 pub(crate) unsafe fn make_inaccessible(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    pass("mprotect")?;
     // SAFETY: demanded of the caller.
     unsafe { nix::sys::mman::mprotect(address.cast(), len, ProtFlags::PROT_NONE) }?;
     Ok(())
@@ -496,6 +506,7 @@ pub(crate) unsafe fn advise(
     len: usize,
     advice: MmapAdvise,
 ) -> io::Result<()> {
+    pass("madvise")?;
     // SAFETY: demanded of the caller.
     unsafe { nix::sys::mman::madvise(address.cast(), len, advice) }?;
     Ok(())
@@ -506,6 +517,7 @@ pub(crate) unsafe fn advise(
 /// # Safety
 /// The range must be the caller's own mapping.
 pub(crate) unsafe fn sync(address: NonNull<u8>, len: usize) -> io::Result<()> {
+    pass("msync")?;
     // SAFETY: demanded of the caller; MS_SYNC neither discards nor moves pages.
     unsafe { nix::sys::mman::msync(address.cast(), len, MsFlags::MS_SYNC) }?;
     Ok(())

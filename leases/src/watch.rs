@@ -148,6 +148,8 @@ impl Drop for Vital {
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let vital = move || {
         let _vital = Vital;
+        #[cfg(any(test, feature = "mutants"))]
+        crate::fault::spare_this_thread();
         work();
     };
     let thread = std::thread::Builder::new().name(name.to_owned());

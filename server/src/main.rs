@@ -159,6 +159,8 @@ fn start(args: Args) -> Result<()> {
     #[cfg(feature = "mutants")]
     eprintln!("pinfoldd: {}", pinfold_leases::mutant::warning());
     let _flushed_at_exit = start_log(args.log_format);
+    #[cfg(feature = "mutants")]
+    pinfold_leases::fault::obey()?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(run(args));

@@ -151,6 +151,7 @@ impl CompletionQueue {
             |source| Error::CreateCompletionQueue { device: device.device_name(), entries, source };
         let count = i32::try_from(entries.max(1))
             .map_err(|_| failed(io::Error::from_raw_os_error(libc::EINVAL)))?;
+        sys::pass("ibv_create_cq").map_err(failed)?;
         // SAFETY: the context and the channel are live, and the queue keeps them so; vector 0 is
         // there on every device.
         let queue = unsafe {
@@ -203,9 +204,11 @@ impl CompletionQueue {
     /// Asks for an event at the next completion (`ibv_req_notify_cq(3)`). What arrived before the
     /// call may give none: poll once more after it, and only then wait.
     pub(crate) fn arm(&self) -> Result<(), Error> {
-        // SAFETY: the queue is live.
-        let ret = unsafe { ffi::ibv_req_notify_cq(self.0.queue.as_ptr(), 0) };
-        sys::check(ret).map_err(|source| Error::ArmCompletionQueue {
+        let armed = sys::pass("ibv_req_notify_cq").and_then(|()| {
+            // SAFETY: the queue is live.
+            sys::check(unsafe { ffi::ibv_req_notify_cq(self.0.queue.as_ptr(), 0) })
+        });
+        armed.map_err(|source| Error::ArmCompletionQueue {
             device: self.device().device_name(),
             source,
         })
@@ -277,10 +280,12 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // The descriptor leaves the runtime before the channel closes it.
         drop(self.readiness.take());
-        // SAFETY: the queue is live, no queue pair uses it any more (they hold clones), and all
-        // events are acknowledged.
-        let ret = unsafe { ffi::ibv_destroy_cq(self.queue.as_ptr()) };
-        if let Err(error) = sys::check(ret) {
+        let destroyed = sys::destroy("ibv_destroy_cq", || {
+            // SAFETY: the queue is live, no queue pair uses it any more (they hold clones), and all
+            // events are acknowledged.
+            unsafe { ffi::ibv_destroy_cq(self.queue.as_ptr()) }
+        });
+        if let Err(error) = destroyed {
             let device = self.channel.device.name();
             tracing::error!(device, %error, "cannot destroy a completion queue; it is leaked");
             self.channel.leaked = true;
@@ -299,6 +304,7 @@ impl Channel {
     fn new(device: &Device) -> Result<Self, Error> {
         let failed =
             |source| Error::CreateCompletionChannel { device: device.device_name(), source };
+        sys::pass("ibv_create_comp_channel").map_err(failed)?;
         // SAFETY: the context is open, and the channel keeps it so.
         let raw = unsafe { ffi::ibv_create_comp_channel(device.context().as_ptr()) };
         let raw = sys::check_pointer(raw).map_err(failed)?;
@@ -325,9 +331,11 @@ impl Drop for Channel {
             std::mem::forget(self.device.clone());
             return;
         }
-        // SAFETY: the channel is live and its queue is destroyed (or was never made).
-        let ret = unsafe { ffi::ibv_destroy_comp_channel(self.raw.as_ptr()) };
-        if let Err(error) = sys::check(ret) {
+        let destroyed = sys::destroy("ibv_destroy_comp_channel", || {
+            // SAFETY: the channel is live and its queue is destroyed (or was never made).
+            unsafe { ffi::ibv_destroy_comp_channel(self.raw.as_ptr()) }
+        });
+        if let Err(error) = destroyed {
             let device = self.device.name();
             tracing::error!(device, %error, "cannot destroy a completion channel; it is leaked");
             std::mem::forget(self.device.clone());

@@ -130,10 +130,12 @@ impl Device {
     }
 
     fn open_entry(device: NonNull<ffi::ibv_device>, name: DeviceName) -> Result<Self, Error> {
-        // SAFETY: `device` comes from the list that the caller holds until this returns.
-        let context = unsafe { ffi::ibv_open_device(device.as_ptr()) };
-        let context = sys::check_pointer(context)
-            .map_err(|source| Error::OpenDevice { device: name.clone(), source })?;
+        let context = sys::pass("ibv_open_device").and_then(|()| {
+            // SAFETY: `device` comes from the list that the caller holds until this returns.
+            sys::check_pointer(unsafe { ffi::ibv_open_device(device.as_ptr()) })
+        });
+        let context =
+            context.map_err(|source| Error::OpenDevice { device: name.clone(), source })?;
         let context = OpenContext(context);
         context.raise_descriptor(&name);
 
@@ -207,6 +209,8 @@ impl Device {
         // vector anyway (`ibv_global_route::sgid_index`).
         let mut entries: Vec<ffi::ibv_gid_entry> = Vec::new();
         entries.resize_with(GID_ENTRIES_MAX, sys::zeroed);
+        let failed = |source| Error::QueryGids { device: self.device_name(), source };
+        sys::pass("ibv_query_gid_table").map_err(failed)?;
         // SAFETY: the context is open, and `entries` has room for that many.
         let count = unsafe {
             ffi::ibv_query_gid_table(
@@ -216,10 +220,7 @@ impl Device {
                 0,
             )
         };
-        let count = usize::try_from(count).map_err(|_| Error::QueryGids {
-            device: self.device_name(),
-            source: negative_errno(count),
-        })?;
+        let count = usize::try_from(count).map_err(|_| failed(negative_errno(count)))?;
         let port = u32::from(self.0.port.number);
         Ok(entries
             .iter()
@@ -256,10 +257,12 @@ impl fmt::Debug for Device {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: the context is open, and nothing stands on it any more: whatever does, holds a
-        // clone of the `Device`.
-        let ret = unsafe { ffi::ibv_close_device(self.context.as_ptr()) };
-        if let Err(error) = sys::check(ret) {
+        let closed = sys::destroy("ibv_close_device", || {
+            // SAFETY: the context is open, and nothing stands on it any more: whatever does, holds a
+            // clone of the `Device`.
+            unsafe { ffi::ibv_close_device(self.context.as_ptr()) }
+        });
+        if let Err(error) = closed {
             tracing::error!(device = %self.name, %error, "cannot close the RDMA device");
         }
     }
@@ -420,9 +423,11 @@ struct DeviceList {
 impl DeviceList {
     fn read() -> Result<Self, Error> {
         let mut count = 0;
-        // SAFETY: `count` may be written.
-        let list = unsafe { ffi::ibv_get_device_list(&raw mut count) };
-        match sys::check_pointer(list) {
+        let list = sys::pass("ibv_get_device_list").and_then(|()| {
+            // SAFETY: `count` may be written.
+            sys::check_pointer(unsafe { ffi::ibv_get_device_list(&raw mut count) })
+        });
+        match list {
             Ok(list) => {
                 let count = usize::try_from(count).unwrap_or(0);
                 Ok(Self { list: Some(list), count })
@@ -519,6 +524,7 @@ fn name_of(device: NonNull<ffi::ibv_device>) -> Option<DeviceName> {
 }
 
 fn query_device(context: NonNull<ffi::ibv_context>) -> io::Result<(Capabilities, u8)> {
+    sys::pass("ibv_query_device_ex")?;
     let mut attr: ffi::ibv_device_attr_ex = sys::zeroed();
     // SAFETY: the context is open, the attributes may be written.
     let ret = unsafe { ffi::ibv_query_device_ex(context.as_ptr(), ptr::null(), &raw mut attr) };
@@ -569,13 +575,11 @@ fn query_port(
 ) -> Result<Port, Error> {
     // Zeroed, because an old libibverbs fills in only the fields that it knows.
     let mut attr: ffi::ibv_port_attr = sys::zeroed();
-    // SAFETY: the context is open, the attributes may be written.
-    let ret = unsafe { ffi::ibv_query_port(context.as_ptr(), number, &raw mut attr) };
-    sys::check(ret).map_err(|source| Error::QueryPort {
-        device: device.clone(),
-        port: number,
-        source,
-    })?;
+    let queried = sys::pass("ibv_query_port").and_then(|()| {
+        // SAFETY: the context is open, the attributes may be written.
+        sys::check(unsafe { ffi::ibv_query_port(context.as_ptr(), number, &raw mut attr) })
+    });
+    queried.map_err(|source| Error::QueryPort { device: device.clone(), port: number, source })?;
     Ok(Port {
         number,
         state: port_state(attr.state),

@@ -34,12 +34,12 @@ impl ProtectionDomain {
     ///
     /// [`Error::AllocateProtectionDomain`], when the device has no more.
     pub fn new(device: &Device) -> Result<Self, Error> {
+        let failed =
+            |source| Error::AllocateProtectionDomain { device: device.device_name(), source };
+        sys::pass("ibv_alloc_pd").map_err(failed)?;
         // SAFETY: the context is open, and the domain keeps it so.
         let pd = unsafe { ffi::ibv_alloc_pd(device.context().as_ptr()) };
-        let pd = sys::check_pointer(pd).map_err(|source| Error::AllocateProtectionDomain {
-            device: device.device_name(),
-            source,
-        })?;
+        let pd = sys::check_pointer(pd).map_err(failed)?;
         Ok(Self(Arc::new(Inner { pd, device: device.clone() })))
     }
 
@@ -105,9 +105,11 @@ impl fmt::Debug for ProtectionDomain {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: the domain is live, and nothing is left in it: whatever is, holds a clone.
-        let ret = unsafe { ffi::ibv_dealloc_pd(self.pd.as_ptr()) };
-        if let Err(error) = sys::check(ret) {
+        let freed = sys::destroy("ibv_dealloc_pd", || {
+            // SAFETY: the domain is live, and nothing is left in it: whatever is, holds a clone.
+            unsafe { ffi::ibv_dealloc_pd(self.pd.as_ptr()) }
+        });
+        if let Err(error) = freed {
             let device = self.device.name();
             tracing::error!(device, %error, "cannot free a protection domain; it is leaked");
             // The context can't be closed under it.

@@ -252,9 +252,12 @@ impl QueuePairBuilder {
         attr.cap.max_recv_wr = 1;
         attr.cap.max_send_sge = 1;
         attr.cap.max_recv_sge = 1;
-        // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
-        let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
-        let raw = sys::check_pointer(raw).map_err(|source| Error::CreateQueuePair {
+        let raw = sys::pass("ibv_create_qp").and_then(|()| {
+            // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
+            let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
+            sys::check_pointer(raw)
+        });
+        let raw = raw.map_err(|source| Error::CreateQueuePair {
             device: device.device_name(),
             depth: self.send_depth,
             source,
@@ -325,10 +328,13 @@ impl<S> QueuePair<S> {
         let mut attr: ffi::ibv_qp_attr = sys::zeroed();
         let mut init: ffi::ibv_qp_init_attr = sys::zeroed();
         let mask = ffi::ibv_qp_attr_mask::IBV_QP_STATE.0.cast_signed();
-        // SAFETY: the queue pair is live, both structures may be written.
-        let ret =
-            unsafe { ffi::ibv_query_qp(self.raw.as_ptr(), &raw mut attr, mask, &raw mut init) };
-        sys::check(ret).map_err(|source| Error::QueryQueuePair {
+        let queried = sys::pass("ibv_query_qp").and_then(|()| {
+            // SAFETY: the queue pair is live, both structures may be written.
+            let ret =
+                unsafe { ffi::ibv_query_qp(self.raw.as_ptr(), &raw mut attr, mask, &raw mut init) };
+            sys::check(ret)
+        });
+        queried.map_err(|source| Error::QueryQueuePair {
             device: self.raw.device().device_name(),
             number: self.raw.number,
             source,
@@ -485,10 +491,14 @@ impl QueuePair<Connected> {
     /// are valid for the call. The memory that they name stays registered, and untouched by
     /// anybody else, until their completion has been taken or the queue pair is destroyed.
     pub(crate) unsafe fn post(&self, first: *mut ffi::ibv_send_wr) -> Posted {
-        let mut refused = ptr::null_mut();
-        // SAFETY: the queue pair is live; the caller vouches for the chain.
-        let ret = unsafe { ffi::ibv_post_send(self.raw.as_ptr(), first, &raw mut refused) };
-        match sys::check(ret) {
+        // The first one, unless the device says otherwise.
+        let mut refused = first;
+        let posted = sys::pass("ibv_post_send").and_then(|()| {
+            refused = ptr::null_mut();
+            // SAFETY: the queue pair is live; the caller vouches for the chain.
+            sys::check(unsafe { ffi::ibv_post_send(self.raw.as_ptr(), first, &raw mut refused) })
+        });
+        match posted {
             Ok(()) => Posted::All,
             Err(source) => Posted::UpTo {
                 refused,
@@ -574,9 +584,11 @@ impl Raw {
     ) -> Result<(), Error> {
         attr.qp_state = to.as_raw();
         let mask = (given | ffi::ibv_qp_attr_mask::IBV_QP_STATE).0.cast_signed();
-        // SAFETY: the queue pair is live, and the attributes that the mask names are filled in.
-        let ret = unsafe { ffi::ibv_modify_qp(self.as_ptr(), &raw mut attr, mask) };
-        sys::check(ret).map_err(|source| Error::ModifyQueuePair {
+        let modified = sys::pass("ibv_modify_qp").and_then(|()| {
+            // SAFETY: the queue pair is live, and the attributes that the mask names are filled in.
+            sys::check(unsafe { ffi::ibv_modify_qp(self.as_ptr(), &raw mut attr, mask) })
+        });
+        modified.map_err(|source| Error::ModifyQueuePair {
             device: self.device().device_name(),
             number: self.number,
             to,
@@ -586,8 +598,10 @@ impl Raw {
 
     fn release(&mut self) -> io::Result<()> {
         if let Some(qp) = self.qp {
-            // SAFETY: the queue pair is live: this is left out once it has succeeded.
-            sys::check(unsafe { ffi::ibv_destroy_qp(qp.as_ptr()) })?;
+            sys::destroy("ibv_destroy_qp", || {
+                // SAFETY: the queue pair is live: this is left out once it has succeeded.
+                unsafe { ffi::ibv_destroy_qp(qp.as_ptr()) }
+            })?;
             self.qp = None;
         }
         Ok(())

@@ -116,8 +116,8 @@ impl Access {
 /// A memory region (`ibv_reg_mr(3)`): a key to a range of `M`, and a share of `M` itself, which it
 /// lets go of only when the key is dead.
 ///
-/// Dropping it deregisters. When the device refuses (it can: a region with a memory window bound to
-/// it is refused with EINVAL), the key lives on, so the memory, the protection domain and the
+/// Dropping it deregisters. When the device refuses twice (it can: a region with a memory window bound
+/// to it is refused with EINVAL), the key lives on, so the memory, the protection domain and the
 /// device are leaked on purpose, with an error in the log. Who must know calls
 /// [`deregister`](Self::deregister).
 ///
@@ -192,11 +192,14 @@ impl<M: Memory> MemoryRegion<M> {
         let flags = flags.cast_signed();
         // Never `ibv_reg_mr_iova`: with on-demand paging a remote address that isn't the virtual
         // one crashes the kernel's rxe driver at the first write.
-        //
-        // SAFETY: the domain is live. The range lies within `memory`, which promises (`Memory`,
-        // and `PinnableMemory` for the pinned mode) to keep it until the region lets go of it.
-        let mr = unsafe { ffi::ibv_reg_mr(domain.as_raw().as_ptr(), address.cast(), len, flags) };
-        let mr = match sys::check_pointer(mr) {
+        let mr = sys::pass("ibv_reg_mr").and_then(|()| {
+            // SAFETY: the domain is live. The range lies within `memory`, which promises (`Memory`,
+            // and `PinnableMemory` for the pinned mode) to keep it until the region lets go of it.
+            let mr =
+                unsafe { ffi::ibv_reg_mr(domain.as_raw().as_ptr(), address.cast(), len, flags) };
+            sys::check_pointer(mr)
+        });
+        let mr = match mr {
             Ok(mr) => mr,
             Err(source) => {
                 let device = domain.device().device_name();
@@ -301,6 +304,7 @@ impl<M: Memory> MemoryRegion<M> {
 impl<M> Held<M> {
     /// To be called until it succeeds, and not after.
     fn deregister(&self) -> io::Result<()> {
+        sys::pass("ibv_dereg_mr")?;
         // SAFETY: the region is registered: it leaves its owner only after this has succeeded. A
         // failed call leaves it as it was.
         sys::check(unsafe { ffi::ibv_dereg_mr(self.mr.as_ptr()) })
@@ -310,7 +314,7 @@ impl<M> Held<M> {
 impl<M: Memory> Drop for MemoryRegion<M> {
     fn drop(&mut self) {
         let Some(held) = self.held.take() else { return };
-        if let Err(error) = held.deregister() {
+        if let Err(error) = held.deregister().or_else(|_| held.deregister()) {
             tracing::error!(
                 device = held.domain.device().name(),
                 key = ?self.key,

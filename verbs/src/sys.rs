@@ -19,6 +19,26 @@ pub(crate) fn check(ret: c_int) -> io::Result<()> {
     }
 }
 
+/// To be called right before a verb that can fail in a way that means anything: fails in its place if
+/// it is its turn (`pinfold_leases::fault`). Nothing without the feature `mutants`.
+#[cfg(not(feature = "mutants"))]
+#[inline(always)]
+pub(crate) fn pass(_verb: &'static str) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(feature = "mutants")]
+pub(crate) fn pass(verb: &'static str) -> io::Result<()> {
+    pinfold_leases::fault::VERBS.pass(verb)
+}
+
+/// Destroys an object. What a device refuses is asked of it once more: to give an object up for lost is
+/// to keep it until the process ends.
+pub(crate) fn destroy(verb: &'static str, call: impl Fn() -> c_int) -> io::Result<()> {
+    let attempt = || pass(verb).and_then(|()| check(call()));
+    attempt().or_else(|_| attempt())
+}
+
 /// Turns the result of a verb that returns an object, or null with `errno` set.
 pub(crate) fn check_pointer<T>(pointer: *mut T) -> io::Result<NonNull<T>> {
     NonNull::new(pointer).ok_or_else(io::Error::last_os_error)

@@ -82,19 +82,23 @@ pub(crate) fn bench_programs() -> Result<PathBuf> {
     Ok(paths::target_dir()?.join("release"))
 }
 
-/// Builds a `pinfoldd` that makes mistakes on purpose, and puts it aside, into a folder of its own,
-/// which is returned. What [`programs`] builds must be built after that.
+/// Builds a `pinfoldd` that makes mistakes on purpose, and the lab's program that has calls fail, and
+/// puts them aside, into a folder of their own, which is returned. What [`programs`] builds must be built
+/// after that.
 pub(crate) fn mutants() -> Result<PathBuf> {
+    const BINS: [&str; 4] = ["--bin", "pinfoldd", "--bin", "faults"];
     // As many features of what is shared as in the other builds.
-    let features = ["--features", "pinfold-server/mutants"];
+    let features = ["--features", "pinfold-server/mutants,pinfold-lab/mutants"];
     let only = |argument: &&str| *argument != "--bins";
-    let args: Vec<&str> =
-        PROGRAMS.into_iter().filter(only).chain(["--bin", "pinfoldd"]).chain(features).collect();
+    let args: Vec<&str> = PROGRAMS.into_iter().filter(only).chain(BINS).chain(features).collect();
     run(&args, &[])?;
     let built = paths::target_dir()?.join("debug");
     let aside = built.join("mutants");
     fs::create_dir_all(&aside)?;
-    fs::copy(built.join("pinfoldd"), aside.join("pinfoldd")).context("no pinfoldd was built")?;
+    for name in ["pinfoldd", "faults"] {
+        fs::copy(built.join(name), aside.join(name))
+            .with_context(|| format!("no {name} was built"))?;
+    }
     Ok(aside)
 }
 

@@ -6,6 +6,7 @@ mod cargo;
 mod console;
 mod crash;
 mod demo;
+mod faults;
 mod hazards;
 mod initramfs;
 mod kernel;
@@ -166,6 +167,15 @@ enum VmTask {
         #[command(flatten)]
         wishes: crash::Wishes,
     },
+    /// Have each call to the kernel and to libibverbs fail once in a server
+    #[command(
+        after_help = "Exit status: 0 if nothing was left behind and every error told its file or \
+        device, else 1.\n\nExample:\n  cargo xtask vm faults"
+    )]
+    Faults {
+        #[command(flatten)]
+        options: vm::Options,
+    },
     /// Give a prompt in a new guest; leaving the shell ends it
     #[command(after_help = "Example:\n  cargo xtask vm shell --kernel bookworm")]
     Shell {
@@ -228,6 +238,7 @@ fn run(task: Task) -> Result<u8> {
         Task::Vm(VmTask::Torture { options, wishes }) => {
             Ok(verdict(torture::run(&options, &wishes)?))
         }
+        Task::Vm(VmTask::Faults { options }) => Ok(verdict(faults::run(&options)?)),
         Task::Vm(VmTask::Crash { options, wishes }) => Ok(verdict(crash::run(&options, &wishes)?)),
         Task::Vm(VmTask::Shell { options }) => {
             ensure!(terminal::is_there(), "vm shell needs a terminal; vm run needs none");

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::libtest::Tally;
 use crate::vm::Options;
-use crate::{cargo, crash, setup, test, torture};
+use crate::{cargo, crash, faults, setup, test, torture};
 
 /// A lab run with all of its tests, on an emulated and busy machine.
 pub(crate) const LAB_LIMIT: Duration = Duration::from_secs(1800);
@@ -22,6 +22,7 @@ pub(crate) fn test(options: &Options) -> Result<Tally> {
 /// All of CI, and what takes too long for it.
 pub(crate) fn test_full(options: &Options) -> Result<Tally> {
     let mut steps = ci(options);
+    steps.push(("all faults", Box::new(|| faults::run(options))));
     steps.push(("torture for long", Box::new(|| torture::run_long(options))));
     run(steps)
 }
@@ -35,6 +36,7 @@ fn ci(options: &Options) -> Vec<Step<'_>> {
         ("test", Box::new(|| cargo::test(&["test", "--locked", "--no-fail-fast"]))),
         ("lab", Box::new(|| test::run(options, None, LAB_LIMIT))),
         ("torture", Box::new(|| torture::run_in_ci(options))),
+        ("faults", Box::new(|| faults::run_in_ci(options))),
         ("crash", Box::new(|| crash::run_in_ci(options))),
     ]
 }

@@ -98,7 +98,8 @@ fn nothing_is_held(url: &str) -> Result<(), String> {
     })
 }
 
-fn descriptors(pid: u32) -> usize {
+/// How many descriptors a process has.
+pub fn descriptors(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
@@ -108,8 +109,8 @@ fn resident_kib(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// proc_locks(5): number, kind, mode, access, process …
-fn leases(pid: u32) -> Vec<String> {
+/// A process's leases, by proc_locks(5): number, kind, mode, access, process …
+pub fn leases(pid: u32) -> Vec<String> {
     let locks = std::fs::read_to_string(Path::new("/proc/locks")).unwrap();
     let pid = pid.to_string();
     let of_it = |line: &&str| {
@@ -119,8 +120,8 @@ fn leases(pid: u32) -> Vec<String> {
     locks.lines().filter(of_it).map(str::to_owned).collect()
 }
 
-/// rdma-resource(8): `0: rxe0: pd 1 cq 1 qp 2 …`
-fn rdma() -> BTreeMap<String, u64> {
+/// The RDMA objects of the machine, by rdma-resource(8): `0: rxe0: pd 1 cq 1 qp 2 …`
+pub fn rdma() -> BTreeMap<String, u64> {
     let output = Command::new("rdma").args(["resource", "show"]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();

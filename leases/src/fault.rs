@@ -1,0 +1,175 @@
+//! The n-th system call fails, so that tests see what becomes of each failure. Compiled in for tests
+//! and by the feature `mutants` alone.
+
+use std::cell::Cell;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// The variable that names the socket for [`obey`] and [`Control`].
+const VARIABLE: &str = "PINFOLD_FAULTS";
+
+/// The calls of this crate.
+pub static LEASES: Seam = Seam::new();
+/// The calls of the crate `pinfold-verbs`.
+pub static VERBS: Seam = Seam::new();
+
+/// Calls that are counted together, by all threads.
+#[derive(Debug)]
+pub struct Seam {
+    /// How many more calls until one fails, that one included; 0: none will.
+    left: AtomicU64,
+    failed: Mutex<Option<&'static str>>,
+}
+
+impl Seam {
+    const fn new() -> Self {
+        Self { left: AtomicU64::new(0), failed: Mutex::new(None) }
+    }
+
+    /// Of the calls from now on the `n`-th fails, and it alone; 0: none.
+    pub fn arm(&self, n: u64) {
+        *self.failed() = None;
+        self.left.store(n, Ordering::SeqCst);
+    }
+
+    /// Lets all calls pass from now on. Which one has failed, if so many came since
+    /// [`arm`](Self::arm).
+    pub fn disarm(&self) -> Option<&'static str> {
+        self.left.store(0, Ordering::SeqCst);
+        *self.failed()
+    }
+
+    fn failed(&self) -> std::sync::MutexGuard<'_, Option<&'static str>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To be called right before a foreign call: fails in its place if it is its turn.
+    pub fn pass<E: OfErrno>(&self, call: &'static str) -> Result<(), E> {
+        if SPARED.get() {
+            return Ok(());
+        }
+        let one_less = |left: u64| left.checked_sub(1);
+        let is_last = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) == Ok(1);
+        if !is_last {
+            return Ok(());
+        }
+        *self.failed() = Some(call);
+        Err(E::of_errno(errno(call)))
+    }
+}
+
+thread_local! {
+    static SPARED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This thread's calls are not counted and never fail: it makes them by the clock, so that no run
+/// would be like the other.
+pub(crate) fn spare_this_thread() {
+    SPARED.set(true);
+}
+
+/// Obeys a test in another process: makes the socket that `PINFOLD_FAULTS` names, if it does, and takes
+/// lines there, on a thread of its own. See [`Control`].
+pub fn obey() -> io::Result<()> {
+    let Some(path) = std::env::var_os(VARIABLE) else { return Ok(()) };
+    let listener = UnixListener::bind(path)?;
+    std::thread::spawn(move || {
+        for stream in listener.incoming().map_while(Result::ok) {
+            // It ends with the other side.
+            let _ = obey_lines(stream);
+        }
+    });
+    Ok(())
+}
+
+fn obey_lines(mut stream: UnixStream) -> io::Result<()> {
+    let lines = BufReader::new(stream.try_clone()?).lines();
+    for line in lines {
+        let line = line?;
+        let (name, n) = line.split_once(' ').unwrap_or((&line, ""));
+        let seam = if name == "verbs" { &VERBS } else { &LEASES };
+        let failed = match n.parse() {
+            Ok(n) => {
+                seam.arm(n);
+                None
+            }
+            Err(_) => seam.disarm(),
+        };
+        writeln!(stream, "{}", failed.unwrap_or_default())?;
+    }
+    Ok(())
+}
+
+/// A server's seams, as a test in another process has them in hand.
+#[derive(Debug)]
+pub struct Control(BufReader<UnixStream>);
+
+impl Control {
+    /// Of the server that was started last with this process's `PINFOLD_FAULTS`.
+    pub fn connect() -> io::Result<Self> {
+        let path = std::env::var_os(VARIABLE).ok_or(io::ErrorKind::NotFound)?;
+        UnixStream::connect(path).map(|stream| Self(BufReader::new(stream)))
+    }
+
+    /// As [`Seam::arm`], of `leases` or `verbs`.
+    pub fn arm(&mut self, seam: &str, n: u64) -> io::Result<()> {
+        self.ask(&format!("{seam} {n}")).map(drop)
+    }
+
+    /// As [`Seam::disarm`].
+    pub fn disarm(&mut self, seam: &str) -> io::Result<Option<String>> {
+        let failed = self.ask(seam)?;
+        Ok(Some(failed).filter(|call| !call.is_empty()))
+    }
+
+    fn ask(&mut self, line: &str) -> io::Result<String> {
+        writeln!(self.0.get_mut(), "{line}")?;
+        let mut answer = String::new();
+        self.0.read_line(&mut answer)?;
+        Ok(answer.trim_end().to_owned())
+    }
+}
+
+/// What a call may well fail with.
+fn errno(call: &str) -> i32 {
+    match call {
+        "fallocate" | "pwrite" | "fsetxattr" => libc::ENOSPC,
+        "open" | "openat2" | "dup" | "eventfd" | "create" => libc::EMFILE,
+        "flock" => libc::ENOLCK,
+        "fcntl(F_OFD_SETLK)" => libc::ENOLCK,
+        _ if call.starts_with("fcntl") => libc::ENOMEM,
+        "mmap" | "munmap" | "mprotect" | "madvise" => libc::ENOMEM,
+        _ if call.starts_with("process_vm") => libc::ENOMEM,
+        _ if call.starts_with("ibv_") => libc::ENOMEM,
+        _ => libc::EIO,
+    }
+}
+
+/// An error that can be made of an error number.
+pub trait OfErrno {
+    /// Makes it.
+    fn of_errno(errno: i32) -> Self;
+}
+
+impl OfErrno for io::Error {
+    fn of_errno(errno: i32) -> Self {
+        Self::from_raw_os_error(errno)
+    }
+}
+
+impl OfErrno for rustix::io::Errno {
+    fn of_errno(errno: i32) -> Self {
+        Self::from_raw_os_error(errno)
+    }
+}
+
+impl OfErrno for nix::Error {
+    fn of_errno(errno: i32) -> Self {
+        Self::from_raw(errno)
+    }
+}
+
+#[cfg(test)]
+mod life;

@@ -1,0 +1,50 @@
+//! `vm faults`: each call to the kernel and to libibverbs fails once in a server.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+
+use crate::libtest::Tally;
+use crate::vm::{self, End, Job, Options};
+use crate::{cargo, setup};
+
+/// Where, and whose calls: `lab/src/bin/faults.rs`.
+const RUNS: [&str; 2] = ["ext4 verbs", "xfs leases"];
+/// The last takes minutes; each of its calls fails in `cargo test` too, without a server around it.
+const IN_CI: usize = 1;
+/// All of them, on an emulated and busy machine.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// `vm faults`.
+pub(crate) fn run(options: &Options) -> Result<Tally> {
+    carry_out(options, &RUNS)
+}
+
+/// In CI: what takes seconds.
+pub(crate) fn run_in_ci(options: &Options) -> Result<Tally> {
+    carry_out(options, &RUNS[..IN_CI])
+}
+
+/// Builds, boots once, runs one after the other.
+fn carry_out(options: &Options, runs: &[&str]) -> Result<Tally> {
+    setup::require_lab()?;
+    let folder = cargo::mutants()?.to_string_lossy().into_owned();
+    let mut script = format!("failed=0\nexport PINFOLD_BIN_DIR={}\n", vm::quoted(&folder));
+    for (number, run) in runs.iter().enumerate() {
+        script += &format!(
+            "PINFOLD_FAULTS=$TMPDIR/faults{number} \"$PINFOLD_BIN_DIR/faults\" {run} || \
+             failed=$((failed + 1))\n"
+        );
+    }
+    let argv = ["sh", "-c", &(script + "exit $failed\n")].map(Into::into).to_vec();
+    match vm::run(options, &Job::Run(argv, LIMIT), &None)? {
+        End::Exit(failed) if usize::from(failed) <= runs.len() => {
+            let failed = u32::from(failed);
+            Ok(Tally { passed: runs.len() as u32 - failed, failed })
+        }
+        End::Exit(status) => bail!("the guest's shell ended with {status}"),
+        End::Lost { why, .. } => bail!("the VM was lost: {why}"),
+        End::PowerCut => bail!("the VM's power was cut"),
+        End::Interrupted(signal) => bail!("interrupted by signal {signal}"),
+    }
+}
