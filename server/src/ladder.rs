@@ -56,10 +56,12 @@ pub(crate) enum Climbed {
     Done(Outcome),
     /// Somebody is at it, and will order its fence again.
     UnderWay,
-    /// The same; the fence hangs, which is said once.
-    Hangs,
-    /// The same; regions hang too, for so long that it is time for the last rung. Said once.
-    RegionsHang,
+    /// The same; the fence hangs. To be looked at again after [`PATIENCE`]. Said once for each try;
+    /// `news`: of this file for the first time.
+    Hangs { news: bool },
+    /// The same; regions hang too, for so long that it is time for the last rung. Said once for each
+    /// try; `news`: of this file for the first time.
+    RegionsHang { news: bool },
 }
 
 impl Ladder {
@@ -82,7 +84,9 @@ impl Ladder {
     pub(crate) fn climb(&self, file: &Arc<HeldFile>) -> Climbed {
         match file.cutting().begin() {
             Begun::Now => {}
-            Begun::Earlier { overdue: true } => return Climbed::RegionsHang,
+            Begun::Earlier { overdue: true } => {
+                return Climbed::RegionsHang { news: file.cutting().is_first_hang_of_regions() };
+            }
             Begun::Earlier { overdue: false } => return Climbed::UnderWay,
             Begun::Ended(outcome) => return Climbed::Done(outcome),
         }
@@ -105,13 +109,12 @@ impl Ladder {
         // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
         // not take them all.
         let threads = if hangs { 1 } else { regions.clamp(1, self.side_by_side) };
-        let news = hangs && file.cutting().is_first_hang();
-        file.cutting().leave_to(threads, news.then(Instant::now));
+        let climbed = file.cutting().leave_to(threads, hangs.then(Instant::now));
         for _ in 0..threads {
             // Waits only if thousands of files wait for threads that all hang.
             let _ = self.regions.send(Arc::clone(file));
         }
-        if news { Climbed::Hangs } else { Climbed::UnderWay }
+        climbed
     }
 }
 
@@ -144,6 +147,7 @@ pub(crate) struct Cutting {
     /// How many threads deregister.
     threads: AtomicUsize,
     hang_was_told: AtomicBool,
+    hang_of_regions_was_told: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -151,6 +155,8 @@ enum State {
     /// Nothing.
     #[default]
     Idle,
+    /// Nothing, and it is not to be tried again before then.
+    Pausing(Instant),
     /// The fence thread waits for the fence.
     Awaited,
     /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet:
@@ -175,7 +181,11 @@ impl Cutting {
     fn begin(&self) -> Begun {
         let mut state = locked(&self.state);
         match std::mem::take(&mut *state) {
-            State::Idle => {
+            State::Pausing(until) if Instant::now() < until => {
+                *state = State::Pausing(until);
+                Begun::Earlier { overdue: false }
+            }
+            State::Idle | State::Pausing(_) => {
                 *state = State::Awaited;
                 Begun::Now
             }
@@ -189,10 +199,21 @@ impl Cutting {
         }
     }
 
+    /// It failed, and will be ordered again for then. Orders that come before are for a look at what is
+    /// under way, and must not begin a try of their own: each try orders more than one.
+    pub(crate) fn pause(&self, until: Instant) {
+        *locked(&self.state) = State::Pausing(until);
+    }
+
     /// Whether nothing has been said of it yet. A fence that is tried again hangs again, each time, and
-    /// must neither fill the log nor order itself more often than it is tried.
+    /// must not fill the log.
     fn is_first_hang(&self) -> bool {
         !self.hang_was_told.swap(true, Ordering::Relaxed)
+    }
+
+    /// The same of its regions, which may hang on a later try only.
+    fn is_first_hang_of_regions(&self) -> bool {
+        !self.hang_of_regions_was_told.swap(true, Ordering::Relaxed)
     }
 
     /// Waits for the fence; `None` if it takes longer.
@@ -212,13 +233,17 @@ impl Cutting {
         }
     }
 
-    /// Nobody waits from here on.
-    fn leave_to(&self, threads: usize, hangs: Option<Instant>) {
+    /// Nobody waits from here on. `hangs`: since when, if that is because the fence hangs.
+    fn leave_to(&self, threads: usize, hangs: Option<Instant>) -> Climbed {
         self.threads.store(threads, Ordering::SeqCst);
         let mut state = locked(&self.state);
         // It may have come back this very moment; then the regions' threads say that all is done.
         if !matches!(*state, State::Ended(Ok(_))) {
             *state = State::UnderWay { hangs };
+        }
+        match hangs {
+            Some(_) => Climbed::Hangs { news: self.is_first_hang() },
+            None => Climbed::UnderWay,
         }
     }
 
@@ -236,7 +261,7 @@ impl Cutting {
                 *state = State::Ended(outcome);
                 true
             }
-            State::Idle | State::UnderWay { .. } | State::Ended(_) => false,
+            State::Idle | State::Pausing(_) | State::UnderWay { .. } | State::Ended(_) => false,
         }
     }
 
@@ -277,7 +302,7 @@ mod tests {
         let cutting = Cutting::default();
         assert!(matches!(cutting.begin(), Begun::Now));
         assert!(cutting.wait(Duration::ZERO).is_none());
-        cutting.leave_to(2, None);
+        assert!(matches!(cutting.leave_to(2, None), Climbed::UnderWay));
         assert!(!cutting.regions_dropped(|| panic!("it is not the last")));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
         assert!(cutting.regions_dropped(|| Some(failed())));
@@ -286,15 +311,43 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_is_told_of_once() {
+    fn regions_that_hang_are_found_on_each_try_and_told_of_once() {
         let cutting = Cutting::default();
-        assert!(cutting.is_first_hang());
-        assert!(!cutting.is_first_hang());
-        assert!(matches!(cutting.begin(), Begun::Now));
         let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
+        for first in [true, false] {
+            assert!(matches!(cutting.begin(), Begun::Now));
+            let left = cutting.leave_to(1, Some(long_ago));
+            assert!(matches!(left, Climbed::Hangs { news } if news == first), "{left:?}");
+            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+            assert_eq!(cutting.is_first_hang_of_regions(), first);
+            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+            assert!(cutting.regions_dropped(|| Some(failed())));
+            assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+        }
+    }
+
+    #[test]
+    fn regions_that_fail_at_first_and_hang_later_are_found() {
+        let cutting = Cutting::default();
+        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap();
+        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(matches!(cutting.leave_to(1, Some(Instant::now())), Climbed::Hangs { news: true }));
+        assert!(cutting.regions_dropped(|| Some(failed())));
+        assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+        assert!(matches!(cutting.begin(), Begun::Now));
         cutting.leave_to(1, Some(long_ago));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+        assert!(cutting.is_first_hang_of_regions(), "the log has not had it yet");
+    }
+
+    #[test]
+    fn a_look_begins_no_try_before_it_is_time() {
+        let cutting = Cutting::default();
+        cutting.pause(Instant::now() + Duration::from_secs(3600));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        cutting.pause(Instant::now());
+        assert!(matches!(cutting.begin(), Begun::Now));
     }
 
     #[test]
