@@ -4,10 +4,12 @@
 
 use pinfold_client::{ConnectOptions, DrainPolicy, Event, PinRequest, RdmaDevice, Reason, Session};
 use pinfold_lab::{
-    DEADLINE, Daemon, EXPORT, FileSystem, Frozen, Lab, LeaseBreakTimeSet, Opener, SystemCall,
-    Truncation, device_name, eventually, in_time, next_revocation, on_each_file_system,
-    queue_pairs, read_by_another_process, remote_fault_hangs, remote_slice,
+    DEADLINE, Daemon, EXPORT, FileSystem, ForeignClient, ForeignLane, Frozen, Lab,
+    LeaseBreakTimeSet, Opener, SystemCall, Truncation, device_name, eventually, in_time,
+    next_revocation, on_each_file_system, queue_pairs, read_by_another_process, remote_fault_hangs,
+    remote_slice,
 };
+use pinfold_proto::v1;
 
 const PAGE: usize = 4096;
 /// Clients have two seconds to drain.
@@ -98,6 +100,109 @@ on_each_file_system! {
         write_to(&lab, &session, "other", b'O').await;
         write_to(&lab, &lab.session().await, "stuck", b'S').await;
         deaf.close().await;
+    }
+}
+
+/// A client that was written from the protocol alone, with a pin on a file and a connection.
+struct Holder {
+    client: ForeignClient,
+    lane: ForeignLane,
+    pin: v1::PinResponse,
+}
+
+impl Holder {
+    async fn of(daemon: &Daemon, export: &str) -> Self {
+        let mut client = ForeignClient::open(&daemon.url).await;
+        let lane = client.connect().await;
+        let export = export.to_owned();
+        let request = v1::PinRequest { export, ..client.pin_request("file") };
+        let pin = client.stub.pin(request).await.unwrap().into_inner();
+        Self { client, lane, pin }
+    }
+
+    async fn write(&self, byte: u8) {
+        let status = self.lane.write(&self.pin.segments[0], 0, &[byte; PAGE]).await;
+        assert!(status.is_success(), "{status}");
+    }
+
+    fn is_connected(&self) -> bool {
+        queue_pairs().contains_key(&self.lane.server_queue_pair.into())
+    }
+}
+
+/// Three sessions have a pin on a file of the file system that is frozen, and a fourth has one on a
+/// file of the other.
+async fn the_last_rung(frozen: FileSystem, other: FileSystem) {
+    let _short = LeaseBreakTimeSet::to(LEASE_BREAK_TIME);
+    let folder = |at: FileSystem| {
+        let folder = tempfile::tempdir_in(at.mount_point()).unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, [0; PAGE]).unwrap();
+        // Of a file that is not written back yet when it is mapped XFS leaves the pages writable when
+        // it is frozen.
+        std::fs::File::open(path).unwrap().sync_all().unwrap();
+        folder
+    };
+    let (cold, warm) = (folder(frozen), folder(other));
+    let path = cold.path().join("file");
+    let daemon = Daemon::start(&[(EXPORT, cold.path()), ("warm", warm.path())]);
+    let stuck = Holder::of(&daemon, EXPORT).await;
+    let deaf = Holder::of(&daemon, EXPORT).await;
+    let mut drained = Holder::of(&daemon, EXPORT).await;
+    let apart = Holder::of(&daemon, "warm").await;
+    // From here on its NIC need not fault: that would wait for the memory lock.
+    apart.write(b'1').await;
+
+    let ice = Frozen::start(frozen.mount_point());
+    let (cut_off, key) = (stuck.lane.server_queue_pair, stuck.pin.segments[0]);
+    let hanging = tokio::spawn(async move { stuck.lane.write(&key, 0, &[b'2'; PAGE]).await });
+    eventually("a remote write hangs in a fault", async || remote_fault_hangs()).await;
+    let opened = path.clone();
+    let reader = tokio::task::spawn_blocking(move || Opener::reading(&opened));
+    drained.client.next_draining().await;
+    drained.client.say_drained(&[drained.pin.pin_id]);
+    daemon.logged_of(&path, "regions hang too");
+    eventually("the connections of those that have a pin are gone", async || {
+        !deaf.is_connected() && !drained.is_connected()
+    })
+    .await;
+    assert!(apart.is_connected(), "it has no pin on that file");
+    apart.write(b'2').await;
+    assert!(remote_fault_hangs() && !reader.is_finished(), "it was thawed too soon");
+    ice.thaw();
+
+    drop(reader.await.unwrap());
+    println!("the write that hung: {}", hanging.await.unwrap());
+    let is_gone = async || !queue_pairs().contains_key(&cut_off.into());
+    eventually("the connection that hung is gone too", is_gone).await;
+    assert_eq!(daemon.audit_record(&path)["failed_regions"], 0);
+    apart.write(b'3').await;
+    // Another connection, and each is as before.
+    for Holder { mut client, .. } in [deaf, drained] {
+        let lane = client.connect().await;
+        let pin = client.pin("file").await;
+        let again = Holder { client, lane, pin };
+        again.write(b'4').await;
+        let Holder { mut client, pin, .. } = again;
+        client.commit(pin.pin_id, pin.generation).await.unwrap();
+        client.unpin(pin.pin_id).await.unwrap();
+    }
+    assert!(read_by_another_process(&path) == [b'4'; PAGE]);
+    let Holder { mut client, pin, .. } = apart;
+    client.unpin(pin.pin_id).await.unwrap();
+    assert!(read_by_another_process(&warm.path().join("file")) == [b'3'; PAGE]);
+    for folder in [cold, warm] {
+        let is_free = async || daemon.files_open_beneath(folder.path()) == 0;
+        eventually("no file is open", is_free).await;
+    }
+}
+
+#[test]
+fn the_last_rung_takes_the_connections_of_those_that_have_the_file_and_no_other() {
+    for (frozen, other) in
+        [(FileSystem::Ext4, FileSystem::Xfs), (FileSystem::Xfs, FileSystem::Ext4)]
+    {
+        in_time(DEADLINE, the_last_rung(frozen, other));
     }
 }
 

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use pinfold_client::{
     Buffer, Code, CompletionStatus, ConnectOptions, Error, KeepPolicy, KeptPin, KeptSession, Pin,
-    PinRequest, RdmaDevice, Reason, RevocationReason, Session,
+    PinRequest, RdmaDevice, Reason, RevocationReason, Session, Transport,
 };
 use pinfold_lab::{
-    Answer, DEADLINE, Daemon, EXPORT, FileSystem, Frozen, Pattern, Truncation, device_name,
-    eventually, next_revocation, on_each_file_system, read_by_another_process, remote_slice,
+    Answer, DEADLINE, Daemon, EXPORT, FileSystem, Frozen, LeaseBreakTimeSet, Pattern, SystemCall,
+    Truncation, device_name, eventually, in_time, next_revocation, on_each_file_system,
+    read_by_another_process, remote_slice,
 };
 
 const LEN: usize = 64 << 10;
@@ -165,6 +166,162 @@ async fn freeze(frozen: FileSystem, other: FileSystem) {
     Pattern(4).check(0, &content[..PIECE], "written after the thaw");
     let is_free = async || daemon.files_open_beneath(cold.path()) == 0;
     eventually("no file of the export is open", is_free).await;
+}
+
+/// A daemon with a stream write that hangs inside the kernel.
+struct Hung {
+    daemon: Daemon,
+    folder: tempfile::TempDir,
+    operator: Session,
+    writer: Session,
+    pin: Option<Pin>,
+    hanging: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Hung {
+    async fn start(file_system: FileSystem) -> Self {
+        let folder = folder(file_system);
+        let daemon = Daemon::start(&[(EXPORT, folder.path())]);
+        let options =
+            || ConnectOptions::new(&daemon.url).rdma_device(RdmaDevice::Named(device_name()));
+        let operator = Session::connect(options()).await.unwrap();
+        let writer = Session::connect(options()).await.unwrap();
+        let pin = Some(writer.pin(request().transport(Transport::Stream)).await.unwrap());
+        Self { daemon, folder, operator, writer, pin, hanging: None }
+    }
+
+    /// Once the file system is frozen.
+    async fn write(&mut self) {
+        let pin = self.pin.take().unwrap();
+        let mut buffer = self.writer.buffer(PIECE).await.unwrap();
+        Pattern(1).fill(0, buffer.as_mut_slice());
+        // It was in the kernel before the file was let go, and may end either way once it is thawed.
+        self.hanging = Some(tokio::spawn(async move { drop(pin.write(0, buffer, PIECE).await) }));
+        let inside = async || self.daemon.threads_in(SystemCall::Pwrite) == 1;
+        eventually("the stream write is inside the kernel", inside).await;
+    }
+
+    /// An operator has seen that it takes too long, and gives up.
+    async fn quiesce_is_overtaken(&self) {
+        let resuming = async {
+            eventually("it is quiesced", async || {
+                self.operator.list("", "").await.unwrap()[0].quiesced.is_some()
+            })
+            .await;
+            assert!(self.operator.resume(EXPORT).await.unwrap());
+        };
+        let (overtaken, ()) = tokio::join!(self.operator.quiesce(EXPORT), resuming);
+        quiesced(&["was resumed before all of it was let go"]).check(overtaken.unwrap_err());
+    }
+
+    async fn quiesce_in_vain(&self) {
+        let finished = self.daemon.pinfold(&device_name(), &["quiesce", EXPORT]).await;
+        let says = [
+            &format!("still open: {} (", self.folder.path().join("file").display()) as &str,
+            "export lab is quiesced, but after 10 s",
+            "is the file system frozen",
+            "quiesce it again",
+        ];
+        let (code, reason) = (Code::Unavailable, Reason::FileDraining);
+        let answer = Answer { code, reason, exit: 6, says: &says };
+        answer.check_finished(&finished, &["quiesce"]);
+        let entries = self.operator.list("", "").await.unwrap();
+        let quiet = entries[0].quiesced.as_ref().expect("it stays quiesced");
+        assert!(!quiet.complete, "{quiet:?}");
+    }
+
+    async fn quiesce(&self) {
+        println!("{:?}", self.operator.quiesce(EXPORT).await.unwrap());
+        assert_eq!(self.daemon.files_open_beneath(self.folder.path()), 0);
+    }
+
+    async fn works_on(self) {
+        assert!(self.operator.resume(EXPORT).await.unwrap());
+        self.hanging.unwrap().await.unwrap();
+        let pin = self.operator.pin(request()).await.unwrap();
+        write(&pin, 2, &self.operator).await;
+        pin.commit().await.unwrap();
+        pin.unpin().await.unwrap();
+        let content = read_by_another_process(&self.folder.path().join("file"));
+        Pattern(2).check(0, &content[..PIECE], "written after the thaw");
+    }
+}
+
+/// On both file systems at once: a quiesce takes ten seconds to give up.
+async fn quiesces_that_hang() {
+    let _short = LeaseBreakTimeSet::to(1);
+    let both = [FileSystem::Ext4, FileSystem::Xfs];
+    let mut ext4 = Hung::start(both[0]).await;
+    let mut xfs = Hung::start(both[1]).await;
+    // Thawed before the daemons are ended, whatever comes.
+    let frozen = both.map(|file_system| Frozen::start(file_system.mount_point()));
+    ext4.write().await;
+    xfs.write().await;
+    ext4.quiesce_is_overtaken().await;
+    tokio::join!(ext4.quiesce_in_vain(), xfs.quiesce_in_vain());
+    // One operator has given up, and it is served on while it hangs; another has not.
+    assert!(ext4.operator.resume(EXPORT).await.unwrap());
+    ext4.operator.stat(EXPORT, "file").await.unwrap();
+    tokio::join!(async { drop(frozen) }, ext4.quiesce(), xfs.quiesce());
+    tokio::join!(ext4.works_on(), xfs.works_on());
+}
+
+#[test]
+fn a_quiesce_that_hangs_says_on_which_file_and_can_be_taken_up_again() {
+    in_time(DEADLINE, quiesces_that_hang());
+}
+
+/// The files of one export can be reached by another in which it lies: each is quiesced alone, and
+/// says that the other is not.
+async fn nested(file_system: FileSystem) {
+    let outer = tempfile::tempdir_in(file_system.mount_point()).unwrap();
+    let folder = outer.path().join("folder");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("file"), vec![0; LEN]).unwrap();
+    let daemon = Daemon::start(&[("outer", outer.path()), ("inner", &folder)]);
+    let options = || ConnectOptions::new(&daemon.url).rdma_device(RdmaDevice::Named(device_name()));
+    let session = Session::connect(options()).await.unwrap();
+    let kept = KeptSession::connect(options(), policy()).await.unwrap();
+    let by_outer = || PinRequest::read_write("outer", "folder/file");
+    let by_inner = || PinRequest::read_write("inner", "file");
+
+    // Opened by the outer one, for both.
+    let first = session.pin(by_outer()).await.unwrap();
+    let pin = kept.pin(by_inner()).await.unwrap();
+    let buffer = write_kept(&pin, 1, kept.buffer(PIECE).await.unwrap()).await;
+    let quieted = session.quiesce("outer").await.unwrap();
+    assert_eq!((quieted.revoked_pins, quieted.beside), (2, vec!["inner".to_owned()]));
+    assert!(matches!(first.check(), Err(Error::Draining { .. } | Error::Revoked { .. })));
+    quiesced(&["export outer"]).check(session.pin(by_outer()).await.unwrap_err());
+    // The inner one is served on.
+    pin.resume().await.unwrap().expect("an interruption");
+    let buffer = write_kept(&pin, 2, buffer).await;
+    assert!(session.resume("outer").await.unwrap());
+    // Opened by the inner one, for both.
+    let second = session.pin(by_outer()).await.unwrap();
+    let quieted = session.quiesce("inner").await.unwrap();
+    assert_eq!((quieted.revoked_pins, quieted.beside), (2, vec!["outer".to_owned()]));
+    assert!(matches!(second.check(), Err(Error::Draining { .. } | Error::Revoked { .. })));
+    let third = session.pin(by_outer()).await.unwrap();
+    write(&third, 3, &session).await;
+    assert_eq!(session.quiesce("inner").await.unwrap().revoked_pins, 0, "it is quiet");
+    third.check().expect("no other export's pins are taken for that");
+    assert_eq!(session.quiesce("outer").await.unwrap().beside, [""; 0]);
+    assert_eq!(daemon.files_open_beneath(outer.path()), 0);
+    for export in ["inner", "outer"] {
+        assert!(session.resume(export).await.unwrap());
+    }
+    comes_back(&pin).await;
+    write_kept(&pin, 4, buffer).await;
+    pin.unpin().await.unwrap();
+    Pattern(4).check(0, &read_by_another_process(&folder.join("file"))[..PIECE], "written after");
+}
+
+#[test]
+fn exports_that_lie_in_each_other_are_quiesced_one_by_one() {
+    for file_system in [FileSystem::Ext4, FileSystem::Xfs] {
+        in_time(DEADLINE, nested(file_system));
+    }
 }
 
 fn folder(file_system: FileSystem) -> tempfile::TempDir {

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pinfold_client::{
-    Error, InterruptionCause, KeepPolicy, KeptSession, PinRequest, Reason, RevocationReason,
+    Code, Error, InterruptionCause, KeepPolicy, KeptSession, PinRequest, Reason, RevocationReason,
+    Transport,
 };
 use pinfold_lab::{
-    EXPORT, FileSystem, ForeignClient, ForeignLane, Lab, eventually, on_each_file_system,
+    Answer, EXPORT, FileSystem, ForeignClient, ForeignLane, Lab, eventually, on_each_file_system,
     read_by_another_process, reason_of,
 };
+use pinfold_leases::{Export, LockKind, RelativePath};
 use pinfold_proto::v1;
 use pinfold_proto::v1::session_event::Event;
 use tokio::task::JoinHandle;
@@ -190,6 +192,63 @@ fn two_writers_that_fight_by_the_stream_path_never_interleave() {
 #[test]
 fn who_keeps_a_pin_is_told_and_does_not_steal_it_back() {
     Lab::run(FileSystem::Ext4, kept);
+}
+
+/// Somebody has the file, and a steal that can't come to anything takes nothing away.
+async fn in_vain(lab: &Lab, request: PinRequest, answer: Answer<'_>) {
+    let holder = lab.session().await;
+    let held =
+        holder.pin(PinRequest::read_write(EXPORT, "file").range(0..PAGE as u64)).await.unwrap();
+    let thief = lab.session().await;
+    answer.check(thief.pin(request.clone().steal()).await.unwrap_err());
+    held.check().expect("it was not taken back");
+    let buffer = holder.buffer(PAGE).await.unwrap();
+    held.write(0, buffer, PAGE).await.unwrap();
+    held.unpin().await.unwrap();
+    // It could never be had.
+    answer.check(thief.pin(request).await.unwrap_err());
+    lab.nothing_is_held().await;
+}
+
+fn by_rdma() -> PinRequest {
+    PinRequest::read_write(EXPORT, "file").transport(Transport::Rdma)
+}
+
+#[test]
+fn a_steal_from_a_byte_that_the_device_misplaces_takes_nothing() {
+    Lab::run(FileSystem::Ext4, async |lab| {
+        lab.make_file("file", 2 * PAGE as u64);
+        let (code, reason) = (Code::InvalidArgument, Reason::BadRange);
+        let says = &["starts at byte 100", "multiples of 4096"];
+        let misaligned = Answer { code, reason, exit: 5, says };
+        in_vain(&lab, by_rdma().range(100..2 * PAGE as u64), misaligned).await;
+    });
+}
+
+#[test]
+fn a_steal_that_the_device_can_not_register_takes_nothing() {
+    Lab::run(FileSystem::Tmpfs, async |lab| {
+        lab.make_file("file", PAGE as u64);
+        let (code, reason) = (Code::FailedPrecondition, Reason::DeviceCannotRegister);
+        let can_not =
+            Answer { code, reason, exit: 8, says: &["past the end of a file", "reserve"] };
+        in_vain(&lab, by_rdma().reserve_end(2 * PAGE as u64), can_not).await;
+    });
+}
+
+#[test]
+fn a_steal_of_bytes_that_another_program_has_locked_takes_nothing() {
+    Lab::run_with_policy(FileSystem::Ext4, "guard=none", async |lab| {
+        lab.make_file("file", 2 * PAGE as u64);
+        let export = Export::open(lab.folder()).unwrap();
+        let other = export.locate(&RelativePath::parse("file").unwrap()).unwrap().open().unwrap();
+        let page = PAGE as u64;
+        let _lock = other.lock_range(page..2 * page, LockKind::Shared).unwrap();
+        let (code, reason) = (Code::FailedPrecondition, Reason::RangeHeld);
+        let says = &["are locked by another open description"];
+        let locked = Answer { code, reason, exit: 6, says };
+        in_vain(&lab, PinRequest::read_write(EXPORT, "file"), locked).await;
+    });
 }
 
 async fn kept(lab: Lab) {

@@ -122,7 +122,7 @@ struct Inner {
     armed: AtomicBool,
     range_locks: Mutex<RangeLocks>,
     /// Behind the descriptor: see [`Root`].
-    _root: Arc<Root>,
+    root: Arc<Root>,
 }
 
 /// A [`Description`] that may have been closed meanwhile. A file whose old mapping still lives can
@@ -159,7 +159,7 @@ impl Description {
     ) -> Result<Self> {
         let identity = Attributes::of(fd.as_fd(), &path)?.identity;
         let (armed, range_locks) = (AtomicBool::new(false), Mutex::default());
-        let inner = Inner { fd, path, identity, device, armed, range_locks, _root: root };
+        let inner = Inner { fd, path, identity, device, armed, range_locks, root };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -170,6 +170,11 @@ impl Description {
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.inner.fd.as_fd()
+    }
+
+    /// The export by which it was opened.
+    pub(crate) fn root(&self) -> &Root {
+        &self.inner.root
     }
 
     /// The name it was opened by, for messages.

@@ -110,6 +110,12 @@ impl Leftovers {
         unmap_what_is_left();
         self.0.strong_count() == 0
     }
+
+    /// Whether this file is one of them. A file can be reached by several exports, one of which lies in
+    /// another; it keeps the one by which it was opened.
+    pub fn include(&self, file: &Description) -> bool {
+        self.0.as_ptr() == Arc::as_ptr(&file.root().held)
+    }
 }
 
 /// How [`Export::create`] makes a file.

@@ -1,5 +1,6 @@
 //! What can go wrong in the server, in words for the one who asked.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -41,13 +42,14 @@ pub enum Error {
         by: String,
     },
     /// The export is not served, and something of it is still open.
-    #[error("export {name} is quiesced, but after {} s something of it is still open: {what}; \
-             quiesce it again to go on waiting, or resume it", waited.as_secs())]
+    #[error("export {name} is quiesced, but after {} s something of it is still open: {} (is the file \
+             system frozen, or its device stuck?); quiesce it again to go on waiting, or resume it",
+            waited.as_secs(), some_of(open))]
     StillOpen {
         /// The export.
         name: String,
-        /// What we know of it.
-        what: String,
+        /// The files that are known to be.
+        open: BTreeSet<PathBuf>,
         /// How long we waited.
         waited: Duration,
     },
@@ -250,6 +252,15 @@ impl Error {
             Self::Verbs(source) => Self::Registration { path: path.to_owned(), source },
             other => other,
         }
+    }
+}
+
+/// The first of the files by name, and how many more there are.
+fn some_of(open: &BTreeSet<PathBuf>) -> String {
+    let Some(first) = open.first() else { return "a call that has not ended yet".to_owned() };
+    match open.len() {
+        1 => first.display().to_string(),
+        files => format!("{} and {} more", first.display(), files - 1),
     }
 }
 

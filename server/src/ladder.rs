@@ -59,10 +59,12 @@ pub(crate) enum Climbed {
     Done(Outcome),
     /// Somebody is at it, and will order its fence again.
     UnderWay,
-    /// The same; the fence hangs, which is said once. At this time regions will have had enough.
-    Hangs { regions_until: Instant },
-    /// The same; regions hang too, for so long that it is time for the last rung. Said once.
-    RegionsHang,
+    /// The same; the fence hangs. To be looked at again at this time, when regions will have had enough.
+    /// Said once for each try; `news`: of this file for the first time.
+    Hangs { regions_until: Instant, news: bool },
+    /// The same; regions hang too, for so long that it is time for the last rung. Said once for each
+    /// try; `news`: of this file for the first time.
+    RegionsHang { news: bool },
 }
 
 impl Ladder {
@@ -90,7 +92,9 @@ impl Ladder {
         let hangs = || Some(Instant::now() + patience_with_regions(lease_break_time));
         match file.cutting().begin() {
             Begun::Now => {}
-            Begun::Earlier { overdue: true } => return Climbed::RegionsHang,
+            Begun::Earlier { overdue: true } => {
+                return Climbed::RegionsHang { news: file.cutting().is_first_hang_of_regions() };
+            }
             Begun::Earlier { overdue: false } => return Climbed::UnderWay,
             Begun::Ended(outcome) => return Climbed::Done(outcome),
         }
@@ -114,16 +118,12 @@ impl Ladder {
         // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
         // not take them all.
         let threads = if hangs.is_some() { 1 } else { regions.clamp(1, self.side_by_side) };
-        let news = hangs.filter(|_| file.cutting().is_first_hang());
-        file.cutting().leave_to(threads, news);
+        let climbed = file.cutting().leave_to(threads, hangs);
         for _ in 0..threads {
             // Waits only if thousands of files wait for threads that all hang.
             let _ = self.regions.send(Arc::clone(file));
         }
-        match news {
-            Some(regions_until) => Climbed::Hangs { regions_until },
-            None => Climbed::UnderWay,
-        }
+        climbed
     }
 }
 
@@ -162,6 +162,7 @@ pub(crate) struct Cutting {
     /// How many threads deregister.
     threads: AtomicUsize,
     hang_was_told: AtomicBool,
+    hang_of_regions_was_told: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -169,6 +170,8 @@ enum State {
     /// Nothing.
     #[default]
     Idle,
+    /// Nothing, and it is not to be tried again before then.
+    Pausing(Instant),
     /// The fence thread waits for the fence.
     Awaited,
     /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet: until
@@ -193,7 +196,11 @@ impl Cutting {
     fn begin(&self) -> Begun {
         let mut state = locked(&self.state);
         match std::mem::take(&mut *state) {
-            State::Idle => {
+            State::Pausing(until) if Instant::now() < until => {
+                *state = State::Pausing(until);
+                Begun::Earlier { overdue: false }
+            }
+            State::Idle | State::Pausing(_) => {
                 *state = State::Awaited;
                 Begun::Now
             }
@@ -207,10 +214,21 @@ impl Cutting {
         }
     }
 
+    /// It failed, and will be ordered again for then. Orders that come before are for a look at what is
+    /// under way, and must not begin a try of their own: each try orders more than one.
+    pub(crate) fn pause(&self, until: Instant) {
+        *locked(&self.state) = State::Pausing(until);
+    }
+
     /// Whether nothing has been said of it yet. A fence that is tried again hangs again, each time, and
-    /// must neither fill the log nor order itself more often than it is tried.
+    /// must not fill the log.
     fn is_first_hang(&self) -> bool {
         !self.hang_was_told.swap(true, Ordering::Relaxed)
+    }
+
+    /// The same of its regions, which may hang on a later try only.
+    fn is_first_hang_of_regions(&self) -> bool {
+        !self.hang_of_regions_was_told.swap(true, Ordering::Relaxed)
     }
 
     /// Waits for the fence; `None` if it takes longer.
@@ -230,13 +248,18 @@ impl Cutting {
         }
     }
 
-    /// Nobody waits from here on.
-    fn leave_to(&self, threads: usize, hangs: Option<Instant>) {
+    /// Nobody waits from here on. `hangs`: if that is because the fence hangs, until when regions have
+    /// time.
+    fn leave_to(&self, threads: usize, hangs: Option<Instant>) -> Climbed {
         self.threads.store(threads, Ordering::SeqCst);
         let mut state = locked(&self.state);
         // It may have come back this very moment; then the regions' threads say that all is done.
         if !matches!(*state, State::Ended(Ok(_))) {
             *state = State::UnderWay { hangs };
+        }
+        match hangs {
+            Some(regions_until) => Climbed::Hangs { regions_until, news: self.is_first_hang() },
+            None => Climbed::UnderWay,
         }
     }
 
@@ -254,7 +277,7 @@ impl Cutting {
                 *state = State::Ended(outcome);
                 true
             }
-            State::Idle | State::UnderWay { .. } | State::Ended(_) => false,
+            State::Idle | State::Pausing(_) | State::UnderWay { .. } | State::Ended(_) => false,
         }
     }
 
@@ -295,7 +318,7 @@ mod tests {
         let cutting = Cutting::default();
         assert!(matches!(cutting.begin(), Begun::Now));
         assert!(cutting.wait(Duration::ZERO).is_none());
-        cutting.leave_to(2, None);
+        assert!(matches!(cutting.leave_to(2, None), Climbed::UnderWay));
         assert!(!cutting.regions_dropped(|| panic!("it is not the last")));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
         assert!(cutting.regions_dropped(|| Some(failed())));
@@ -304,16 +327,46 @@ mod tests {
     }
 
     #[test]
-    fn what_hangs_is_told_of_once() {
+    fn regions_that_hang_are_found_on_each_try_and_told_of_once() {
         let cutting = Cutting::default();
-        assert!(cutting.is_first_hang());
-        assert!(!cutting.is_first_hang());
+        let over = Instant::now();
+        for first in [true, false] {
+            assert!(matches!(cutting.begin(), Begun::Now));
+            let left = cutting.leave_to(1, Some(over));
+            assert!(matches!(left, Climbed::Hangs { news, .. } if news == first), "{left:?}");
+            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+            assert_eq!(cutting.is_first_hang_of_regions(), first);
+            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+            assert!(cutting.regions_dropped(|| Some(failed())));
+            assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+        }
+    }
+
+    #[test]
+    fn regions_that_fail_at_first_and_hang_later_are_found() {
+        let cutting = Cutting::default();
+        let over = Instant::now();
         assert!(matches!(cutting.begin(), Begun::Now));
-        cutting.leave_to(1, Some(Instant::now() + Duration::from_secs(1000)));
+        let in_time = Instant::now() + Duration::from_secs(3600);
+        let left = cutting.leave_to(1, Some(in_time));
+        assert!(matches!(left, Climbed::Hangs { news: true, .. }), "{left:?}");
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }), "there is time");
-        cutting.leave_to(1, Some(Instant::now()));
+        assert!(cutting.regions_dropped(|| Some(failed())));
+        assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+        assert!(matches!(cutting.begin(), Begun::Now));
+        cutting.leave_to(1, Some(over));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+        assert!(cutting.is_first_hang_of_regions(), "the log has not had it yet");
+    }
+
+    #[test]
+    fn a_look_begins_no_try_before_it_is_time() {
+        let cutting = Cutting::default();
+        cutting.pause(Instant::now() + Duration::from_secs(3600));
         assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        cutting.pause(Instant::now());
+        assert!(matches!(cutting.begin(), Begun::Now));
     }
 
     #[test]

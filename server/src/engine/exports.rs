@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use pinfold_leases::{Export, ExportLock, FileIdentity, Leftovers, RelativePath};
+use pinfold_leases::{Description, Export, ExportLock, FileIdentity, Leftovers, RelativePath};
 use pinfold_proto::v1;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -40,6 +40,12 @@ struct State {
     lock: Option<ExportLock>,
     /// Of openings that are over, and of the one that is.
     leftovers: Vec<Leftovers>,
+}
+
+impl State {
+    fn has(&self, file: &Description) -> bool {
+        self.leftovers.iter().any(|left| left.include(file))
+    }
 }
 
 #[derive(Debug)]
@@ -127,6 +133,17 @@ impl Served {
             state.lock = None;
         }
         Ok(state.lock.is_none())
+    }
+
+    /// Whether this file is to be closed, because it was opened by this export, which is quiesced.
+    pub(super) fn is_to_close(&self, file: &Description) -> bool {
+        let state = locked(&self.state);
+        matches!(state.serving, Serving::Quiesced(_)) && state.has(file)
+    }
+
+    /// Whether this file was opened by this export.
+    fn has(&self, file: &Description) -> bool {
+        locked(&self.state).has(file)
     }
 
     /// Opens the directory again; false: it was not quiesced. Blocks.
@@ -231,32 +248,56 @@ impl Engine {
         let give_up = Instant::now() + patience;
         let mut revoked_pins = 0;
         loop {
-            let files = self.files_reached_by(name);
+            // First: what was resumed meanwhile is nobody's to take back.
+            let is_let_go = served.is_let_go()?;
+            let files = self.files_reached_by(served);
             for file in &files {
                 revoked_pins += self.begin_to_take_back(file, Reason::Quiesce);
             }
-            let held: Vec<_> = files.iter().map(|file| file.path().to_owned()).collect();
-            // What is looked at here must not be what keeps it open.
-            drop(files);
-            if held.is_empty() && served.is_let_go()? {
+            if files.is_empty() && is_let_go {
                 break;
             }
             if Instant::now() >= give_up {
-                let what = match held.first() {
-                    Some(path) => format!("{} of {} files", path.display(), held.len()),
-                    None => "a call that has not ended yet".to_owned(),
-                };
-                return Err(Error::StillOpen { name: name.to_owned(), what, waited: patience });
+                let held = files.iter().map(|file| file.path().to_owned());
+                let open = held.chain(self.left_open_of(served)).collect();
+                return Err(Error::StillOpen { name: name.to_owned(), open, waited: patience });
             }
+            // What is looked at here must not be what keeps it open.
+            drop(files);
             tokio::time::sleep(TRY_AGAIN).await;
         }
         tracing::info!(export = name, by, revoked_pins, "quiesced");
         Ok(Quieted { revoked_pins, beside: self.beside(served) })
     }
 
-    fn files_reached_by(&self, name: &str) -> Vec<Arc<HeldFile>> {
-        let files = locked(&self.files);
-        files.values().filter(|file| file.is_reached_by(name)).cloned().collect()
+    fn files_reached_by(&self, served: &Served) -> Vec<Arc<HeldFile>> {
+        let reached = |file: &&Arc<HeldFile>| {
+            file.is_reached_by(&served.name) || served.has(file.description())
+        };
+        locked(&self.files).values().filter(reached).cloned().collect()
+    }
+
+    /// Files that were let go, and are open all the same: a call is inside the kernel with one.
+    fn left_open_of(&self, served: &Served) -> Vec<PathBuf> {
+        let known: Vec<_> = locked(&self.inodes)
+            .values()
+            .filter_map(|inode| inode.description.as_ref()?.upgrade())
+            .filter(|file| served.has(file))
+            .collect();
+        let paths = known.iter().map(|file| file.path().to_owned()).collect();
+        for file in known {
+            let identity = file.identity();
+            drop(file);
+            // It may have been closed by others meanwhile, to whom we were in the way.
+            self.prune(identity);
+        }
+        paths
+    }
+
+    /// Whether this file was opened by an export that is quiesced, and so must not be used on by another
+    /// export in which that one lies, or which lies in it.
+    pub(super) fn is_to_close(&self, file: &Description) -> bool {
+        self.exports.values().any(|served| served.is_to_close(file))
     }
 
     /// Begins to take a file back, unless that has begun. Returns how many pins clients lose by it.

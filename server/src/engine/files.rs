@@ -377,6 +377,9 @@ impl Engine {
         let identity = located.identity();
         let known = locked(&self.inodes).get(&identity).and_then(|inode| inode.description.clone());
         if let Some(description) = known.and_then(|weak| weak.upgrade()) {
+            if self.is_to_close(&description) {
+                return Err(Refusal::Draining.into());
+            }
             return Ok(description);
         }
         lift_leftover(located)?;

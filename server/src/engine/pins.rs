@@ -9,7 +9,7 @@ use pinfold_leases::{
     RelativePath, waiting_breakers,
 };
 use pinfold_proto::v1;
-use pinfold_verbs::{Error as VerbsError, ProtectionDomain, RegistrationMode, with_causes};
+use pinfold_verbs::{Error as VerbsError, ProtectionDomain, Quirks, RegistrationMode, with_causes};
 use tokio::sync::oneshot;
 
 use super::files::still_draining;
@@ -80,6 +80,15 @@ pub(super) struct Registration<'a> {
     range: &'a Range<u64>,
     reach: Range<u64>,
     order: &'a PinOrder,
+}
+
+/// How a pin's bytes are to be registered.
+struct Route {
+    domain: ProtectionDomain,
+    mode: RegistrationMode,
+    quirks: Quirks,
+    /// The first byte that a key may reach.
+    start: u64,
 }
 
 /// A pin that can be handed out.
@@ -222,6 +231,9 @@ impl Engine {
             let range = usable_range(order.range.clone(), located.size())?;
             let end = range.end.max(order.reserve_end);
             self.registry().demand_room_after(id, located.identity(), end - range.start)?;
+            if let Some(file) = self.held(located.identity()) {
+                self.demand_obtainable(&session, &file, &range, order)?;
+            }
             self.demand_still_named(&order.export, &order.path, &located).await?;
             // In the same turn as the new guarding: nobody comes between.
             self.take_back(&located, Reason::Steal).await?;
@@ -371,11 +383,7 @@ impl Engine {
         session: &SessionParts,
         job: &Registration<'_>,
     ) -> Result<(Generation, Ways)> {
-        let kind = match job.order.access {
-            PinAccess::Read => LockKind::Shared,
-            PinAccess::ReadWrite => LockKind::Exclusive,
-        };
-        job.file.lock_for(job.pin, job.reach.clone(), kind)?;
+        job.file.lock_for(job.pin, job.reach.clone(), lock_kind(job.order.access))?;
         let ways = match job.order.transport {
             TransportWish::Stream => Ways::stream("it was not asked for".to_owned()),
             TransportWish::Rdma => self.register(session, job)?,
@@ -398,6 +406,54 @@ impl Engine {
 
     pub(super) fn register(&self, session: &SessionParts, job: &Registration<'_>) -> Result<Ways> {
         let Registration { file, mapping, pin, range, reach, order } = job;
+        let Route { domain, mode, quirks, start } = self.route(session, file, range, order)?;
+        let go_on = || self.registry().is_held(file.id()) && !file.is_wanted();
+        if order.access == PinAccess::ReadWrite {
+            mapping.populate((*range).clone(), go_on)?;
+        }
+        let manner = fabric::Manner { mode, quirks: &quirks, access: order.access };
+        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)
+            .map_err(|error| error.registering(file.path()))?;
+        let told = segments.iter().map(wire::segment).collect();
+        file.add_segments(*pin, segments);
+        Ok(Ways { segments: told, quirks: wire::quirks(&quirks), no_rdma_because: String::new() })
+    }
+
+    /// Whether the pin could be had on a guarded file once others have none on it, as far as that is
+    /// known before it is tried.
+    fn demand_obtainable(
+        &self,
+        session: &SessionParts,
+        file: &HeldFile,
+        range: &Range<u64>,
+        order: &PinOrder,
+    ) -> Result<()> {
+        let by_rdma = match order.transport {
+            TransportWish::Stream => false,
+            TransportWish::Rdma => self.route(session, file, range, order).map(|_| true)?,
+            TransportWish::Either => match self.route(session, file, range, order) {
+                Err(error) if stream_can_serve(&error) => false,
+                route => route.map(|_| true)?,
+            },
+        };
+        if !by_rdma && order.access == PinAccess::ReadWrite {
+            file.demand_stream_writes()?;
+        }
+        // Our own locks are on the same description, so this meets those of other programs only.
+        let reach = range.start..range.end.max(order.reserve_end);
+        drop(file.description().lock_range(reach, lock_kind(order.access))?);
+        Ok(())
+    }
+
+    /// How a pin's bytes are to be registered, or why they can't be.
+    fn route(
+        &self,
+        session: &SessionParts,
+        file: &HeldFile,
+        range: &Range<u64>,
+        order: &PinOrder,
+    ) -> Result<Route> {
+        let reach_end = range.end.max(order.reserve_end);
         let (fabric, domain) = self.demand_link(session)?;
         let (mode, quirks) = fabric.mode_for(file.kind()).map_err(|why| Error::CannotRegister {
             path: file.path().to_owned(),
@@ -405,7 +461,7 @@ impl Engine {
             device: fabric.device().name().to_owned(),
             why: why.to_owned(),
         })?;
-        if mode == RegistrationMode::Pinned && reach.end > range.end {
+        if mode == RegistrationMode::Pinned && reach_end > range.end {
             return Err(Error::CannotRegister {
                 path: file.path().to_owned(),
                 kind: file.kind(),
@@ -418,19 +474,10 @@ impl Engine {
         // Below that, its key would reach bytes outside the pin: the device would move them there.
         let alignment = u64::from(quirks.start_alignment_bytes.max(1));
         let start = range.start.next_multiple_of(alignment);
-        if start >= reach.end || (start > range.start && order.transport == TransportWish::Rdma) {
+        if start >= reach_end || (start > range.start && order.transport == TransportWish::Rdma) {
             return Err(Error::MisalignedPin { start: range.start, alignment });
         }
-        let go_on = || self.registry().is_held(file.id()) && !file.is_wanted();
-        if order.access == PinAccess::ReadWrite {
-            mapping.populate((*range).clone(), go_on)?;
-        }
-        let manner = fabric::Manner { mode, quirks, access: order.access };
-        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)
-            .map_err(|error| error.registering(file.path()))?;
-        let told = segments.iter().map(wire::segment).collect();
-        file.add_segments(*pin, segments);
-        Ok(Ways { segments: told, quirks: wire::quirks(quirks), no_rdma_because: String::new() })
+        Ok(Route { domain, mode, quirks: quirks.clone(), start })
     }
 
     /// The session's device and protection domain, or why it has none.
@@ -559,6 +606,14 @@ impl Engine {
             if file.lapsed() { Err(stale().into()) } else { Ok(took) }
         })
         .await
+    }
+}
+
+/// How others are to see the range of a pin.
+fn lock_kind(access: PinAccess) -> LockKind {
+    match access {
+        PinAccess::Read => LockKind::Shared,
+        PinAccess::ReadWrite => LockKind::Exclusive,
     }
 }
 

@@ -112,8 +112,10 @@ impl Engine {
             Climbed::Done(Ok(fenced)) => fenced,
             Climbed::Done(Err(error)) => return self.fence_again(&file, &error),
             Climbed::UnderWay => return,
-            Climbed::Hangs { regions_until } => return self.fence_hangs(&file, regions_until),
-            Climbed::RegionsHang => return self.regions_hang(&file),
+            Climbed::Hangs { regions_until, news } => {
+                return self.fence_hangs(&file, regions_until, news);
+            }
+            Climbed::RegionsHang { news } => return self.regions_hang(&file, news),
         };
         // No commit that ends later succeeds.
         self.registry().fenced(guard, Instant::now());
@@ -169,19 +171,24 @@ impl Engine {
     }
 
     /// Region by region now; if that is not done soon either, there is one rung left.
-    fn fence_hangs(&self, file: &HeldFile, regions_until: Instant) {
-        tracing::warn!(
-            path = %file.path().display(),
-            "the fence hangs, as it does while a file system is frozen: deregistering region by region"
-        );
+    fn fence_hangs(&self, file: &HeldFile, regions_until: Instant, news: bool) {
+        if news {
+            tracing::warn!(
+                path = %file.path().display(),
+                "the fence hangs, as it does while a file system is frozen: deregistering region by region"
+            );
+        }
         self.order(Order::At(file.id(), regions_until));
     }
 
-    fn regions_hang(&self, file: &HeldFile) {
-        tracing::error!(
-            path = %file.path().display(),
-            "regions hang too: destroying the queue pairs; whoever wants the file waits for the thaw"
-        );
+    /// Each time: a session may have connected another queue pair since the last try.
+    fn regions_hang(&self, file: &HeldFile, news: bool) {
+        if news {
+            tracing::error!(
+                path = %file.path().display(),
+                "regions hang too: destroying the queue pairs; whoever wants the file waits for the thaw"
+            );
+        }
         self.sever_sessions_on(file);
     }
 
@@ -207,6 +214,7 @@ impl Engine {
         }
         let pause = FENCE_RETRY_FIRST * 2_u32.saturating_pow(tries.min(8));
         let at = Instant::now() + pause.min(FENCE_RETRY_LAST);
+        file.cutting().pause(at);
         self.order(Order::At(file.id(), at));
     }
 
