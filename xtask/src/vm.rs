@@ -77,7 +77,8 @@ pub(crate) enum End {
 /// Where the command's standard output goes, besides our own.
 pub(crate) type Copy = Option<Sender<Vec<u8>>>;
 
-/// Takes what a [`Copy`] brings apart into lines, until the session is over; a line may come in pieces.
+/// Takes what a [`type@Copy`] brings apart into lines, until the session is over; a line may come in
+/// pieces.
 pub(crate) fn each_line(output: Receiver<Vec<u8>>, mut take: impl FnMut(String)) {
     let mut held = Vec::new();
     for bytes in output {
