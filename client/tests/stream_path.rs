@@ -7,6 +7,7 @@ mod random;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
+use std::sync::Arc;
 
 use pinfold_client::{
     Access, Buffer, ConnectOptions, Durability, EntryKind, Error, Event, FileState, IfExists, Pin,
@@ -142,6 +143,21 @@ async fn revocation(events: &mut pinfold_client::Events) -> Revocation {
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|index| (index * 31 + index / 4093) as u8).collect()
+}
+
+/// Requests that the server has not read yet look like an attack on its HTTP/2 if there are thousands, and
+/// it would break the connection off.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_calls_at_once_wait_for_their_turn() {
+    let host = Host::start().await;
+    fs::write(host.path("file"), b"some").unwrap();
+    let session = Arc::new(host.connect().await);
+    let stat = |session: Arc<Session>| async move { session.stat("data", "file").await };
+    let calls: Vec<_> = (0..20_000).map(|_| tokio::spawn(stat(session.clone()))).collect();
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap().size, 4);
+    }
+    host.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -45,6 +45,10 @@ use config::Config;
 use engine::Engine;
 use service::Service;
 
+/// Calls on one connection; more wait on the client's side. Small requests that nobody has read yet count
+/// as an attack if there are some 2,000 of them (`h2`, `DataFrameBudget`), and the connection is broken off.
+const CALLS_AT_A_TIME: u32 = 512;
+
 /// How long clients may take to close their connections once everything has been taken back.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -82,6 +86,7 @@ impl Server {
         // A notice must not wait for the acknowledgement of the message before it.
         let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serving = tonic::transport::Server::builder()
+            .max_concurrent_streams(Some(CALLS_AT_A_TIME))
             .add_service(service)
             .serve_with_incoming_shutdown(connections, going_down);
         tokio::select! {
