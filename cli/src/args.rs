@@ -222,6 +222,11 @@ pub(crate) struct Put {
     #[arg(value_name = "EXPORT/PATH")]
     pub(crate) file: FileArg,
 
+    /// If a process of the storage host has the file open, or the export is quiesced, wait so long until
+    /// it is free
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub(crate) wait: u32,
+
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

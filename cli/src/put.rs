@@ -13,7 +13,8 @@ use std::{fmt, io};
 
 use indicatif::ProgressBar;
 use pinfold_client::{
-    Buffer, Durability, Error, FileIdentity, IfExists, Pin, PinRequest, Reason, Session,
+    Buffer, Created, Durability, Error, FileIdentity, IfExists, Pin, PinRequest, Reason, Session,
+    Transport,
 };
 use serde::Serialize;
 use tokio::task::JoinSet;
@@ -85,7 +86,8 @@ async fn put(
 ) -> Result<Report, Failure> {
     let begin = Instant::now();
     let (export, path) = (&args.file.export, &args.file.path);
-    let made = make_room(session, args, source.len).await?;
+    let give_up = begin + Duration::from_secs(args.wait.into());
+    let made = make_room(session, args, source.len, give_up).await?;
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
         let carried = Carried::new(begin, 0, 0);
@@ -93,7 +95,8 @@ async fn put(
     }
     let mut request = PinRequest::read_write(export, path)
         .expect_identity(made.identity)
-        .transport(transport.into());
+        .transport(transport.into())
+        .wait(left_until(give_up));
     if made.size != source.len {
         request = request.range(0..source.len);
     }
@@ -125,9 +128,14 @@ async fn put(
 }
 
 /// Makes the file as long as the local one. A device has the size that it has: there it must fit.
-async fn make_room(session: &Session, args: &Put, len: u64) -> Result<Room, Failure> {
+async fn make_room(
+    session: &Session,
+    args: &Put,
+    len: u64,
+    give_up: Instant,
+) -> Result<Room, Failure> {
     let (export, path) = (&args.file.export, &args.file.path);
-    let refused = match session.create(export, path, len, IfExists::Resize).await {
+    let refused = match create_when_free(session, args, len, give_up).await {
         Ok(made) => {
             return Ok(Room { identity: made.identity, created: made.created, size: len });
         }
@@ -142,6 +150,42 @@ async fn make_room(session: &Session, args: &Put, len: u64) -> Result<Room, Fail
         return Err(Failure::from(refused).within(why));
     }
     Ok(Room { identity: device.identity, created: false, size: device.size })
+}
+
+/// Makes the file, or gives it another size, as soon as nobody has it open. Only a pin can wait for that.
+async fn create_when_free(
+    session: &Session,
+    args: &Put,
+    len: u64,
+    give_up: Instant,
+) -> Result<Created, Error> {
+    let (export, path) = (&args.file.export, &args.file.path);
+    loop {
+        let refused = match session.create(export, path, len, IfExists::Resize).await {
+            Err(refused) if is_in_use(&refused) => refused,
+            done => return done,
+        };
+        let left = left_until(give_up);
+        if left.is_zero() {
+            return Err(refused);
+        }
+        let request = PinRequest::read(export, path).transport(Transport::Stream).wait(left);
+        match session.pin(request).await {
+            Ok(pin) => pin.unpin().await?,
+            // It is free: it has no bytes to pin, or is not there.
+            Err(error)
+                if matches!(error.reason(), Some(Reason::BadRange | Reason::FileNotFound)) => {}
+            Err(_) => return Err(refused),
+        }
+    }
+}
+
+fn is_in_use(refused: &Error) -> bool {
+    matches!(refused.reason(), Some(Reason::FileBusy | Reason::ExportQuiesced))
+}
+
+fn left_until(give_up: Instant) -> Duration {
+    give_up.saturating_duration_since(Instant::now())
 }
 
 /// Of a whole file only an empty one has no bytes to pin, and this one was made with some.
@@ -344,6 +388,7 @@ mod tests {
         let args = Put {
             local: "app.log".into(),
             file: FileArg { export: "data".to_owned(), path: "log".to_owned() },
+            wait: 0,
             json: false,
             requests: Requests { chunk: 1 << 20, window: 8 },
         };

@@ -27,6 +27,8 @@ struct Report {
     late_stream_writes: u32,
     /// Who was seen waiting for the file.
     breakers: Vec<BreakerReport>,
+    /// Why a reader was not left to the kernel.
+    not_outwaited: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -92,8 +94,12 @@ fn line(record: &RevocationRecord) -> String {
         0 => String::new(),
         late => format!("; {late} stream writes ended after the release"),
     };
+    let not_outwaited = match &record.not_outwaited {
+        None => String::new(),
+        Some(why) => format!(", and is not left to the kernel: {}", printable(why)),
+    };
     format!(
-        "{}: {}{}; {} of {} taken back, fenced after {}, released after {}; {}{late}\n",
+        "{}: {}{}{not_outwaited}; {} of {} taken back, fenced after {}, released after {}; {}{late}\n",
         printable(&record.path),
         record.reason,
         names(&record.breakers),
@@ -137,6 +143,7 @@ impl Report {
             unmapped_us: record.unmapped.as_micros(),
             late_stream_writes: record.late_stream_writes,
             breakers: record.breakers.iter().map(BreakerReport::new).collect(),
+            not_outwaited: record.not_outwaited.clone(),
         }
     }
 }
@@ -173,6 +180,7 @@ mod tests {
             unmapped: Duration::from_micros(9_600),
             late_stream_writes: 0,
             breakers: Vec::new(),
+            not_outwaited: None,
         }
     }
 
@@ -189,6 +197,9 @@ mod tests {
         let breakers = vec![Breaker { pid: 4711, command: "sh".to_owned() }];
         let seen = line(&RevocationRecord { breakers, ..record() });
         assert!(seen.contains("wants to change the file (sh, process 4711); 2 pins"), "{seen}");
+        let not_outwaited = Some("it is 0".to_owned());
+        let why = line(&RevocationRecord { not_outwaited, ..record() });
+        assert!(why.contains("file, and is not left to the kernel: it is 0; 2 pins"), "{why}");
     }
 
     #[test]
@@ -215,5 +226,10 @@ mod tests {
         assert_eq!(json["timings"]["drained_us"], 4_800);
         assert_eq!((&json["deregistered_us"], &json["unmapped_us"]), (&9500.into(), &9600.into()));
         assert_eq!(json["generation"], "0000000000000001.2");
+        assert_eq!(json["not_outwaited"], serde_json::Value::Null);
+        let not_outwaited = Some("it is 0".to_owned());
+        let record = RevocationRecord { not_outwaited, ..record() };
+        let json = serde_json::to_value(Report::new(&record)).unwrap();
+        assert_eq!(json["not_outwaited"], "it is 0");
     }
 }

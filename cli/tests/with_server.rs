@@ -946,6 +946,38 @@ fn a_quiesced_export_is_let_go_and_refused_until_it_is_resumed() {
 }
 
 #[test]
+fn put_waits_until_the_file_is_closed_and_the_export_is_resumed() {
+    let host = Host::start();
+    let bytes = pattern(ODD);
+    let local = host.folder.path().with_extension("local");
+    fs::write(&local, &bytes).unwrap();
+    // With bytes of another number, and with none: such a file can't be pinned.
+    for (name, before) in [("longer", 5000), ("empty", 0)] {
+        host.make_file(name, &pattern(before));
+        let (path, remote) = (host.path(name), format!("data/{name}"));
+        let opened = fs::File::open(&path).unwrap();
+        let put = ["put", text(&local), &remote];
+        host.assert_fails(&put, 6, &["is in use by"]);
+        host.assert_fails(&[&put[..], &["--wait", "1"]].concat(), 6, &["is in use by"]);
+        let waiting = host.start_command(&[&put[..], &["--wait", "600"]].concat());
+        until("the put waits", || host.open_files().contains(&path));
+        drop(opened);
+        let done = waiting.finish();
+        assert_eq!(done.code, 0, "{}", done.stderr);
+        assert!(fs::read(&path).unwrap() == bytes, "{name}");
+    }
+    host.json(&["quiesce", "data"]);
+    let waiting = host.start_command(&["put", text(&local), "data/new", "--wait", "600"]);
+    until("the put has come", || host.json(&["ps"])["sessions"].as_array().unwrap().len() > 1);
+    host.json(&["resume", "data"]);
+    let done = waiting.finish();
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    assert!(fs::read(host.path("new")).unwrap() == bytes);
+    fs::remove_file(local).unwrap();
+    host.assert_nothing_is_held();
+}
+
+#[test]
 fn an_export_is_resumed_only_as_the_folder_that_it_was() {
     let host = Host::start();
     fs::create_dir(host.path("inner")).unwrap();

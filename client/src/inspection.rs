@@ -165,6 +165,8 @@ pub struct RevocationRecord {
     pub late_stream_writes: u32,
     /// Who was seen waiting for the file.
     pub breakers: Vec<Breaker>,
+    /// Where readers are left to the kernel: why the pins were taken back for one all the same.
+    pub not_outwaited: Option<String>,
 }
 
 /// The revocations of a server, from the call of [`Session::watch`](crate::Session::watch) on.
@@ -259,6 +261,7 @@ impl RevocationRecord {
             deregistered: Duration::from_micros(wire.deregistered_us),
             unmapped: Duration::from_micros(wire.unmapped_us),
             late_stream_writes: wire.late_stream_writes,
+            not_outwaited: Some(wire.not_outwaited).filter(|why| !why.is_empty()),
             breakers: wire.breakers.into_iter().map(Breaker::from).collect(),
         })
     }

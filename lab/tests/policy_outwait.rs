@@ -98,11 +98,14 @@ async fn revoked_for_a_reader(lab: Lab, why: &str) {
     let path = lab.path("file");
     let session = lab.session().await;
     let mut events = session.events();
+    let mut records = session.watch().await.unwrap();
     let _pin = session.pin(request()).await.unwrap();
     let reading = reader(&path);
     let revocation = next_revocation(&mut events).await;
     assert_eq!(revocation.reason, RevocationReason::LocalReader);
     ended(reading).await;
+    let watched = records.next().await.unwrap().unwrap();
+    assert!(watched.not_outwaited.as_ref().is_some_and(|told| told.contains(why)), "{watched:?}");
     let record = lab.daemon.audit_record(&path);
     let told = record["not_outwaited"].as_str().unwrap();
     assert!(told.contains(why), "{told}");

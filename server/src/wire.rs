@@ -349,6 +349,7 @@ pub(crate) fn record(
         breakers: breakers
             .map(|breaker| v1::Breaker { pid: breaker.pid, command: breaker.command.clone() })
             .collect(),
+        not_outwaited: record.not_outwaited.map(|why| why.to_string()).unwrap_or_default(),
     }
 }
 
