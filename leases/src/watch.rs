@@ -206,9 +206,11 @@ impl Shared {
 
     pub(crate) fn add(&self, lease: Arc<Lease>) {
         let fd = lease.description.fd().as_raw_fd();
+        // Taken first: a look that comes because of it waits, and finds it.
+        let mut entries = self.entries();
         let doubtful =
             lease.tier == GuardTier::Delegation && self.vigil.guarded(lease.description.identity());
-        self.entries().insert(fd, Entry { lease, told: Told::default(), doubtful });
+        entries.insert(fd, Entry { lease, told: Told::default(), doubtful });
     }
 
     /// To be called before it is let go.
