@@ -9,29 +9,12 @@
  *                              then waits for a break, cuts all off by one mprotect(2), lets the guard go
  *                              and only then deregisters
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
-#include <infiniband/verbs.h>
-#include <inttypes.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+#include "common.h"
 
-#ifndef MAP_SYNC
-#define MAP_SYNC 0x80000
-#endif
-#ifndef MAP_SHARED_VALIDATE
-#define MAP_SHARED_VALIDATE 0x03
-#endif
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum { PAGE = 4096, SET_DELEGATION = 1024 + 16 };
 
@@ -41,21 +24,6 @@ struct delegation {
     uint16_t type;
     uint16_t pad;
 };
-
-static void demand(int met, const char *what)
-{
-    if (met)
-        return;
-    fprintf(stderr, "guards: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 static void answer(uint64_t took)
 {
@@ -110,30 +78,9 @@ static char *map_file(int file, size_t len)
 
 static struct ibv_pd *open_domain(const char *name)
 {
-    int count;
-    struct ibv_device **devices = ibv_get_device_list(&count);
-    demand(devices != NULL, "no list of devices");
-    for (int i = 0; i < count; i++) {
-        if (strcmp(ibv_get_device_name(devices[i]), name) != 0)
-            continue;
-        struct ibv_context *context = ibv_open_device(devices[i]);
-        demand(context != NULL, name);
-        struct ibv_pd *domain = ibv_alloc_pd(context);
-        demand(domain != NULL, "ibv_alloc_pd");
-        return domain;
-    }
-    errno = ENODEV;
-    demand(0, name);
-    return NULL;
-}
-
-static struct ibv_mr *reg(struct ibv_pd *domain, char *start, size_t len)
-{
-    int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
-                 IBV_ACCESS_ON_DEMAND;
-    struct ibv_mr *region = ibv_reg_mr(domain, start, len, access);
-    demand(region != NULL, "ibv_reg_mr with IBV_ACCESS_ON_DEMAND");
-    return region;
+    struct ibv_pd *domain = ibv_alloc_pd(open_device(name));
+    demand(domain != NULL, "ibv_alloc_pd");
+    return domain;
 }
 
 static int arming(const char *path)
@@ -168,7 +115,7 @@ static int pinning(const char *device, const char *path)
         uint64_t started = now_ns();
         for (uint64_t i = 0; i < count; i++) {
             demand(madvise(map, bytes, MADV_POPULATE_WRITE) == 0, "MADV_POPULATE_WRITE");
-            demand(ibv_dereg_mr(reg(domain, map, bytes)) == 0, "ibv_dereg_mr");
+            demand(ibv_dereg_mr(register_on_demand(domain, map, bytes)) == 0, "ibv_dereg_mr");
         }
         answer(now_ns() - started);
     }
@@ -183,7 +130,7 @@ static void hold(struct ibv_pd *domain, const char *path, size_t bytes, size_t c
     struct ibv_mr **regions = calloc(count + 1, sizeof *regions);
     demand(regions != NULL, "calloc");
     for (size_t i = 0; i < count; i++)
-        regions[i] = reg(domain, map + i * PAGE % bytes, PAGE);
+        regions[i] = register_on_demand(domain, map + i * PAGE % bytes, PAGE);
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGRTMIN);

@@ -4,24 +4,11 @@
  * with on-demand paging; `one_sided initiator DEVICE` writes to it and reads from it. They speak to who
  * started them, line by line, so that rounds of theirs can stand between rounds of somebody else's.
  */
-#include <errno.h>
-#include <fcntl.h>
-#include <infiniband/verbs.h>
-#include <inttypes.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
+#include "common.h"
 
-#ifndef MAP_SYNC
-#define MAP_SYNC 0x80000
-#endif
-#ifndef MAP_SHARED_VALIDATE
-#define MAP_SHARED_VALIDATE 0x03
-#endif
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 enum { DEPTH_MAX = 64, OPERATION_MAX = 1 << 20, HUGE_PAGE_BYTES = 2 << 20 };
 
@@ -39,30 +26,6 @@ struct connection {
     uint64_t remote_address;
     uint32_t remote_key;
 };
-
-static void die(const char *what)
-{
-    fprintf(stderr, "one_sided: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static void demand(int met, const char *what)
-{
-    if (!met)
-        die(what);
-}
-
-static struct ibv_context *open_device(const char *name)
-{
-    int count;
-    struct ibv_device **devices = ibv_get_device_list(&count);
-    demand(devices != NULL, "no list of devices");
-    for (int i = 0; i < count; i++)
-        if (strcmp(ibv_get_device_name(devices[i]), name) == 0)
-            return ibv_open_device(devices[i]);
-    errno = ENODEV;
-    return NULL;
-}
 
 /* The first RoCE v2 address that is an IPv4 one, as Pinfold prefers it; else the first of all. */
 static void choose_gid(struct connection *c)
@@ -84,7 +47,7 @@ static void choose_gid(struct connection *c)
 
 static void create(struct connection *c, const char *device)
 {
-    demand((c->context = open_device(device)) != NULL, device);
+    c->context = open_device(device);
     demand((c->domain = ibv_alloc_pd(c->context)) != NULL, "ibv_alloc_pd");
     demand((c->channel = ibv_create_comp_channel(c->context)) != NULL, "ibv_create_comp_channel");
     c->completions = ibv_create_cq(c->context, DEPTH_MAX, NULL, c->channel, 0);
@@ -154,7 +117,7 @@ static void *map_file(const char *path, size_t *len)
     void *map = mmap(room, *len, PROT_READ | PROT_WRITE, MAP_SHARED_VALIDATE | MAP_SYNC | MAP_FIXED,
                      file, 0);
     demand(map != MAP_FAILED, "mmap with MAP_SYNC");
-    demand(madvise(map, *len, 23 /* MADV_POPULATE_WRITE */) == 0, "MADV_POPULATE_WRITE");
+    demand(madvise(map, *len, MADV_POPULATE_WRITE) == 0, "MADV_POPULATE_WRITE");
     return map;
 }
 
@@ -164,10 +127,7 @@ static int target(const char *device, const char *path)
     create(&c, device);
     size_t len;
     void *map = map_file(path, &len);
-    int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ |
-                 IBV_ACCESS_ON_DEMAND;
-    struct ibv_mr *region = ibv_reg_mr(c.domain, map, len, access);
-    demand(region != NULL, "ibv_reg_mr with IBV_ACCESS_ON_DEMAND");
+    struct ibv_mr *region = register_on_demand(c.domain, map, len);
     printf("memory %" PRIu64 " %u\n", (uint64_t)(uintptr_t)map, region->rkey);
     fflush(stdout);
     uint32_t number, packet;
@@ -221,13 +181,6 @@ static int take(struct connection *c, struct ibv_wc *done, int asleep)
         demand(ibv_get_cq_event(c->channel, &queue, &context) == 0, "ibv_get_cq_event");
         ibv_ack_cq_events(queue, 1);
     }
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
 static uint64_t transfer(struct connection *c, struct ibv_mr *own, enum ibv_wr_opcode opcode,

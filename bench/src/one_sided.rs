@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::Run;
 use crate::peer::Peer;
 use crate::perftest;
-use crate::place::{Storage, text};
+use crate::place::{Storage, several_threads, text};
 use crate::report::Goal;
 use crate::turns::alternate;
 
@@ -200,10 +200,6 @@ fn without_the_library(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
 
 fn latency_sizes(run: &Run<'_>) -> &'static [usize] {
     run.pick(&[8, 4 * KIB, 16 * KIB, 64 * KIB], &[8, 64 * KIB])
-}
-
-fn several_threads() -> Result<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
 fn one_thread() -> Result<Runtime> {

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::Run;
 use crate::peer::Peer;
-use crate::place::{EXPORT, Storage, text};
+use crate::place::{EXPORT, Storage, several_threads, text};
 use crate::plain::Plain;
 use crate::report::Goal;
 use crate::statistics::Pairs;
@@ -193,10 +193,6 @@ fn resident_bytes(storage: &Storage) -> Result<u64> {
 fn parse_anonymous(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
-}
-
-fn several_threads() -> Result<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
 }
 
 /// For one pin.

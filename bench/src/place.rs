@@ -122,3 +122,8 @@ pub(crate) fn text(path: &Path) -> Result<&str> {
 pub(crate) fn beside_us(name: &str) -> Result<PathBuf> {
     Ok(std::env::current_exe().context("where is this program?")?.with_file_name(name))
 }
+
+/// A runtime as most applications have it.
+pub(crate) fn several_threads() -> Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use pinfold_client::Transport;
 
 use crate::Run;
+use crate::place::several_threads;
 use crate::plain::Plain;
 use crate::report::Goal;
 use crate::turns::alternate;
@@ -18,7 +19,7 @@ const PEER: &str = "one plain tonic stream of 1 MiB frames";
 
 /// Writes and reads of several MiB.
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = several_threads()?;
     let file = run.storage.foreign_file("plain", BYTES)?;
     let (session, pin, buffer, mut plain) = runtime.block_on(async {
         let session = run.storage.connect().await?;

@@ -13,7 +13,7 @@ use tokio::runtime::Runtime;
 use crate::Run;
 use crate::peer::Peer;
 use crate::pins::pin_pages;
-use crate::place::{EXPORT, Storage, text};
+use crate::place::{EXPORT, Storage, several_threads, text};
 use crate::report::Goal;
 use crate::turns::alternate;
 
@@ -84,7 +84,7 @@ fn truncate(path: &Path) -> Result<Duration> {
 
 impl Ours {
     fn start(storage: &Storage) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        let runtime = several_threads()?;
         let session = Arc::new(runtime.block_on(storage.connect())?);
         Ok(Self { session, runtime, file: storage.path(NAME) })
     }

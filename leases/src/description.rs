@@ -31,6 +31,22 @@ impl fmt::Display for FileIdentity {
     }
 }
 
+/// When a file changed last, in nanoseconds since 1970, by the kernel's clock. Since Linux 6.13 a change
+/// that comes after a time was asked for is later than what was answered (multigrain timestamps: ext4,
+/// XFS, btrfs, tmpfs); before, the clock ticks in milliseconds.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct FileTimes {
+    /// Its inode (`st_ctime`): a name, a mode, a size, or bytes as for the other.
+    pub changed_ns: Option<u64>,
+    /// Its bytes (`st_mtime`): by write(2), a page's first store, or a change of size.
+    pub modified_ns: Option<u64>,
+}
+
+impl FileTimes {
+    /// Nobody notes a device's changes: as far as its bytes go it is always the same.
+    pub(crate) const OF_DEVICE: Self = Self { changed_ns: None, modified_ns: Some(0) };
+}
+
 /// `f_type` of tmpfs, statfs(2).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// `f_type` of hugetlbfs.
@@ -195,21 +211,11 @@ impl Description {
         }
     }
 
-    /// When its inode changed last (`st_ctime`), in nanoseconds since 1970: a name, a mode, a size, or
-    /// bytes by write(2) and by a page's first store. By the kernel's clock, which on older kernels
-    /// ticks in milliseconds. `None` if that can't be read.
-    pub fn change_time_ns(&self) -> Option<u64> {
-        self.attributes().ok()?.change_time_ns
-    }
-
-    /// When its bytes changed last (`st_mtime`), in nanoseconds since 1970: by write(2), a page's first
-    /// store, or a change of size. Since Linux 6.13 one that comes after this was asked is later than
-    /// what was answered (multigrain timestamps: ext4, XFS, btrfs, tmpfs); before, the clock ticks in
-    /// milliseconds. `None` if that can't be read; of a device always the same.
-    pub fn modify_time_ns(&self) -> Option<u64> {
+    /// When it changed last; neither time is known if that can't be read.
+    pub fn times(&self) -> FileTimes {
         match self.device() {
-            Some(_) => Some(0),
-            None => self.attributes().ok()?.modify_time_ns,
+            Some(_) => FileTimes::OF_DEVICE,
+            None => self.attributes().map(|attributes| attributes.times).unwrap_or_default(),
         }
     }
 

@@ -12,7 +12,9 @@ use std::sync::{Arc, Weak};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags};
 
 use crate::dax_device;
-use crate::description::{Description, FileIdentity, MappingKind, kind_of, on_hugetlbfs};
+use crate::description::{
+    Description, FileIdentity, FileTimes, MappingKind, kind_of, on_hugetlbfs,
+};
 use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::mapping::unmap_what_is_left;
@@ -500,10 +502,9 @@ impl Located {
         self.attributes.allocated
     }
 
-    /// When its inode changed last, as seen when it was found: see
-    /// [`Description::change_time_ns`].
-    pub fn change_time_ns(&self) -> Option<u64> {
-        self.attributes.change_time_ns
+    /// When it changed last, as seen when it was found.
+    pub fn times(&self) -> FileTimes {
+        self.attributes.times
     }
 
     /// Whether loads and stores reach the medium directly (`STATX_ATTR_DAX`).
@@ -555,8 +556,7 @@ pub(crate) struct Attributes {
     pub(crate) size: u64,
     pub(crate) allocated: u64,
     pub(crate) dax: bool,
-    pub(crate) change_time_ns: Option<u64>,
-    pub(crate) modify_time_ns: Option<u64>,
+    pub(crate) times: FileTimes,
     pub(crate) kind: FileType,
     /// Of a device, what it is rather than where its node lies (`st_rdev`).
     pub(crate) device_number: u64,
@@ -592,8 +592,10 @@ impl Attributes {
             size: stat.stx_size,
             allocated: stat.stx_blocks * 512,
             dax: stat.stx_attributes.contains(StatxAttributes::DAX),
-            change_time_ns: nanoseconds(&stat.stx_ctime),
-            modify_time_ns: nanoseconds(&stat.stx_mtime),
+            times: FileTimes {
+                changed_ns: nanoseconds(&stat.stx_ctime),
+                modified_ns: nanoseconds(&stat.stx_mtime),
+            },
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
             device_number: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
         })
@@ -603,10 +605,8 @@ impl Attributes {
     fn of_device(device: &Description) -> Result<Self> {
         let size = device.size()?;
         let attributes = Self::of(device.fd(), device.path())?;
-        let (dax, kind) = (true, FileType::RegularFile);
-        let (change_time_ns, modify_time_ns) = (None, Some(0));
-        let times = Self { change_time_ns, modify_time_ns, ..attributes };
-        Ok(Self { size, allocated: size, dax, kind, ..times })
+        let (dax, times, kind) = (true, FileTimes::OF_DEVICE, FileType::RegularFile);
+        Ok(Self { size, allocated: size, dax, times, kind, ..attributes })
     }
 
     fn demand_regular(&self, path: &Path) -> Result<()> {

@@ -7,6 +7,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::mapping::HUGE_PAGE;
+
 /// The variable that names the socket for [`obey`] and [`Control`].
 const VARIABLE: &str = "PINFOLD_FAULTS";
 
@@ -130,6 +132,21 @@ impl Control {
         self.0.read_line(&mut answer)?;
         Ok(answer.trim_end().to_owned())
     }
+}
+
+/// Pieces of 2 MiB that nothing can touch, in what /proc/PID/maps says: more than the allocator's and the
+/// stacks'.
+pub fn reserved_pieces(maps: &str) -> usize {
+    maps.lines().filter_map(reserved_bytes).sum::<usize>() / HUGE_PAGE
+}
+
+/// Of a map without rights and without a file.
+fn reserved_bytes(line: &str) -> Option<usize> {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [range, "---p", _, _, "0"] = words[..] else { return None };
+    let (start, end) = range.split_once('-')?;
+    let number = |text| usize::from_str_radix(text, 16).ok();
+    Some(number(end)? - number(start)?)
 }
 
 /// What a call may well fail with.

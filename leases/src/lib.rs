@@ -142,7 +142,7 @@ mod sys;
 mod wait;
 mod watch;
 
-pub use description::{Description, FileIdentity, MappingKind, WeakDescription};
+pub use description::{Description, FileIdentity, FileTimes, MappingKind, WeakDescription};
 pub use error::{Error, NoDaxDevice, NoOutwait, Result};
 pub use export::{
     Create, Entry, EntryKind, Export, Leftovers, Listing, Located, Page, RelativePath,

@@ -87,9 +87,9 @@ impl Ladder {
     pub(crate) fn climb(
         &self,
         file: &Arc<HeldFile>,
-        lease_break_time: Option<Duration>,
+        lease_break_time: impl Fn() -> Option<Duration>,
     ) -> Climbed {
-        let hangs = || Some(Instant::now() + patience_with_regions(lease_break_time));
+        let hangs = || Some(Instant::now() + patience_with_regions(lease_break_time()));
         match file.cutting().begin() {
             Begun::Now => {}
             Begun::Earlier { overdue: true } => {

@@ -178,7 +178,6 @@ fn known_identity(identity: v1::FileIdentity) -> FileIdentity {
     }
 }
 
-/// As it goes over the wire.
 /// A file's life.
 fn life(life: Life) -> v1::Life {
     v1::Life { incarnation: life.incarnation, counter: life.counter }
@@ -188,6 +187,7 @@ fn known_life(life: v1::Life) -> Life {
     Life { incarnation: life.incarnation, counter: life.counter }
 }
 
+/// As it goes over the wire.
 pub(crate) fn generation(generation: Generation) -> v1::Generation {
     v1::Generation { incarnation: generation.incarnation, counter: generation.counter }
 }

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 
 use crate::libtest::Tally;
-use crate::vm::{self, End, Job, Options};
+use crate::vm::{self, Job, Options};
 use crate::{cargo, setup};
 
 /// Where, and whose calls: `lab/src/bin/faults.rs`.
@@ -37,14 +37,8 @@ fn carry_out(options: &Options, runs: &[&str]) -> Result<Tally> {
         );
     }
     let argv = ["sh", "-c", &(script + "exit $failed\n")].map(Into::into).to_vec();
-    match vm::run(options, &Job::Run(argv, LIMIT), &None)? {
-        End::Exit(failed) if usize::from(failed) <= runs.len() => {
-            let failed = u32::from(failed);
-            Ok(Tally { passed: runs.len() as u32 - failed, failed })
-        }
-        End::Exit(status) => bail!("the guest's shell ended with {status}"),
-        End::Lost { why, .. } => bail!("the VM was lost: {why}"),
-        End::PowerCut => bail!("the VM's power was cut"),
-        End::Interrupted(signal) => bail!("interrupted by signal {signal}"),
-    }
+    let failed = vm::run(options, &Job::Run(argv, LIMIT), &None)?.status()?;
+    ensure!(usize::from(failed) <= runs.len(), "the guest's shell ended with {failed}");
+    let failed = u32::from(failed);
+    Ok(Tally { passed: runs.len() as u32 - failed, failed })
 }

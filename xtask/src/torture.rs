@@ -7,12 +7,12 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::libtest::Tally;
-use crate::vm::{self, End, Job, Options};
+use crate::vm::{self, Job, Options};
 use crate::{cargo, paths, setup};
 
 /// The line with a result begins so, as in `lab/src/torture/outcome.rs`; JSON follows.
@@ -228,12 +228,8 @@ fn boot(options: &Options, script: String, limit: Duration) -> Result<Vec<Value>
     let (sender, output) = mpsc::channel();
     let reader = thread::spawn(|| read(output));
     let argv = ["sh", "-c", &script].map(Into::into).to_vec();
-    match vm::run(options, &Job::Run(argv, limit), &Some(sender))? {
-        End::Exit(_) => {}
-        End::Lost { why, .. } => bail!("the VM was lost: {why}"),
-        End::PowerCut => bail!("the VM's power was cut"),
-        End::Interrupted(signal) => bail!("interrupted by signal {signal}"),
-    }
+    // What came of the runs is in what they have printed.
+    vm::run(options, &Job::Run(argv, limit), &Some(sender))?.status()?;
     reader.join().ok().context("the reader of the guest's output panicked")
 }
 

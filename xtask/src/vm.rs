@@ -74,6 +74,18 @@ pub(crate) enum End {
     PowerCut,
 }
 
+impl End {
+    /// The command's status; any other end is an error.
+    pub(crate) fn status(self) -> Result<u8> {
+        match self {
+            End::Exit(status) => Ok(status),
+            End::Lost { why, .. } => bail!("the VM was lost: {why}"),
+            End::PowerCut => bail!("the VM's power was cut"),
+            End::Interrupted(signal) => bail!("interrupted by signal {signal}"),
+        }
+    }
+}
+
 /// Where the command's standard output goes, besides our own.
 pub(crate) type Copy = Option<Sender<Vec<u8>>>;
 

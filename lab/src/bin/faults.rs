@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pinfold_client::{Code, Error, Event, Events, IfExists, PinRequest, Session};
 use pinfold_lab::torture::leaks::{descriptors, leases, rdma};
 use pinfold_lab::{DEADLINE, EXPORT, FileSystem, Lab, Pattern, Truncation, device_name};
-use pinfold_leases::fault::Control;
+use pinfold_leases::fault::{Control, reserved_pieces};
 use pinfold_verbs::with_causes;
 
 const PAGE: usize = 4096;
@@ -38,7 +38,6 @@ struct Held {
     client_descriptors: usize,
     files: usize,
     leases: Vec<String>,
-    /// Pieces of 2 MiB that nothing can touch: more than the allocator's and the stacks'.
     reserved: usize,
     rdma: BTreeMap<String, u64>,
 }
@@ -46,28 +45,16 @@ struct Held {
 impl Held {
     fn now(lab: &Lab) -> Self {
         let pid = lab.daemon.pid();
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         Self {
             server_descriptors: descriptors(pid),
             client_descriptors: descriptors(std::process::id()),
             files: lab.daemon.files_open_beneath(lab.folder()),
             leases: leases(pid),
-            reserved: reserved(pid) >> 21,
+            reserved: reserved_pieces(&maps),
             rdma: rdma(),
         }
     }
-}
-
-/// Bytes of a process's maps without rights and without a file.
-fn reserved(pid: u32) -> usize {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let of_line = |line: &str| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let [range, "---p", _, _, "0"] = words[..] else { return None };
-        let (start, end) = range.split_once('-')?;
-        let number = |text| usize::from_str_radix(text, 16).ok();
-        Some(number(end)? - number(start)?)
-    };
-    maps.lines().filter_map(of_line).sum()
 }
 
 async fn every_call_fails_once(mut lab: Lab, whose: String) {

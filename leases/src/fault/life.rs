@@ -9,8 +9,7 @@ use std::process::Command;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use super::LEASES;
-use crate::mapping::HUGE_PAGE;
+use super::{LEASES, reserved_pieces};
 use crate::{
     Break, Create, Description, Error, Export, FenceFailed, GuardTier, LockKind, Mapping,
     RelativePath, Result, Watcher, openers,
@@ -69,7 +68,6 @@ struct Held {
     descriptors: Vec<PathBuf>,
     maps: Vec<String>,
     locks: Vec<String>,
-    /// Pieces of 2 MiB that nothing can touch: more than the allocator's and the stacks'.
     reserved: usize,
     files: Vec<PathBuf>,
 }
@@ -138,19 +136,10 @@ impl Bench {
             descriptors: descriptors.filter(|target| target.starts_with(folder)).collect(),
             maps: maps.lines().filter(of_folder).map(str::to_owned).collect(),
             locks: openers::locks().lines().filter(is_lock).map(str::to_owned).collect(),
-            reserved: maps.lines().filter_map(reserved).sum::<usize>() / HUGE_PAGE,
+            reserved: reserved_pieces(&maps),
             files,
         }
     }
-}
-
-/// Bytes of a map without rights and without a file.
-fn reserved(line: &str) -> Option<usize> {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let [range, "---p", _, _, "0"] = words[..] else { return None };
-    let (start, end) = range.split_once('-')?;
-    let number = |text| usize::from_str_radix(text, 16).ok();
-    Some(number(end)? - number(start)?)
 }
 
 /// What has failed, why, and on which file: that is what the reader can act on.

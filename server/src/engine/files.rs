@@ -167,10 +167,10 @@ impl Engine {
         }
         self.demand_named(export, path, located.identity())?;
         resize.demand(description.size()?, size)?;
-        let before = description.modify_time_ns();
+        let before = description.times().modified_ns;
         description.resize(size)?;
         if resize == Resize::Longer {
-            let after = description.modify_time_ns();
+            let after = description.times().modified_ns;
             locked(&self.lives).grown(located.identity(), before, after);
         }
         Ok(())

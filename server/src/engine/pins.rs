@@ -288,7 +288,7 @@ impl Engine {
         let held = self.arm_and_map(&description, policy, reserve_end).inspect_err(|error| {
             // So early that there was nothing to take back yet.
             if matches!(error, Error::File(FileError::Broken)) {
-                self.begin_passage(&description, description.change_time_ns());
+                self.begin_passage(&description, description.times().changed_ns);
             }
         })?;
         let identity = description.identity();
@@ -314,7 +314,7 @@ impl Engine {
 
     /// Which life a file is in that has just been guarded.
     fn life(&self, description: &Description) -> Life {
-        let modified = description.modify_time_ns();
+        let modified = description.times().modified_ns;
         let counter = locked(&self.lives).guarded(description.identity(), modified);
         Life { incarnation: self.incarnation(), counter }
     }
@@ -337,7 +337,7 @@ impl Engine {
 
     /// After a break, whoever waited goes first.
     fn let_breakers_pass(&self, located: &Located) -> Result<()> {
-        let (identity, changed) = (located.identity(), located.change_time_ns());
+        let (identity, changed) = (located.identity(), located.times().changed_ns);
         let now = Instant::now();
         let (recent, over) = {
             let mut passages = locked(&self.passages);

@@ -107,7 +107,8 @@ impl Engine {
             }
         }
         let late_stream_writes = file.gate().cut();
-        let limit = self.lease_break_time.read().unwrap_or(Some(Duration::ZERO));
+        // Not to know is to assume the shortest.
+        let limit = || self.lease_break_time.read().unwrap_or(Some(Duration::ZERO));
         let fenced = match self.ladder.climb(&file, limit) {
             Climbed::Done(Ok(fenced)) => fenced,
             Climbed::Done(Err(error)) => return self.fence_again(&file, &error),
@@ -138,15 +139,15 @@ impl Engine {
     pub(super) fn let_go(&self, Cut { file, fenced, late_stream_writes }: Cut) {
         let guard = file.id();
         let description = file.description();
-        let (changed, modified) = (description.change_time_ns(), description.modify_time_ns());
+        let times = description.times();
         let Some(released) = file.release(fenced) else { return };
         // Before it can be guarded again.
-        let modified = modified.filter(|_| !released.lapsed);
+        let modified = times.modified_ns.filter(|_| !released.lapsed);
         locked(&self.lives).let_go(description.identity(), modified);
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
         if released.broken.is_some() {
-            self.begin_passage(file.description(), changed);
+            self.begin_passage(description, times.changed_ns);
         }
         // Nobody sees it let go before its clients have been told why: the answer to another call
         // would come before that. Only notices come out of this, which take no other lock for long.
