@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use std::sync::Arc;
+
 use memmap2::MmapMut;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::Error;
 use crate::fabric::DeviceId;
@@ -24,17 +27,79 @@ pub struct Buffer(Memory);
 
 enum Memory {
     Registered { buffer: pinfold_verbs::Buffer, device: DeviceId },
-    Plain { memory: MmapMut, len: usize },
+    Plain { memory: MmapMut, len: usize, _room: Option<OwnedSemaphorePermit> },
+}
+
+/// So many buffers of one size, registered once: to register one costs more than most transfers. A
+/// buffer that is dropped goes back to its pool, also when the device is done with it long after its
+/// caller stopped waiting. Clones share it.
+///
+/// Where the session has no RDMA there is nothing to register: then it only sees to it that there are
+/// never more.
+#[derive(Clone, Debug)]
+pub struct BufferPool(Pool);
+
+#[derive(Clone, Debug)]
+enum Pool {
+    Registered { pool: pinfold_verbs::BufferPool, device: DeviceId },
+    Plain { capacity: usize, room: Arc<Semaphore> },
+}
+
+impl BufferPool {
+    pub(crate) fn plain(count: usize, capacity: usize) -> Self {
+        let room = Arc::new(Semaphore::new(count.min(Semaphore::MAX_PERMITS)));
+        Self(Pool::Plain { capacity, room })
+    }
+
+    pub(crate) fn registered(pool: pinfold_verbs::BufferPool, device: DeviceId) -> Self {
+        Self(Pool::Registered { pool, device })
+    }
+
+    /// Takes a buffer, with whatever bytes its last user left in it. Waits until one is there, in the
+    /// order of the calls.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`], only without RDMA.
+    pub async fn take(&self) -> Result<Buffer, Error> {
+        match &self.0 {
+            Pool::Registered { pool, device } => Ok(Buffer::registered(pool.take().await, *device)),
+            Pool::Plain { capacity, room } => {
+                Buffer::plain_within(*capacity, room.clone().acquire_owned().await.ok())
+            }
+        }
+    }
+
+    /// Takes a buffer if one is there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoMemory`], only without RDMA.
+    pub fn try_take(&self) -> Result<Option<Buffer>, Error> {
+        match &self.0 {
+            Pool::Registered { pool, device } => {
+                Ok(pool.try_take().map(|buffer| Buffer::registered(buffer, *device)))
+            }
+            Pool::Plain { capacity, room } => match room.clone().try_acquire_owned() {
+                Ok(room) => Buffer::plain_within(*capacity, Some(room)).map(Some),
+                Err(_) => Ok(None),
+            },
+        }
+    }
 }
 
 impl Buffer {
     /// Memory that no device knows.
     pub(crate) fn plain(capacity: usize) -> Result<Self, Error> {
+        Self::plain_within(capacity, None)
+    }
+
+    fn plain_within(capacity: usize, room: Option<OwnedSemaphorePermit>) -> Result<Self, Error> {
         let failed = |source| Error::NoMemory { capacity, source };
         let whole =
             whole_grains(capacity).ok_or_else(|| failed(std::io::ErrorKind::OutOfMemory.into()))?;
         let memory = MmapMut::map_anon(whole).map_err(failed)?;
-        Ok(Self(Memory::Plain { memory, len: capacity }))
+        Ok(Self(Memory::Plain { memory, len: capacity, _room: room }))
     }
 
     /// Memory that this device knows.
@@ -98,7 +163,7 @@ impl Buffer {
     pub fn as_slice(&self) -> &[u8] {
         match &self.0 {
             Memory::Registered { buffer, .. } => buffer.as_slice(),
-            Memory::Plain { memory, len } => &memory[..*len],
+            Memory::Plain { memory, len, .. } => &memory[..*len],
         }
     }
 
@@ -106,7 +171,7 @@ impl Buffer {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         match &mut self.0 {
             Memory::Registered { buffer, .. } => buffer.as_mut_slice(),
-            Memory::Plain { memory, len } => &mut memory[..*len],
+            Memory::Plain { memory, len, .. } => &mut memory[..*len],
         }
     }
 }
@@ -143,6 +208,22 @@ mod tests {
         assert_eq!(buffer.as_slice()[4999..5001], [7, 0]);
         let refused = buffer.set_len(8193);
         assert!(matches!(refused, Err(Error::BufferTooSmall { wanted: 8193, capacity: 8192 })));
+    }
+
+    #[tokio::test]
+    async fn a_plain_pool_has_no_more_than_it_was_made_for() {
+        let pool = BufferPool::plain(2, 100);
+        let (one, two) = (pool.take().await.unwrap(), pool.try_take().unwrap().unwrap());
+        assert_eq!((one.len(), two.len()), (100, 100));
+        assert!(pool.try_take().unwrap().is_none());
+        let waiting = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.take().await.unwrap().len() }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(one);
+        assert_eq!(waiting.await.unwrap(), 100);
     }
 
     #[test]

@@ -114,6 +114,13 @@ pub enum Error {
         source: pinfold_verbs::Error,
     },
 
+    /// This host has no thread left for a session of the blocking flavour.
+    #[error("cannot start the thread that keeps the session; see `ulimit -u`")]
+    NoThread {
+        /// What the system says.
+        source: std::io::Error,
+    },
+
     /// This host has no memory left for a buffer.
     #[error("cannot allocate a buffer of {capacity} bytes")]
     NoMemory {
@@ -244,6 +251,15 @@ pub enum Error {
         start_alignment_bytes: u32,
     },
 
+    /// Several parts that can't be one transfer.
+    #[error("{file}: {why}; make a transfer of each")]
+    BadParts {
+        /// Export and path.
+        file: String,
+        /// What is wrong with them.
+        why: &'static str,
+    },
+
     /// A write through a pin for reading.
     #[error("{file} is pinned for reading only; pin it with read-write access to write")]
     ReadOnlyPin {
@@ -336,6 +352,7 @@ impl Error {
             Refusal::PastEnd { wanted } => {
                 Self::PastEnd { file, wanted, valid_end: reach.valid_end }
             }
+            Refusal::BadParts(why) => Self::BadParts { file, why },
             Refusal::Misaligned { file_offset } => Self::Misaligned {
                 file,
                 file_offset,

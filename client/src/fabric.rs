@@ -2,21 +2,23 @@
 //! made anew when it breaks.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{self, Arc, MutexGuard, PoisonError};
+use std::sync::{self, Arc, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use pinfold_proto::v1;
 use pinfold_verbs::{
     Buffer, CompletionStatus, Device, Endpoint, Gid, Mtu, Piece, ProtectionDomain, QueuePairNumber,
     UnconnectedLane,
 };
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, watch};
 
 use crate::control::Control;
-use crate::lane::{Claim, Direction, Done, LaneHandle, Work};
+use crate::lane::{Direction, Lost, NotPosted, SharedLane};
+use crate::patience::Patience;
 use crate::pin_state::Gone;
 use crate::plan::PROBE_BYTES;
 use crate::transfer::Transfer;
-use crate::{Buffer as AnyBuffer, ConnectOptions, Error, RdmaDevice, buffer};
+use crate::{Buffer as AnyBuffer, BufferPool, ConnectOptions, Error, RdmaDevice, buffer};
 
 /// A lane can break between the moment it was found live and the moment it takes the work. More
 /// often than this in a row is no accident.
@@ -28,6 +30,7 @@ pub(crate) struct LocalDevice {
     id: DeviceId,
     domain: ProtectionDomain,
     depth: u32,
+    poll_at_most: Duration,
     /// Takes what the read before a commit brings; nobody looks at it.
     probe_buffer: sync::Mutex<Option<Buffer>>,
 }
@@ -38,7 +41,11 @@ pub(crate) struct Fabric {
     device: Arc<LocalDevice>,
     /// Which of the server's devices to connect to; empty: its first.
     server_device: String,
-    lane: Mutex<Option<LaneHandle>>,
+    lane: sync::Mutex<Weak<SharedLane>>,
+    /// Held by who connects.
+    connecting: Mutex<()>,
+    /// For the lanes: somebody waits for what is in flight.
+    urges: watch::Receiver<()>,
 }
 
 /// Tells the buffers of one opening of a device from those of another.
@@ -56,10 +63,10 @@ impl DeviceId {
 pub(crate) struct Operation<'a> {
     pub(crate) direction: Direction,
     /// At most [`Fabric::depth`] of them.
-    pub(crate) pieces: Vec<Piece>,
+    pub(crate) pieces: &'a [Piece],
     pub(crate) buffer: Buffer,
     /// What it is a part of; absent for a raw one.
-    pub(crate) transfer: Option<&'a Transfer>,
+    pub(crate) transfer: Option<&'a Transfer<'a>>,
 }
 
 /// Why an operation has no completion.
@@ -88,7 +95,8 @@ impl LocalDevice {
         let domain = ProtectionDomain::new(&device)
             .map_err(|source| Error::Verbs { doing: "allocate a protection domain", source })?;
         let probe_buffer = sync::Mutex::new(None);
-        Ok(Some(Self { id: DeviceId::next(), domain, depth, probe_buffer }))
+        let (id, poll_at_most) = (DeviceId::next(), options.poll_at_most);
+        Ok(Some(Self { id, domain, depth, poll_at_most, probe_buffer }))
     }
 
     /// Allocates and registers a buffer.
@@ -97,6 +105,20 @@ impl LocalDevice {
         // Shortening can't fail.
         let _ = registered.set_len(capacity);
         Ok(AnyBuffer::registered(registered, self.id))
+    }
+
+    /// Allocates and registers several.
+    pub(crate) async fn buffer_pool(
+        &self,
+        count: usize,
+        capacity: usize,
+    ) -> Result<BufferPool, Error> {
+        let domain = self.domain.clone();
+        let pool =
+            blocking(move || pinfold_verbs::BufferPool::new(&domain, count, capacity.max(1)))
+                .await
+                .map_err(|source| Error::Verbs { doing: "register buffers", source })?;
+        Ok(BufferPool::registered(pool, self.id))
     }
 
     async fn registered(&self, capacity: usize) -> Result<Buffer, Error> {
@@ -114,8 +136,13 @@ impl LocalDevice {
 
 impl Fabric {
     /// A session's use of a device.
-    pub(crate) fn new(device: Arc<LocalDevice>, server_device: String) -> Self {
-        Self { device, server_device, lane: Mutex::new(None) }
+    pub(crate) fn new(
+        device: Arc<LocalDevice>,
+        server_device: String,
+        urges: watch::Receiver<()>,
+    ) -> Self {
+        let (lane, connecting) = (sync::Mutex::default(), Mutex::default());
+        Self { device, server_device, lane, connecting, urges }
     }
 
     /// What it is a use of.
@@ -147,14 +174,31 @@ impl Fabric {
         *self.device.kept_probe_buffer() = Some(buffer);
     }
 
-    /// The live lane; connects one if there is none.
-    pub(crate) async fn lane(&self, control: &Control) -> Result<LaneHandle, Error> {
-        let mut slot = self.lane.lock().await;
-        if let Some(lane) = slot.as_ref().filter(|lane| lane.is_live()) {
-            return Ok(lane.clone());
+    /// Connects a lane, if there is none.
+    pub(crate) async fn ensure_lane(&self, control: &Control) -> Result<(), Error> {
+        self.lane(control).await.map(drop)
+    }
+
+    async fn lane(&self, control: &Control) -> Result<Arc<SharedLane>, Error> {
+        if let Some(lane) = self.open_lane() {
+            return Ok(lane);
+        }
+        let _connecting = self.connecting.lock().await;
+        // Another may have connected one meanwhile.
+        if let Some(lane) = self.open_lane() {
+            return Ok(lane);
         }
         let lane = self.connect(control).await?;
-        Ok(slot.insert(lane).clone())
+        *self.kept_lane() = lane.clone();
+        lane.upgrade().ok_or_else(lost)
+    }
+
+    fn open_lane(&self) -> Option<Arc<SharedLane>> {
+        self.kept_lane().upgrade().filter(|lane| lane.is_open())
+    }
+
+    fn kept_lane(&self) -> MutexGuard<'_, Weak<SharedLane>> {
+        self.lane.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs an operation to its completion, waiting for room in the send queue. The buffer comes
@@ -165,13 +209,12 @@ impl Fabric {
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
         let Operation { direction, pieces, mut buffer, transfer } = operation;
-        let requests = pieces.len() as u32;
         for _ in 0..LANES_PER_OPERATION {
             let lane = match self.lane(control).await {
                 Ok(lane) => lane,
                 Err(error) => return Err((Failure::Error(error), Some(buffer))),
             };
-            let Ok(room) = lane.room(requests).await else {
+            let Ok(room) = lane.room(pieces.len() as u32).await else {
                 continue;
             };
             // Last, so that whoever waits for room does not hold up a drain.
@@ -179,18 +222,24 @@ impl Fabric {
                 Ok(ticket) => ticket,
                 Err(gone) => return Err((Failure::Gone(gone), Some(buffer))),
             };
-            let (reply, done) = oneshot::channel();
-            let claim = Claim { _room: room, _ticket: ticket };
-            let work = Work { direction, pieces: pieces.clone(), buffer, claim, reply };
-            match lane.submit(work) {
-                Ok(()) => return finish(done).await,
-                Err(refused) => buffer = refused.buffer,
-            }
+            let in_flight = match lane.post(direction, buffer, pieces, room, ticket) {
+                Ok(in_flight) => in_flight,
+                Err(NotPosted::Closed(refused)) => {
+                    buffer = refused;
+                    continue;
+                }
+                Err(NotPosted::Refused(buffer, source)) => {
+                    let error = Error::Verbs { doing: "post a request", source };
+                    return Err((Failure::Error(error), Some(buffer)));
+                }
+            };
+            drop(lane);
+            return in_flight.await.map_err(|Lost| (Failure::Error(lost()), None));
         }
         Ok((buffer, CompletionStatus::Flushed))
     }
 
-    async fn connect(&self, control: &Control) -> Result<LaneHandle, Error> {
+    async fn connect(&self, control: &Control) -> Result<Weak<SharedLane>, Error> {
         let (domain, depth) = (self.device.domain.clone(), self.device.depth);
         let lane = blocking(move || UnconnectedLane::new(&domain, depth))
             .await
@@ -204,27 +253,13 @@ impl Fabric {
             Error::Verbs { doing: "connect a queue pair", source: failed.into() }
         })?;
         tracing::debug!(path_mtu_bytes, "lane connected");
-        Ok(LaneHandle::start(lane, depth, control.clone()))
+        let patience = Patience::new(self.device.poll_at_most);
+        Ok(SharedLane::start(lane, patience, control.clone(), self.urges.clone()).await)
     }
 }
 
-async fn finish(
-    done: oneshot::Receiver<Done>,
-) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
-    // The lane's task is gone without an answer: with its runtime, or because the device gave no
-    // completions any more. The buffer went with the queue pair.
-    let Ok(Done { buffer, result }) = done.await else {
-        let error =
-            Error::LaneLost { doing: "transfer".to_owned(), status: CompletionStatus::Flushed };
-        return Err((Failure::Error(error), None));
-    };
-    match result {
-        Ok(status) => Ok((buffer, status)),
-        Err(source) => {
-            let error = Error::Verbs { doing: "post a request", source };
-            Err((Failure::Error(error), Some(buffer)))
-        }
-    }
+fn lost() -> Error {
+    Error::LaneLost { doing: "transfer".to_owned(), status: CompletionStatus::Flushed }
 }
 
 /// Verbs make system calls that can take a while: registering pins pages, connecting resolves the

@@ -1,20 +1,24 @@
-//! One connected queue pair and the task that drives it.
+//! One connected queue pair: its task, and those who transfer over it.
 //!
-//! The task owns the [`Lane`], and the lane owns every buffer from the post to the completion. So
-//! a caller that stops waiting loses its buffer to the task, which frees it when the device has let
-//! go: never earlier.
+//! Who transfers posts for itself, and as a rule takes its own completion; the task does so for several
+//! at a time and for those that nobody waits for ([`Book`] has the rules). The [`Lane`] has every buffer
+//! from the post to the completion, and the task has the lane: a caller that stops waiting leaves its
+//! buffer there, and it is freed when the device has let go, never earlier.
 
-use std::future::Future;
+use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use pinfold_verbs::{
     Buffer, Completed, CompletionStatus, Error as VerbsError, Lane, Piece, PostError,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
 
-use crate::Loss;
+use crate::book::{Aftermath, Book, Duty, Slot, Turn};
 use crate::control::Control;
+use crate::patience::Patience;
 use crate::pin_table::Ticket;
 
 /// Which way the data goes.
@@ -24,168 +28,311 @@ pub(crate) enum Direction {
     Read,
 }
 
-/// Something for the lane to do.
-pub(crate) struct Work {
-    pub(crate) direction: Direction,
-    pub(crate) pieces: Vec<Piece>,
-    pub(crate) buffer: Buffer,
-    pub(crate) claim: Claim,
-    pub(crate) reply: oneshot::Sender<Done>,
+/// A lane that is shared. Its task has it for good; everybody else for a moment.
+#[derive(Debug)]
+pub(crate) struct SharedLane {
+    // Dropped first: only then the device is done with what is in the book.
+    lane: Lane<Slot>,
+    book: Mutex<Book<Buffer, Claim>>,
+    /// What fits in the send queue.
+    room: Semaphore,
+    /// Absent: sleeps at once.
+    patience: Option<Patience>,
 }
 
 /// What an operation holds until the device is done with it.
+#[derive(Debug)]
 pub(crate) struct Claim {
-    /// Room in the send queue.
-    pub(crate) _room: OwnedSemaphorePermit,
+    /// Its part of the send queue.
+    requests: u32,
     /// Counts the operation on its pin; absent for a raw one.
-    pub(crate) _ticket: Option<Ticket>,
+    _ticket: Option<Ticket>,
 }
 
-/// How an operation ended.
-pub(crate) struct Done {
-    pub(crate) buffer: Buffer,
-    pub(crate) result: Result<CompletionStatus, VerbsError>,
-}
-
-/// The way to a lane's task.
-#[derive(Clone, Debug)]
-pub(crate) struct LaneHandle {
-    work: mpsc::UnboundedSender<Work>,
-    room: Arc<Semaphore>,
+/// An operation that was posted. Its future is ready when it has ended.
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    lane: Weak<SharedLane>,
+    slot: Slot,
+    /// When it was posted, if it may look before it sleeps; and whether it has done so.
+    posted: Option<Instant>,
+    looked: bool,
+    ended: bool,
 }
 
 /// The lane takes nothing any more.
 #[derive(Debug)]
-pub(crate) struct Broken;
+pub(crate) struct Closed;
 
-struct Driver {
-    lane: Lane<Pending>,
-    /// Bounded by `room`: each message holds a part of it.
-    work: mpsc::UnboundedReceiver<Work>,
-    room: Arc<Semaphore>,
-    in_flight: usize,
+/// The completion can't be had: the lane is gone with its runtime, or because the device gave no
+/// completions any more. The buffer went with it.
+#[derive(Debug)]
+pub(crate) struct Lost;
+
+/// Why an operation was not posted, with its buffer.
+#[derive(Debug)]
+pub(crate) enum NotPosted {
+    Closed(Buffer),
+    Refused(Buffer, VerbsError),
 }
 
-/// What the lane keeps for an operation, and hands back with its completion.
-pub(crate) struct Pending {
-    reply: oneshot::Sender<Done>,
-    claim: Claim,
-}
-
-impl LaneHandle {
-    /// Starts the task of a lane with room for `depth` requests.
-    pub(crate) fn start(lane: Lane<Pending>, depth: u32, control: Control) -> Self {
-        let (sender, work) = mpsc::unbounded_channel();
-        let room = Arc::new(Semaphore::new(depth as usize));
-        let driver = Driver { lane, work, room: room.clone(), in_flight: 0 };
-        tokio::spawn(async move {
-            let ended = std::pin::pin!(control.ended());
-            driver.run(ended).await;
-        });
-        Self { work: sender, room }
+impl SharedLane {
+    /// Starts the task of a lane. It takes over what is in flight when it
+    /// is `urged`, and ends with the session.
+    pub(crate) async fn start(
+        lane: Lane<Slot>,
+        patience: Option<Patience>,
+        control: Control,
+        urged: watch::Receiver<()>,
+    ) -> Weak<Self> {
+        let room = Semaphore::new(lane.depth());
+        let lane = Arc::new(Self { lane, book: Mutex::new(Book::new()), room, patience });
+        let shared = Arc::downgrade(&lane);
+        let (ready, is_ready) = oneshot::channel();
+        tokio::spawn(tend(lane, control, urged, ready));
+        // Fails when the runtime is shutting down; whoever posts learns of it.
+        let _ = is_ready.await;
+        shared
     }
 
-    /// Whether it takes work.
-    pub(crate) fn is_live(&self) -> bool {
-        !self.work.is_closed()
+    /// Whether it takes operations.
+    pub(crate) fn is_open(&self) -> bool {
+        self.book().is_open()
     }
 
     /// Waits for room in the send queue.
-    pub(crate) async fn room(&self, requests: u32) -> Result<OwnedSemaphorePermit, Broken> {
-        self.room.clone().acquire_many_owned(requests).await.map_err(|_| Broken)
+    pub(crate) async fn room(&self, requests: u32) -> Result<SemaphorePermit<'_>, Closed> {
+        self.room.acquire_many(requests).await.map_err(|_| Closed)
     }
 
-    /// Hands over an operation, or back if the lane has broken.
-    pub(crate) fn submit(&self, work: Work) -> Result<(), Work> {
-        self.work.send(work).map_err(|refused| refused.0)
-    }
-}
-
-impl Driver {
-    /// Runs until the last handle is gone, the queue pair has broken or the session is over, and
-    /// nothing is in flight.
-    async fn run(mut self, mut session_over: Pin<&mut impl Future<Output = Loss>>) {
-        let (mut open, mut in_session) = (true, true);
-        while open || self.in_flight > 0 {
-            tokio::select! {
-                _ = &mut session_over, if in_session => {
-                    in_session = false;
-                    self.abort();
-                }
-                work = self.work.recv(), if open => match work {
-                    Some(work) => self.post(work),
-                    None => open = false,
-                },
-                completed = self.lane.next_completion(), if self.in_flight > 0 => match completed {
-                    Ok(completed) => self.complete(completed),
-                    Err(error) => {
-                        // Without completions nobody knows what the device still uses: destroying
-                        // the queue pair, which the end of the task does, is the way to find out.
-                        tracing::error!(%error, "cannot take completions; dropping the lane");
-                        self.retire();
-                        return;
-                    }
-                },
-            }
-        }
-    }
-
-    fn post(&mut self, work: Work) {
-        let Work { direction, pieces, buffer, claim, reply } = work;
-        if self.work.is_closed() {
-            return answer(reply, buffer, Ok(CompletionStatus::Flushed), claim);
-        }
-        let pending = Pending { reply, claim };
+    /// Posts an operation, for which there is room.
+    pub(crate) fn post(
+        self: &Arc<Self>,
+        direction: Direction,
+        buffer: Buffer,
+        pieces: &[Piece],
+        room: SemaphorePermit<'_>,
+        ticket: Option<Ticket>,
+    ) -> Result<InFlight, NotPosted> {
+        let claim = Claim { requests: pieces.len() as u32, _ticket: ticket };
+        let entered = self.book().enter(claim);
+        let Ok(slot) = entered else { return Err(NotPosted::Closed(buffer)) };
+        // Given back with the claim.
+        room.forget();
         let posted = match direction {
-            Direction::Write => self.lane.post_write(buffer, &pieces, pending),
-            Direction::Read => self.lane.post_read(buffer, &pieces, pending),
+            Direction::Write => self.lane.post_write(buffer, pieces, slot),
+            Direction::Read => self.lane.post_read(buffer, pieces, slot),
         };
         match posted {
-            Ok(()) => self.in_flight += 1,
-            Err(PostError { buffer, tag, error }) => {
+            Ok(()) => {
+                let posted = self.patience.as_ref().map(|_| Instant::now());
+                let lane = Arc::downgrade(self);
+                Ok(InFlight { lane, slot, posted, looked: false, ended: false })
+            }
+            Err(PostError { buffer, error, .. }) => {
                 if matches!(error, VerbsError::PostSend { .. }) {
-                    self.retire();
+                    self.close();
                 }
-                answer(tag.reply, buffer, Err(error), tag.claim);
+                let after = self.book().withdraw(slot);
+                self.conclude(after);
+                Err(NotPosted::Refused(buffer, error))
             }
         }
     }
 
-    fn complete(&mut self, completed: Completed<Pending>) {
-        self.in_flight -= 1;
-        if !completed.status.is_success() {
-            // The queue pair is in the error state now: what follows would only be flushed.
-            self.retire();
-        }
-        let Pending { reply, claim } = completed.tag;
-        answer(reply, completed.buffer, Ok(completed.status), claim);
+    /// Takes no more operations; ends when nothing is in flight.
+    pub(crate) fn close(&self) {
+        self.room.close();
+        let task = self.book().close();
+        wake(task);
     }
 
     /// Nothing of a session that is over may land later, when a partition heals: the device stops
     /// trying, and what is in flight ends as flushed instead of after all its retries.
-    fn abort(&mut self) {
+    fn abort(&self) {
         if let Err(error) = self.lane.abort() {
             tracing::warn!(%error, "cannot stop the queue pair of a session that is over");
         }
-        self.retire();
+        self.close();
     }
 
-    /// Takes no more work; what is handed over already is answered as flushed.
-    fn retire(&mut self) {
-        self.work.close();
-        self.room.close();
+    fn settle(&self, completed: Completed<Slot>) {
+        let Completed { buffer, tag, status, .. } = completed;
+        let after = self.book().settle(tag, buffer, status);
+        if !status.is_success() {
+            self.room.close();
+        }
+        self.conclude(after);
+    }
+
+    /// The answer is there before the claim ends, so a pin is drained only when its last operation's
+    /// result can be had.
+    fn conclude(&self, after: Aftermath<Buffer, Claim>) {
+        drop(after.buffer);
+        if let Some(claim) = after.claim {
+            self.room.add_permits(claim.requests as usize);
+        }
+        after.wake.into_iter().for_each(wake);
+    }
+
+    /// Takes the completions that are there, until none is left or an operation has ended.
+    fn poll_completions(&self, context: &mut Context<'_>) -> Poll<Result<(), VerbsError>> {
+        self.lane.poll_completion(context).map_ok(|completed| self.settle(completed))
+    }
+
+    /// Looks for a completion for as long as it is worth while. True: there was one.
+    fn look(&self, posted: Instant) -> Result<bool, VerbsError> {
+        let patience = self.patience.as_ref().map_or(Duration::ZERO, Patience::now);
+        loop {
+            if let Some(completed) = self.lane.poll()? {
+                self.settle(completed);
+                return Ok(true);
+            }
+            if posted.elapsed() >= patience {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    fn learn(&self, posted: Option<Instant>) {
+        if let (Some(patience), Some(posted)) = (&self.patience, posted) {
+            patience.learn(posted.elapsed());
+        }
+    }
+
+    fn poll_task(&self, context: &mut Context<'_>) -> Poll<Result<(), VerbsError>> {
+        loop {
+            let duty = self.book().duty(context.waker());
+            match duty {
+                Duty::Rest => return Poll::Pending,
+                Duty::End => return Poll::Ready(Ok(())),
+                Duty::Drive => std::task::ready!(self.poll_completions(context))?,
+            }
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book<Buffer, Claim>> {
+        // Every change of it is a single step.
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The answer goes out before the claim ends, so a pin is drained only when its last operation's
-/// result is on its way.
-fn answer(
-    reply: oneshot::Sender<Done>,
-    buffer: Buffer,
-    result: Result<CompletionStatus, VerbsError>,
-    claim: Claim,
+/// The lane's task: until the lane is closed and nothing is in flight.
+async fn tend(
+    lane: Arc<SharedLane>,
+    control: Control,
+    urged: watch::Receiver<()>,
+    ready: oneshot::Sender<()>,
 ) {
-    // Fails when the caller stopped waiting; the buffer is freed here then.
-    let _ = reply.send(Done { buffer, result });
-    drop(claim);
+    // So that the device's events come by way of this runtime, whoever waits for them.
+    let registered = poll_fn(|context| Poll::Ready(lane.poll_completions(context))).await;
+    let _ = ready.send(());
+    if let Poll::Ready(Err(error)) = registered {
+        return end(lane, Some(error)).await;
+    }
+    let listener = tokio::spawn(listen(Arc::downgrade(&lane), control, urged));
+    let ended = poll_fn(|context| lane.poll_task(context)).await;
+    listener.abort();
+    end(lane, ended.err()).await;
+}
+
+/// Hears for the lane's task what has nothing to do with completions.
+async fn listen(lane: Weak<SharedLane>, control: Control, mut urged: watch::Receiver<()>) {
+    let urges = async {
+        while urged.changed().await.is_ok() {
+            let Some(lane) = lane.upgrade() else { return };
+            let task = lane.book().hand_over();
+            wake(task);
+        }
+    };
+    tokio::select! {
+        _ = control.ended() => {}
+        () = urges => {
+            control.ended().await;
+        }
+    }
+    if let Some(lane) = lane.upgrade() {
+        lane.abort();
+    }
+}
+
+/// Without completions nobody knows what the device still uses: destroying the queue pair is the way to
+/// find out. That waits for the device, so not here.
+async fn end(lane: Arc<SharedLane>, error: Option<VerbsError>) {
+    if let Some(error) = error {
+        tracing::error!(%error, "cannot take completions; dropping the lane");
+    }
+    lane.close();
+    // Panics are in the log already, and a runtime that shuts down drops it too.
+    let _ = tokio::task::spawn_blocking(move || drop(lane)).await;
+}
+
+impl Drop for SharedLane {
+    fn drop(&mut self) {
+        // From here on nobody finds the lane.
+        self.book().waiting().for_each(Waker::wake);
+    }
+}
+
+impl Future for InFlight {
+    type Output = Result<(Buffer, CompletionStatus), Lost>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let (slot, mut drove) = (self.slot, false);
+        loop {
+            let Some(lane) = self.lane.upgrade() else { return Poll::Ready(Err(Lost)) };
+            let turn = lane.book().wait(slot, context.waker(), drove);
+            match turn {
+                Turn::Ended(buffer, status, task) => {
+                    self.ended = true;
+                    lane.learn(self.posted);
+                    wake(task);
+                    return Poll::Ready(Ok((buffer, status)));
+                }
+                Turn::Wait(task) => {
+                    wake(task);
+                    return Poll::Pending;
+                }
+                Turn::Drive => drove = true,
+            }
+            if let Some(posted) = self.posted
+                && !std::mem::replace(&mut self.looked, true)
+                && let Ok(true) = lane.look(posted)
+            {
+                continue;
+            }
+            match lane.poll_completions(context) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => {
+                    // The task gets the same error, and ends the lane: then this is woken.
+                    lane.close();
+                    return Poll::Pending;
+                }
+                Poll::Pending => {
+                    let task = lane.book().rest(slot);
+                    wake(task);
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        if let Some(lane) = self.lane.upgrade() {
+            let after = lane.book().abandon(self.slot);
+            lane.conclude(after);
+        }
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
+    }
 }

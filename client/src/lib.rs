@@ -42,6 +42,8 @@
 #![forbid(unsafe_code)]
 
 mod backoff;
+pub mod blocking;
+mod book;
 mod buffer;
 mod control;
 mod error;
@@ -55,6 +57,7 @@ mod kept_state;
 mod lane;
 mod ledger;
 mod options;
+mod patience;
 mod pieces;
 mod pin;
 mod pin_state;
@@ -69,7 +72,7 @@ mod stream;
 mod transfer;
 
 pub use backoff::KeepPolicy;
-pub use buffer::Buffer;
+pub use buffer::{Buffer, BufferPool};
 pub use error::{Error, TransferError};
 pub use event::{Event, Events};
 pub use file::{Created, Entry, EntryKind, FileIdentity, FileStat, IfExists};
@@ -88,6 +91,7 @@ pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;
 pub use pinfold_verbs::checkup;
 pub use pinfold_verbs::{CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};
+pub use plan::Part;
 pub use revocation::{DrainNotice, Loss, Revocation, RevocationReason, RevocationTimings};
 pub use session::Session;
 pub use tonic::Code;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pinfold_proto::v1;
-use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus, Piece, RemoteKey, RemoteSlice};
+use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
 
 use crate::fabric::{Fabric, Failure, Operation};
 use crate::file::FileName;
@@ -15,7 +15,7 @@ use crate::ledger::{Commit, Ledger, Write};
 use crate::pieces::{self, StreamPath};
 use crate::pin_state::Gone;
 use crate::pin_table::{PinCell, Ticket};
-use crate::plan::{Plan, Reach, Refusal, Request, StreamPiece, Ways};
+use crate::plan::{Part, Plan, Reach, Refusal, StreamPiece, Ways};
 use crate::session::Core;
 use crate::transfer::Transfer;
 use crate::{
@@ -71,10 +71,10 @@ pub struct Pin {
     given_back: AtomicBool,
 }
 
-/// A write's line in the ledger: failed, unless it is told otherwise.
+/// A write's lines in the ledger: failed, unless it is told otherwise.
 struct Entry<'a> {
     ledger: &'a Mutex<Ledger>,
-    write: Option<Write>,
+    writes: Vec<Write>,
 }
 
 /// A commit's line in the ledger: it came to nothing, unless it is told otherwise.
@@ -319,16 +319,37 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, WriteReport), TransferError> {
-        if let Err(error) = self.check_writable() {
-            return Err(TransferError::new(error, buffer));
-        }
-        let plan = |ways| self.reach().write(ways, offset, len);
-        let plan = match self.prepare(plan, &buffer) {
+        let parts = [Part { offset, bytes: 0..len }];
+        self.write_planned(&parts, |ways| self.reach().write(ways, offset, len), buffer).await
+    }
+
+    /// Writes several stretches of the file from one buffer, with one call of the device as far as they
+    /// go by RDMA and fit in the send queue. They may land in any order, so they must not overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write), and [`Error::BadParts`].
+    pub async fn write_vectored(
+        &self,
+        parts: &[Part],
+        buffer: Buffer,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        self.write_planned(parts, |ways| self.reach().write_parts(ways, parts), buffer).await
+    }
+
+    async fn write_planned(
+        &self,
+        parts: &[Part],
+        plan: impl FnOnce(Ways) -> Result<Plan, Refusal>,
+        buffer: Buffer,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        let plan = match self.check_writable().and_then(|()| self.prepare(plan, &buffer)) {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let entry = self.enter(offset..offset.saturating_add(len as u64));
-        let (buffer, carried) = self.transfer(Direction::Write, offset, &plan, buffer).await?;
+        let entry = self.enter(parts);
+        let range = hull(parts);
+        let (buffer, carried) = self.transfer(Direction::Write, range, &plan, buffer).await?;
         if let Some(entry) = entry {
             entry.succeed();
         }
@@ -346,12 +367,37 @@ impl Pin {
         len: usize,
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
-        let plan = |ways| self.reach().read(ways, offset, len);
+        let parts = [Part { offset, bytes: 0..len }];
+        self.read_planned(&parts, |ways| self.reach().read(ways, offset, len), buffer).await
+    }
+
+    /// Reads several stretches of the file into one buffer, with one call of the device as far as they
+    /// come by RDMA and fit in the send queue. The file must have all of them, and their places in the
+    /// buffer must not overlap.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_vectored`](Self::write_vectored), but for [`Error::ReadOnlyPin`].
+    pub async fn read_vectored(
+        &self,
+        parts: &[Part],
+        buffer: Buffer,
+    ) -> Result<(Buffer, ReadReport), TransferError> {
+        self.read_planned(parts, |ways| self.reach().read_parts(ways, parts), buffer).await
+    }
+
+    async fn read_planned(
+        &self,
+        parts: &[Part],
+        plan: impl FnOnce(Ways) -> Result<Plan, Refusal>,
+        buffer: Buffer,
+    ) -> Result<(Buffer, ReadReport), TransferError> {
         let plan = match self.prepare(plan, &buffer) {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let (buffer, carried) = self.transfer(Direction::Read, offset, &plan, buffer).await?;
+        let range = hull(parts);
+        let (buffer, carried) = self.transfer(Direction::Read, range, &plan, buffer).await?;
         Ok((buffer, ReadReport { rdma_bytes: carried.rdma, stream_bytes: carried.stream }))
     }
 
@@ -431,11 +477,12 @@ impl Pin {
         &self.cell
     }
 
-    /// Begins a line for a write.
-    fn enter(&self, range: Range<u64>) -> Option<Entry<'_>> {
+    /// Begins a line for each part of a write.
+    fn enter(&self, parts: &[Part]) -> Option<Entry<'_>> {
         let ledger = self.ledger.as_ref()?;
-        let write = Some(lock(ledger).begin(range));
-        Some(Entry { ledger, write })
+        let mut lines = lock(ledger);
+        let writes = parts.iter().map(|part| lines.begin(part.stretch())).collect();
+        Some(Entry { ledger, writes })
     }
 
     fn reach(&self) -> Reach<'_> {
@@ -452,19 +499,21 @@ impl Pin {
     async fn transfer(
         &self,
         direction: Direction,
-        offset: u64,
+        range: Range<u64>,
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<(Buffer, Carried), TransferError> {
         let total = plan.len() as u64;
         let stream = plan.pieces.iter().map(|piece| piece.local.len() as u64).sum();
-        let range = offset..offset.saturating_add(total);
         if let Err(error) = self.settle(&range, plan).await {
             return Err(TransferError::new(error, buffer));
         }
         let transfer = Transfer::new(&self.cell, direction, range);
         let fabric = self.fabric.as_ref().filter(|_| !plan.requests.is_empty());
         let ran = match fabric {
+            Some(fabric) if plan.pieces.is_empty() => {
+                self.run_requests(fabric, &transfer, plan, buffer).await
+            }
             Some(fabric) => self.run_both(fabric, &transfer, plan, buffer).await,
             None => self.run_pieces(&transfer, &plan.pieces, buffer).await,
         };
@@ -498,8 +547,9 @@ impl Pin {
         let stream = (!self.rdma_only).then_some(self.core.stream_piece_bytes_max);
         let plan = plan(Ways { rdma, stream })
             .map_err(|refusal| Error::from_refusal(refusal, &self.file, self.reach()))?;
-        if plan.len() > buffer.len() {
-            return Err(Error::BufferTooSmall { wanted: plan.len(), capacity: buffer.len() });
+        let wanted = plan.buffer_end();
+        if wanted > buffer.len() {
+            return Err(Error::BufferTooSmall { wanted, capacity: buffer.len() });
         }
         Ok(plan)
     }
@@ -511,7 +561,7 @@ impl Pin {
     /// By the stream path only: the buffer stays here, and each piece copies when its turn comes.
     async fn run_pieces(
         &self,
-        transfer: &Transfer,
+        transfer: &Transfer<'_>,
         pieces: &[StreamPiece],
         mut buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
@@ -537,7 +587,7 @@ impl Pin {
     async fn run_both(
         &self,
         fabric: &Arc<Fabric>,
-        transfer: &Transfer,
+        transfer: &Transfer<'_>,
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
@@ -574,7 +624,7 @@ impl Pin {
     async fn run_requests(
         &self,
         fabric: &Arc<Fabric>,
-        transfer: &Transfer,
+        transfer: &Transfer<'_>,
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
@@ -592,7 +642,7 @@ impl Pin {
                 .then(|| Batch { pin: self, returned: false });
             let operation = Operation {
                 direction: transfer.direction,
-                pieces: requests.iter().map(to_piece).collect(),
+                pieces: requests,
                 buffer: registered,
                 transfer: Some(transfer),
             };
@@ -624,7 +674,7 @@ impl Pin {
 
     async fn write_pieces(
         &self,
-        transfer: &Transfer,
+        transfer: &Transfer<'_>,
         pieces: &[StreamPiece],
         mut data: impl FnMut(usize, &StreamPiece) -> Vec<u8>,
     ) -> Result<(), Error> {
@@ -638,7 +688,7 @@ impl Pin {
 
     async fn read_pieces(
         &self,
-        transfer: &Transfer,
+        transfer: &Transfer<'_>,
         pieces: &[StreamPiece],
         take: impl FnMut(&StreamPiece, Vec<u8>),
     ) -> Result<(), Error> {
@@ -658,7 +708,7 @@ impl Pin {
     }
 
     /// Counts an operation in.
-    fn begin(&self, transfer: &Transfer) -> Result<Ticket, Error> {
+    fn begin(&self, transfer: &Transfer<'_>) -> Result<Ticket, Error> {
         transfer.begin().map_err(|gone| self.gone(gone))
     }
 
@@ -717,10 +767,14 @@ impl Pin {
         }
         if let Some(request) = self.reach().probe() {
             let doing = || format!("read back from {} before the commit", self.file);
-            let (buffer, pieces) = (fabric.probe_buffer().await?, vec![to_piece(&request)]);
+            let (buffer, pieces) = (fabric.probe_buffer().await?, [request]);
             let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
-            let operation =
-                Operation { direction: Direction::Read, pieces, buffer, transfer: Some(&transfer) };
+            let operation = Operation {
+                direction: Direction::Read,
+                pieces: &pieces,
+                buffer,
+                transfer: Some(&transfer),
+            };
             let ran = self.run(fabric, operation, doing).await;
             fabric.return_probe_buffer(ran.map_err(|(error, _)| error)?);
         }
@@ -736,17 +790,15 @@ impl Pin {
 
 impl Entry<'_> {
     fn succeed(mut self) {
-        if let Some(write) = self.write.take() {
-            lock(self.ledger).succeed(write);
-        }
+        let mut ledger = lock(self.ledger);
+        self.writes.drain(..).for_each(|write| ledger.succeed(write));
     }
 }
 
 impl Drop for Entry<'_> {
     fn drop(&mut self) {
-        if let Some(write) = self.write.take() {
-            lock(self.ledger).fail(write);
-        }
+        let mut ledger = lock(self.ledger);
+        self.writes.drain(..).for_each(|write| ledger.fail(write));
     }
 }
 
@@ -803,15 +855,10 @@ fn with_buffer(done: Result<(), Error>, buffer: Buffer) -> Result<Buffer, Transf
     }
 }
 
-fn to_piece(request: &Request) -> Piece {
-    Piece {
-        local: request.local.clone(),
-        remote: RemoteSlice {
-            address: request.remote_address,
-            key: RemoteKey::new(request.remote_key),
-            len: request.local.len(),
-        },
-    }
+/// The bytes of the file from the first to the last that the parts name.
+fn hull(parts: &[Part]) -> Range<u64> {
+    let start = parts.iter().map(|part| part.offset).min().unwrap_or(0);
+    start..parts.iter().map(|part| part.stretch().end).max().unwrap_or(start)
 }
 
 fn to_wire_range(range: &Range<u64>) -> v1::ByteRange {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::pin_state::{Finished, Gone, PinState};
-use crate::transfer::Abandoned;
+use crate::transfer::{Abandoned, Running};
 use crate::{DrainNotice, Loss, Revocation};
 
 /// All pins of one session.
@@ -16,6 +16,8 @@ pub(crate) struct PinTable {
     inner: Mutex<Inner>,
     /// Takes the numbers of pins that the server waits for and that are drained now.
     drained: mpsc::UnboundedSender<u64>,
+    /// Told when somebody waits for what is in flight, and not for an operation of their own.
+    urge: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -37,6 +39,7 @@ pub(crate) struct PinCell {
     /// Told when the last operation has ended, and when the pin is no longer live.
     changed: Notify,
     drained: mpsc::UnboundedSender<u64>,
+    urge: watch::Sender<()>,
     /// Writes that nobody waits for, and that may not have ended yet.
     abandoned: Mutex<Vec<Abandoned>>,
 }
@@ -46,7 +49,7 @@ pub(crate) struct PinCell {
 pub(crate) struct Ticket {
     cell: Arc<PinCell>,
     /// Of the transfer that it is a part of.
-    _running: watch::Sender<()>,
+    _running: Arc<Running>,
 }
 
 /// A pin request without an answer yet.
@@ -55,7 +58,12 @@ pub(crate) struct Expected<'a>(&'a PinTable);
 
 impl PinTable {
     pub(crate) fn new(drained: mpsc::UnboundedSender<u64>) -> Self {
-        Self { inner: Mutex::default(), drained }
+        Self { inner: Mutex::default(), drained, urge: watch::Sender::new(()) }
+    }
+
+    /// Tells when somebody waits for what is in flight, and not for an operation of their own.
+    pub(crate) fn urges(&self) -> watch::Receiver<()> {
+        self.urge.subscribe()
     }
 
     /// To be called before a pin request is sent, and kept until its answer is taken.
@@ -73,9 +81,11 @@ impl PinTable {
     pub(crate) fn drain(&self, ids: &[u64], notice: DrainNotice) {
         let mut inner = lock(&self.inner);
         for &id in ids {
-            if inner.apply(id, |state| state.drain(notice)) == Some(true) {
+            match inner.apply(id, |state| state.drain(notice)) {
                 // Fails only when the session is over, and nobody waits any more.
-                let _ = self.drained.send(id);
+                Some(true) => drop(self.drained.send(id)),
+                Some(false) => drop(self.urge.send(())),
+                None => {}
             }
         }
     }
@@ -117,6 +127,7 @@ impl Expected<'_> {
             state: Mutex::new(state),
             changed: Notify::new(),
             drained: self.0.drained.clone(),
+            urge: self.0.urge.clone(),
             abandoned: Mutex::default(),
         });
         inner.pins.insert(id, cell.clone());
@@ -152,7 +163,7 @@ impl Inner {
 
 impl PinCell {
     /// Counts an operation of a transfer in.
-    pub(crate) fn begin(self: &Arc<Self>, running: watch::Sender<()>) -> Result<Ticket, Gone> {
+    pub(crate) fn begin(self: &Arc<Self>, running: Arc<Running>) -> Result<Ticket, Gone> {
         lock(&self.state).begin()?;
         Ok(Ticket { cell: self.clone(), _running: running })
     }
@@ -207,6 +218,8 @@ impl PinCell {
             if lock(&self.state).is_idle() {
                 return;
             }
+            // Fails when no lane is there to hear it.
+            let _ = self.urge.send(());
             told.await;
         }
     }
@@ -252,7 +265,7 @@ mod tests {
     fn only_the_named_pins_drain() {
         let (table, mut drained) = table();
         let (one, two) = (table.expect().admit(1), table.expect().admit(2));
-        let ticket = one.begin(watch::Sender::new(())).unwrap();
+        let ticket = one.begin(Arc::default()).unwrap();
         table.drain(&[1], NOTICE);
         assert_eq!(one.check(), Err(Gone::Draining(NOTICE)));
         assert_eq!(two.check(), Ok(()));
@@ -308,7 +321,7 @@ mod tests {
         let (table, _drained) = table();
         let pin = table.expect().admit(1);
         pin.idle().await;
-        let ticket = pin.begin(watch::Sender::new(())).unwrap();
+        let ticket = pin.begin(Arc::default()).unwrap();
         let waiter = tokio::spawn({
             let pin = pin.clone();
             async move { pin.idle().await }

@@ -7,6 +7,8 @@
 use std::num::NonZeroU64;
 use std::ops::Range;
 
+use pinfold_verbs::{Piece, RemoteKey, RemoteSlice};
+
 use crate::{Grant, Segment};
 
 /// Largest request. Below what any device takes (2 GiB), and a multiple of any alignment.
@@ -14,6 +16,15 @@ const REQUEST_BYTES_MAX: u64 = 1 << 30;
 
 /// A probe that makes sure that earlier writes are in memory has no use for more.
 pub(crate) const PROBE_BYTES: usize = 8;
+
+/// A stretch of a file, and the bytes of a buffer that go there or come from there.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Part {
+    /// Where it starts in the file.
+    pub offset: u64,
+    /// Bytes of the buffer, as many as of the file.
+    pub bytes: Range<usize>,
+}
 
 /// What a pin reaches now: a file may have grown since the grant.
 #[derive(Clone, Copy, Debug)]
@@ -36,16 +47,9 @@ pub(crate) struct Ways {
 /// offset, so the order within the whole is that of `local`.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Plan {
-    pub(crate) requests: Vec<Request>,
+    /// By RDMA.
+    pub(crate) requests: Vec<Piece>,
     pub(crate) pieces: Vec<StreamPiece>,
-}
-
-/// By RDMA: a stretch of the buffer and where it goes.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(crate) struct Request {
-    pub(crate) local: Range<usize>,
-    pub(crate) remote_address: u64,
-    pub(crate) remote_key: u32,
 }
 
 /// By the stream path: a stretch of the buffer and where it goes.
@@ -65,6 +69,8 @@ pub(crate) enum Refusal {
     /// It, or its part in a later segment, starts at a place that the device mishandles, and the
     /// stream path is not to be used.
     Misaligned { file_offset: u64 },
+    /// Parts that make no sense together.
+    BadParts(&'static str),
 }
 
 impl<'a> Reach<'a> {
@@ -77,10 +83,40 @@ impl<'a> Reach<'a> {
     /// The parts of writing `len` bytes at a file offset.
     pub(crate) fn write(self, ways: Ways, offset: u64, len: usize) -> Result<Plan, Refusal> {
         let wanted = self.pinned(offset, len)?;
-        if wanted.end > self.valid_end {
-            return Err(Refusal::PastEnd { wanted });
+        self.whole(wanted).and_then(|wanted| self.split(ways, wanted))
+    }
+
+    /// The parts of writing several stretches, which must not overlap in the file.
+    pub(crate) fn write_parts(self, ways: Ways, parts: &[Part]) -> Result<Plan, Refusal> {
+        check_apart(parts, Part::stretch, "parts that overlap in the file")?;
+        self.parts(ways, parts)
+    }
+
+    /// The parts of reading several stretches, all of which the file must have, to places in the buffer
+    /// that don't overlap.
+    pub(crate) fn read_parts(self, ways: Ways, parts: &[Part]) -> Result<Plan, Refusal> {
+        let place = |part: &Part| part.bytes.start as u64..part.bytes.end as u64;
+        check_apart(parts, place, "parts that overlap in the buffer")?;
+        self.parts(ways, parts)
+    }
+
+    fn parts(self, ways: Ways, parts: &[Part]) -> Result<Plan, Refusal> {
+        let mut plan = Plan::default();
+        for part in parts {
+            let wanted = self.whole(self.pinned(part.offset, part.bytes.len())?)?;
+            let mut piece = self.split(ways, wanted)?;
+            piece.shift(part.bytes.start);
+            plan.requests.append(&mut piece.requests);
+            plan.pieces.append(&mut piece.pieces);
         }
-        self.split(ways, wanted)
+        Ok(plan)
+    }
+
+    fn whole(self, wanted: Range<u64>) -> Result<Range<u64>, Refusal> {
+        match wanted.end > self.valid_end {
+            true => Err(Refusal::PastEnd { wanted }),
+            false => Ok(wanted),
+        }
     }
 
     /// The parts of reading up to `len` bytes at a file offset: as with pread(2), a read ends at
@@ -96,7 +132,7 @@ impl<'a> Reach<'a> {
 
     /// A small read that the device takes, if it takes any in this pin. Where it takes none it
     /// can't have taken a write either.
-    pub(crate) fn probe(self) -> Option<Request> {
+    pub(crate) fn probe(self) -> Option<Piece> {
         let (found, segment) = self.rdma_from(self.grant.range.start)?;
         let end = found.end.min(self.valid_end).min(found.start.saturating_add(PROBE_BYTES as u64));
         let len = usize::try_from(end.checked_sub(found.start)?).ok()?;
@@ -149,20 +185,60 @@ impl<'a> Reach<'a> {
 }
 
 impl Plan {
-    /// How many bytes of the buffer it uses.
+    /// How many bytes it carries.
     pub(crate) fn len(&self) -> usize {
-        let requests = self.requests.last().map_or(0, |request| request.local.end);
-        let pieces = self.pieces.last().map_or(0, |piece| piece.local.end);
-        requests.max(pieces)
+        self.places().map(|place| place.len()).sum()
+    }
+
+    /// One past the last byte of the buffer that it uses.
+    pub(crate) fn buffer_end(&self) -> usize {
+        self.places().map(|place| place.end).max().unwrap_or(0)
+    }
+
+    fn places(&self) -> impl Iterator<Item = &Range<usize>> {
+        let pieces = self.pieces.iter().map(|piece| &piece.local);
+        self.requests.iter().map(|request| &request.local).chain(pieces)
+    }
+
+    fn shift(&mut self, by: usize) {
+        let requests = self.requests.iter_mut().map(|request| &mut request.local);
+        for place in requests.chain(self.pieces.iter_mut().map(|piece| &mut piece.local)) {
+            *place = place.start + by..place.end + by;
+        }
     }
 }
 
-fn request(segment: &Segment, file_offset: u64, local: Range<usize>) -> Request {
-    Request {
-        local,
-        remote_address: segment.remote_address + (file_offset - segment.file_offset),
-        remote_key: segment.remote_key,
+impl Part {
+    /// The bytes of the file.
+    pub(crate) fn stretch(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.bytes.len() as u64)
     }
+}
+
+/// Two requests of one transfer may be carried out in any order.
+fn check_apart(
+    parts: &[Part],
+    range: impl Fn(&Part) -> Range<u64>,
+    otherwise: &'static str,
+) -> Result<(), Refusal> {
+    if parts.iter().any(|part| part.bytes.start > part.bytes.end) {
+        return Err(Refusal::BadParts("a part whose bytes end before they start"));
+    }
+    let mut ranges: Vec<_> = parts.iter().map(range).filter(|range| !range.is_empty()).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    match ranges.windows(2).any(|pair| pair[1].start < pair[0].end) {
+        true => Err(Refusal::BadParts(otherwise)),
+        false => Ok(()),
+    }
+}
+
+fn request(segment: &Segment, file_offset: u64, local: Range<usize>) -> Piece {
+    let remote = RemoteSlice {
+        address: segment.remote_address + (file_offset - segment.file_offset),
+        key: RemoteKey::new(segment.remote_key),
+        len: local.len(),
+    };
+    Piece { local, remote }
 }
 
 /// Cut at multiples of the longest piece, so that no page of the file is in two of them.
@@ -228,12 +304,13 @@ mod tests {
         }
     }
 
-    fn by_rdma(requests: impl Into<Vec<Request>>) -> Plan {
+    fn by_rdma(requests: impl Into<Vec<Piece>>) -> Plan {
         Plan { requests: requests.into(), pieces: Vec::new() }
     }
 
-    fn request(local: Range<usize>, remote_address: u64, remote_key: u32) -> Request {
-        Request { local, remote_address, remote_key }
+    fn request(local: Range<usize>, address: u64, key: u32) -> Piece {
+        let remote = RemoteSlice { address, key: RemoteKey::new(key), len: local.len() };
+        Piece { local, remote }
     }
 
     fn piece(local: Range<usize>, file_offset: u64) -> StreamPiece {
@@ -303,6 +380,42 @@ mod tests {
         let expected = [piece(0..100, 900), piece(100..1100, 1000), piece(1100..1200, 2000)];
         assert_eq!(plan.pieces, expected);
         assert_eq!(plan.requests, []);
+    }
+
+    #[test]
+    fn parts_go_where_they_belong_and_come_from_where_they_are() {
+        let grant = grant(&[(0, 1 << 20, 0x10000)], 1 << 20, 4096);
+        let reach = grant.reach();
+        let parts = [
+            Part { offset: 8192, bytes: 4096..4196 },
+            Part { offset: 100, bytes: 0..50 },
+            Part { offset: 0, bytes: 7..7 },
+        ];
+        let plan = reach.write_parts(BOTH, &parts).unwrap();
+        assert_eq!(plan.requests, [request(4096..4196, 0x12000, 1)]);
+        assert_eq!(plan.pieces, [piece(0..50, 100)]);
+        assert_eq!((plan.len(), plan.buffer_end()), (150, 4196));
+        assert_eq!(reach.read_parts(BOTH, &parts).unwrap(), plan);
+        assert_eq!(reach.write_parts(BOTH, &[]).unwrap(), Plan::default());
+    }
+
+    #[test]
+    fn parts_that_would_meet_are_refused() {
+        let grant = grant(&[(0, 1 << 20, 0x10000)], 1 << 20, 1);
+        let reach = grant.reach();
+        let in_the_file = [Part { offset: 10, bytes: 0..10 }, Part { offset: 5, bytes: 20..26 }];
+        assert!(matches!(reach.write_parts(BOTH, &in_the_file), Err(Refusal::BadParts(_))));
+        reach.read_parts(BOTH, &in_the_file).unwrap();
+        let in_the_buffer = [Part { offset: 10, bytes: 0..10 }, Part { offset: 50, bytes: 9..26 }];
+        assert!(matches!(reach.read_parts(BOTH, &in_the_buffer), Err(Refusal::BadParts(_))));
+        reach.write_parts(BOTH, &in_the_buffer).unwrap();
+        let reversed = [Part { offset: 10, bytes: Range { start: 9, end: 8 } }];
+        assert!(matches!(reach.write_parts(BOTH, &reversed), Err(Refusal::BadParts(_))));
+        let past_the_end = [Part { offset: (1 << 20) - 1, bytes: 0..2 }];
+        assert!(matches!(reach.read_parts(BOTH, &past_the_end), Err(Refusal::OutsidePin { .. })));
+        let last = u64::MAX - 3;
+        let beyond_all = [Part { offset: last, bytes: 0..100 }];
+        assert!(matches!(reach.read_parts(BOTH, &beyond_all), Err(Refusal::OutsidePin { .. })));
     }
 
     #[test]
@@ -408,12 +521,12 @@ mod tests {
             let segment = grant
                 .segments
                 .iter()
-                .find(|segment| segment.remote_key == request.remote_key)
+                .find(|segment| segment.remote_key == request.remote.key.get())
                 .expect("a key of the grant");
-            let within = request.remote_address - segment.remote_address;
+            let within = request.remote.address - segment.remote_address;
             assert!(within + request.local.len() as u64 <= segment.length);
             let alignment = u64::from(grant.quirks.start_alignment_bytes);
-            assert!(request.remote_address.is_multiple_of(alignment), "misplaced data");
+            assert!(request.remote.address.is_multiple_of(alignment), "misplaced data");
             touch(segment.file_offset + within, &request.local);
         }
         for piece in &plan.pieces {
@@ -473,6 +586,7 @@ mod tests {
                     outside += 1;
                 }
                 Err(Refusal::PastEnd { .. }) => assert!(inside && wanted.end > grant.valid_end),
+                Err(Refusal::BadParts(_)) => panic!("it is one part"),
                 Err(Refusal::Misaligned { file_offset }) => {
                     assert!(ways.stream.is_none());
                     assert!(wanted.contains(&file_offset));
@@ -499,9 +613,9 @@ mod tests {
             let segment = grant
                 .segments
                 .iter()
-                .find(|segment| segment.remote_key == request.remote_key)
+                .find(|segment| segment.remote_key == request.remote.key.get())
                 .expect("a key of the grant");
-            let offset = segment.file_offset + (request.remote_address - segment.remote_address);
+            let offset = segment.file_offset + (request.remote.address - segment.remote_address);
             let grown = Reach { grant: &grant, valid_end: grant.valid_end };
             if offset + request.local.len() as u64 <= grown.range().end {
                 let planned = grown.read(RDMA, offset, request.local.len());

@@ -27,11 +27,13 @@ pub(crate) fn passes(error: &Error) -> bool {
         | Error::StreamOnly { .. }
         | Error::ServerHasNoRdmaDevice { .. }
         | Error::NoMemory { .. }
+        | Error::NoThread { .. }
         | Error::ForeignBuffer { .. }
         | Error::FileChanged { .. }
         | Error::GaveUp { .. }
         | Error::OutsidePin { .. }
         | Error::PastEnd { .. }
+        | Error::BadParts { .. }
         | Error::Misaligned { .. }
         | Error::ReadOnlyPin { .. }
         | Error::BufferTooSmall { .. } => false,

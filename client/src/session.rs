@@ -25,9 +25,9 @@ use crate::lane::Direction;
 use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
-    Buffer, ConnectOptions, Created, Entry, Error, FileStat, Grant, GuardTier, IfExists,
-    Inspection, Loss, Pin, PinRequest, Quieted, RdmaDevice, Reason, Records, TransferError,
-    Transport,
+    Buffer, BufferPool, ConnectOptions, Created, Entry, Error, FileStat, Grant, GuardTier,
+    IfExists, Inspection, Loss, Pin, PinRequest, Quieted, RdmaDevice, Reason, Records,
+    TransferError, Transport,
 };
 
 /// The server may take longer pieces of the stream path than it is good to hold in memory.
@@ -133,7 +133,7 @@ impl Session {
         };
         let server_version = welcome.server_version.clone();
         let kept = Kept::start(client, opened, &options);
-        let rdma = connect_device(device, &kept.control, &options).await?;
+        let rdma = connect_device(device, &kept, &options).await?;
         let Kept { control, pins, events, closing, keeper } = kept;
         let runtime = Handle::current();
         let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
@@ -434,8 +434,8 @@ impl Session {
             (Rdma::On(fabric), Transport::Auto | Transport::Rdma) => fabric,
         };
         // The server grants no key to a session without a queue pair.
-        match fabric.lane(&self.core.control).await {
-            Ok(_) => Ok((wish, None)),
+        match fabric.ensure_lane(&self.core.control).await {
+            Ok(()) => Ok((wish, None)),
             Err(error) if wish == Transport::Auto && stream_survives(&error) => {
                 Ok((Transport::Stream, Some(with_causes(&error))))
             }
@@ -453,6 +453,18 @@ impl Session {
         match &self.core.rdma {
             Rdma::On(fabric) => fabric.device().buffer(capacity).await,
             Rdma::Off(_) => Buffer::plain(capacity),
+        }
+    }
+
+    /// Allocates and registers `count` buffers, to be used again and again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Verbs`], as a rule for want of lockable memory.
+    pub async fn buffer_pool(&self, count: usize, capacity: usize) -> Result<BufferPool, Error> {
+        match &self.core.rdma {
+            Rdma::On(fabric) => fabric.device().buffer_pool(count, capacity).await,
+            Rdma::Off(_) => Ok(BufferPool::plain(count, capacity)),
         }
     }
 
@@ -551,8 +563,8 @@ impl Session {
                 return Err(TransferError::new(error, buffer));
             }
         };
-        let pieces = vec![Piece { local: 0..remote.len, remote }];
-        let operation = Operation { direction, pieces, buffer, transfer: None };
+        let pieces = [Piece { local: 0..remote.len, remote }];
+        let operation = Operation { direction, pieces: &pieces, buffer, transfer: None };
         match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) => Ok((own(buffer), status)),
             Err((Failure::Error(error), buffer)) => {
@@ -649,15 +661,15 @@ async fn open_device(options: &ConnectOptions) -> Result<Result<Arc<LocalDevice>
 /// Connects the first queue pair, or says why the session is to go without.
 async fn connect_device(
     device: Result<Arc<LocalDevice>, String>,
-    control: &Control,
+    kept: &Kept,
     options: &ConnectOptions,
 ) -> Result<Rdma, Error> {
     let fabric = match device {
-        Ok(device) => Fabric::new(device, options.server_device.clone()),
+        Ok(device) => Fabric::new(device, options.server_device.clone(), kept.pins.urges()),
         Err(because) => return Ok(Rdma::Off(because)),
     };
-    match fabric.lane(control).await {
-        Ok(_) => Ok(Rdma::On(Arc::new(fabric))),
+    match fabric.ensure_lane(&kept.control).await {
+        Ok(()) => Ok(Rdma::On(Arc::new(fabric))),
         Err(error) if may_do_without(options) && stream_survives(&error) => {
             let because = with_causes(&error);
             tracing::info!(because, "going on without RDMA");

@@ -5,7 +5,7 @@
 //! such writes until they have ended, and a later transfer of the same bytes waits for them.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
 
@@ -15,14 +15,20 @@ use crate::pin_table::{PinCell, Ticket};
 
 /// A transfer from its begin to the end of its last operation.
 #[derive(Debug)]
-pub(crate) struct Transfer {
-    cell: Arc<PinCell>,
+pub(crate) struct Transfer<'a> {
+    cell: &'a Arc<PinCell>,
     pub(crate) direction: Direction,
     /// The bytes of the file.
     pub(crate) range: Range<u64>,
-    /// Each operation holds a copy; when all are dropped it has ended.
-    running: watch::Sender<()>,
+    running: Arc<Running>,
     ended: bool,
+}
+
+/// Each operation of a transfer holds it; when all have dropped it, the transfer has ended.
+#[derive(Debug, Default)]
+pub(crate) struct Running {
+    /// Made when the transfer is abandoned, for those who wait for its end.
+    end: OnceLock<watch::Sender<()>>,
 }
 
 /// A write that nobody waits for.
@@ -33,9 +39,9 @@ pub(crate) struct Abandoned {
     running: watch::Receiver<()>,
 }
 
-impl Transfer {
-    pub(crate) fn new(cell: &Arc<PinCell>, direction: Direction, range: Range<u64>) -> Self {
-        Self { cell: cell.clone(), direction, range, running: watch::Sender::new(()), ended: false }
+impl<'a> Transfer<'a> {
+    pub(crate) fn new(cell: &'a Arc<PinCell>, direction: Direction, range: Range<u64>) -> Self {
+        Self { cell, direction, range, running: Arc::default(), ended: false }
     }
 
     /// Counts an operation in.
@@ -49,13 +55,13 @@ impl Transfer {
     }
 }
 
-impl Drop for Transfer {
+impl Drop for Transfer<'_> {
     fn drop(&mut self) {
         if self.ended || self.direction == Direction::Read {
             return;
         }
-        let (range, running) = (self.range.clone(), self.running.subscribe());
-        self.cell.abandon(Abandoned { range, running });
+        let running = self.running.end.get_or_init(|| watch::Sender::new(())).subscribe();
+        self.cell.abandon(Abandoned { range: self.range.clone(), running });
     }
 }
 

@@ -4,12 +4,13 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use rustix::fs::OFlags;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{Interest, Ready};
-use tokio::sync::OnceCell;
 
 use crate::device::Device;
 use crate::error::Error;
@@ -128,8 +129,12 @@ pub struct CompletionQueue(Arc<Inner>);
 struct Inner {
     queue: NonNull<ffi::ibv_cq>,
     channel: Channel,
+    /// An event was asked for and has not been taken yet. So there is never more than one.
+    armed: AtomicBool,
     /// Made at the first wait, because it needs the runtime that will do the waiting.
-    readiness: OnceCell<AsyncFd<ChannelFd>>,
+    readiness: OnceLock<AsyncFd<ChannelFd>>,
+    /// Held by who makes it.
+    making_readiness: Mutex<()>,
 }
 
 // SAFETY: verbs may be called on one queue from any thread and from several at a time; the rest is
@@ -164,7 +169,13 @@ impl CompletionQueue {
             )
         };
         let queue = sys::check_pointer(queue).map_err(failed)?;
-        Ok(Self(Arc::new(Inner { queue, channel, readiness: OnceCell::new() })))
+        Ok(Self(Arc::new(Inner {
+            queue,
+            channel,
+            armed: AtomicBool::new(false),
+            readiness: OnceLock::new(),
+            making_readiness: Mutex::new(()),
+        })))
     }
 
     /// Takes up to `out.len()` completions (at most 16 at a time) without waiting, and returns how
@@ -201,40 +212,62 @@ impl CompletionQueue {
         }
     }
 
-    /// Asks for an event at the next completion (`ibv_req_notify_cq(3)`). What arrived before the
-    /// call may give none: poll once more after it, and only then wait.
-    pub(crate) fn arm(&self) -> Result<(), Error> {
+    /// Asks for an event at the next completion (`ibv_req_notify_cq(3)`), and says whether that was
+    /// necessary: not while an earlier one is out. What arrived before may give none: if it was, poll
+    /// once more, and only then wait.
+    pub(crate) fn arm(&self) -> Result<bool, Error> {
+        if self.0.armed.swap(true, Ordering::AcqRel) {
+            return Ok(false);
+        }
         let armed = sys::pass("ibv_req_notify_cq").and_then(|()| {
             // SAFETY: the queue is live.
             sys::check(unsafe { ffi::ibv_req_notify_cq(self.0.queue.as_ptr(), 0) })
         });
-        armed.map_err(|source| Error::ArmCompletionQueue {
-            device: self.device().device_name(),
-            source,
-        })
+        if let Err(source) = armed {
+            self.0.armed.store(false, Ordering::Release);
+            let device = self.device().device_name();
+            return Err(Error::ArmCompletionQueue { device, source });
+        }
+        Ok(true)
     }
 
-    /// Waits for an event of a queue that was armed, and takes all events that are there. May come
-    /// back without a completion: arm again. Dropping the future loses nothing.
-    pub(crate) async fn event(&self) -> Result<(), Error> {
-        let failed =
-            |source| Error::AwaitCompletion { device: self.device().device_name(), source };
-        let readiness = self
-            .0
-            .readiness
-            .get_or_try_init(async || {
-                tokio::runtime::Handle::try_current().map_err(|_| Error::NoRuntime)?;
-                let fd = ChannelFd(self.0.channel.descriptor());
-                // SAFETY: the channel's descriptor is open and stays the same until the channel is
-                // destroyed, before which `Inner::drop` drops this.
-                unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
-                    .map_err(|refused| failed(refused.into()))
-            })
-            .await?;
-        let mut guard = readiness.ready(Interest::READABLE).await.map_err(failed)?;
-        while self.0.take_event().map_err(failed)? {}
-        guard.clear_ready_matching(Ready::READABLE);
-        Ok(())
+    /// Takes the event of a queue that was armed; if there is none yet, has the task woken when it
+    /// comes. Of several tasks the last that polls is woken. May be ready without a completion: arm
+    /// again.
+    pub(crate) fn poll_event(&self, context: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let readiness = self.readiness()?;
+        loop {
+            let mut ready = ready!(readiness.poll_read_ready(context))
+                .map_err(|source| self.cannot_await(source))?;
+            let taken = self.0.take_event().map_err(|source| self.cannot_await(source))?;
+            // There is but one, so nothing is left to be ready for.
+            ready.clear_ready();
+            if taken {
+                self.0.armed.store(false, Ordering::Release);
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+
+    fn readiness(&self) -> Result<&AsyncFd<ChannelFd>, Error> {
+        if let Some(readiness) = self.0.readiness.get() {
+            return Ok(readiness);
+        }
+        let _making = self.0.making_readiness.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(readiness) = self.0.readiness.get() {
+            return Ok(readiness);
+        }
+        tokio::runtime::Handle::try_current().map_err(|_| Error::NoRuntime)?;
+        let fd = ChannelFd(self.0.channel.descriptor());
+        // SAFETY: the channel's descriptor is open and stays the same until the channel is
+        // destroyed, before which `Inner::drop` drops this.
+        let made = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }
+            .map_err(|refused| self.cannot_await(refused.into()))?;
+        Ok(self.0.readiness.get_or_init(|| made))
+    }
+
+    fn cannot_await(&self, source: io::Error) -> Error {
+        Error::AwaitCompletion { device: self.device().device_name(), source }
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -257,17 +290,20 @@ impl Inner {
     fn take_event(&self) -> io::Result<bool> {
         let mut queue = ptr::null_mut();
         let mut context = ptr::null_mut();
-        // SAFETY: the channel is live and non-blocking, and both pointers may be written.
-        let ret = unsafe {
-            ffi::ibv_get_cq_event(self.channel.raw.as_ptr(), &raw mut queue, &raw mut context)
-        };
-        if ret != 0 {
-            let error = io::Error::last_os_error();
-            return match error.kind() {
-                io::ErrorKind::WouldBlock => Ok(false),
-                io::ErrorKind::Interrupted => Ok(true),
-                _ => Err(error),
+        loop {
+            // SAFETY: the channel is live and non-blocking, and both pointers may be written.
+            let ret = unsafe {
+                ffi::ibv_get_cq_event(self.channel.raw.as_ptr(), &raw mut queue, &raw mut context)
             };
+            if ret == 0 {
+                break;
+            }
+            let error = io::Error::last_os_error();
+            match error.kind() {
+                io::ErrorKind::WouldBlock => return Ok(false),
+                io::ErrorKind::Interrupted => {}
+                _ => return Err(error),
+            }
         }
         // SAFETY: one event of this queue (the only one of the channel) was taken just now.
         // `ibv_destroy_cq` waits for this, so no event is ever left without it.

@@ -65,6 +65,7 @@
 pub mod checkup;
 
 mod buffer;
+mod buffer_pool;
 mod completion;
 mod device;
 mod error;
@@ -80,6 +81,7 @@ mod self_test;
 mod sys;
 
 pub use buffer::Buffer;
+pub use buffer_pool::BufferPool;
 pub use completion::{CompletionQueue, CompletionStatus, WorkCompletion};
 pub use device::{
     Capabilities, Device, DeviceName, LinkLayer, OdpCapabilities, Port, PortState, devices,

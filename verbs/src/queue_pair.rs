@@ -191,6 +191,7 @@ pub struct QueuePairBuilder {
     domain: ProtectionDomain,
     completions: Option<CompletionQueue>,
     send_depth: u32,
+    inline_bytes: u32,
     access: Access,
 }
 
@@ -203,6 +204,7 @@ impl QueuePairBuilder {
             domain: domain.clone(),
             completions: None,
             send_depth: 1,
+            inline_bytes: 0,
             access: Access::REMOTE_READ_WRITE,
         }
     }
@@ -218,6 +220,14 @@ impl QueuePairBuilder {
     #[must_use]
     pub(crate) fn send_depth(mut self, requests: u32) -> Self {
         self.send_depth = requests;
+        self
+    }
+
+    /// Bytes that a request may bring along instead of naming them. As many as the device can do, if it
+    /// can't do so many.
+    #[must_use]
+    pub(crate) fn inline_bytes(mut self, bytes: u32) -> Self {
+        self.inline_bytes = bytes;
         self
     }
 
@@ -238,26 +248,19 @@ impl QueuePairBuilder {
         let device = self.domain.device();
         let address = device.address()?;
         let port = device.query_port()?;
-        let completions = match self.completions {
-            Some(completions) => completions,
+        let completions = match &self.completions {
+            Some(completions) => completions.clone(),
             None => CompletionQueue::new(device, self.send_depth)?,
         };
         let packet_sequence_number = random_24_bits()?;
 
-        let mut attr: ffi::ibv_qp_init_attr = sys::zeroed();
-        attr.send_cq = completions.as_raw().as_ptr();
-        attr.recv_cq = completions.as_raw().as_ptr();
-        attr.qp_type = ffi::ibv_qp_type::IBV_QPT_RC;
-        attr.cap.max_send_wr = self.send_depth;
-        attr.cap.max_recv_wr = 1;
-        attr.cap.max_send_sge = 1;
-        attr.cap.max_recv_sge = 1;
-        let raw = sys::pass("ibv_create_qp").and_then(|()| {
-            // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
-            let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
-            sys::check_pointer(raw)
-        });
-        let raw = raw.map_err(|source| Error::CreateQueuePair {
+        let create = |inline_bytes| self.create(&completions, inline_bytes);
+        let created = match create(self.inline_bytes) {
+            // A device has its limit for that, and no way to ask for it.
+            Err(_) if self.inline_bytes > 0 => create(0),
+            other => other,
+        };
+        let (raw, inline_bytes) = created.map_err(|source| Error::CreateQueuePair {
             device: device.device_name(),
             depth: self.send_depth,
             source,
@@ -272,11 +275,32 @@ impl QueuePairBuilder {
             lid: port.lid,
             path_mtu_bytes: port.active_mtu_bytes,
         };
-        let raw = Raw { qp: Some(raw), number, domain: self.domain, completions };
+        let raw = Raw { qp: Some(raw), number, domain: self.domain, completions, inline_bytes };
         let state = Init { address, access: self.access, tried: false };
         let pair = QueuePair { raw, endpoint, state };
         pair.enter_init()?;
         Ok(pair)
+    }
+
+    /// The queue pair, and what it can take inline: that much at the least.
+    fn create(
+        &self,
+        completions: &CompletionQueue,
+        inline_bytes: u32,
+    ) -> io::Result<(NonNull<ffi::ibv_qp>, u32)> {
+        let mut attr: ffi::ibv_qp_init_attr = sys::zeroed();
+        attr.send_cq = completions.as_raw().as_ptr();
+        attr.recv_cq = completions.as_raw().as_ptr();
+        attr.qp_type = ffi::ibv_qp_type::IBV_QPT_RC;
+        attr.cap.max_send_wr = self.send_depth;
+        attr.cap.max_recv_wr = 1;
+        attr.cap.max_send_sge = 1;
+        attr.cap.max_recv_sge = 1;
+        attr.cap.max_inline_data = inline_bytes;
+        sys::pass("ibv_create_qp")?;
+        // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
+        let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
+        Ok((sys::check_pointer(raw)?, inline_bytes.min(attr.cap.max_inline_data)))
     }
 }
 
@@ -311,6 +335,11 @@ impl<S> QueuePair<S> {
     #[must_use]
     pub fn endpoint(&self) -> Endpoint {
         self.endpoint
+    }
+
+    /// Bytes that a request may bring along.
+    pub(crate) fn inline_bytes(&self) -> u32 {
+        self.raw.inline_bytes
     }
 
     /// The protection domain that it is in.
@@ -559,6 +588,7 @@ struct Raw {
     number: QueuePairNumber,
     domain: ProtectionDomain,
     completions: CompletionQueue,
+    inline_bytes: u32,
 }
 
 // SAFETY: verbs may be called on one queue pair from any thread and from several at a time.

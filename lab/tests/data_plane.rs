@@ -1,0 +1,159 @@
+//! Many who transfer at a time, over one queue pair: whoever takes the completions, each gets its own.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use pinfold_client::{Error, Part, Pin, PinRequest, Session, WriteReport, blocking};
+use pinfold_lab::{
+    EXPORT, Pattern, Truncation, eventually, next_revocation, on_each_file_system,
+    read_by_another_process,
+};
+use tokio::task::JoinSet;
+
+const PAGE: usize = 4096;
+const TASKS: u64 = 5;
+const ROUNDS: u64 = 120;
+
+async fn pin(session: &Session, name: &str) -> Pin {
+    session.pin(PinRequest::read_write(EXPORT, name)).await.unwrap()
+}
+
+fn by_rdma(bytes: usize) -> WriteReport {
+    WriteReport { rdma_bytes: bytes as u64, stream_bytes: 0 }
+}
+
+/// Now alone, now together, now giving up half-way: what the tasks do to each other changes from write to
+/// write. Each has a page of its own.
+async fn write_together(session: &Session, name: &str) {
+    let (pin, pool) = (pin(session, name).await, session.buffer_pool(3, PAGE).await.unwrap());
+    let pin = Arc::new(pin);
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let (pin, pool) = (pin.clone(), pool.clone());
+        tasks.spawn(async move {
+            for round in 0..ROUNDS {
+                let mut buffer = pool.take().await.unwrap();
+                let len = if (round + task).is_multiple_of(3) { PAGE } else { 8 };
+                Pattern(round).fill(task * PAGE as u64, &mut buffer.as_mut_slice()[..len]);
+                let mut write = Box::pin(pin.write(task * PAGE as u64, buffer, len));
+                if (round * TASKS + task).is_multiple_of(7) {
+                    // Nobody waits for this one; the next write to the page does.
+                    let _ = write.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                    continue;
+                }
+                assert_eq!(write.await.unwrap().1, by_rdma(len));
+            }
+            let (buffer, _) =
+                pin.read(task * PAGE as u64, PAGE, pool.take().await.unwrap()).await.unwrap();
+            Pattern(ROUNDS - 1).check(task * PAGE as u64, &buffer.as_slice()[..8], "read back");
+        });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        ended.unwrap();
+    }
+    // Also those that nobody waited for have come home.
+    let mut all = Vec::new();
+    for _ in 0..3 {
+        all.push(pool.take().await.unwrap());
+    }
+    assert!(pool.try_take().unwrap().is_none(), "the pool has grown");
+}
+
+on_each_file_system! {
+    async fn each_of_many_gets_its_own_completion(lab in Lab) {
+        let session = lab.session().await;
+        lab.make_file("asleep", TASKS * PAGE as u64);
+        write_together(&session, "asleep").await;
+        let polls = lab.options().poll_at_most(Duration::from_micros(200));
+        let session = lab.session_with(polls).await;
+        lab.make_file("polling", TASKS * PAGE as u64);
+        write_together(&session, "polling").await;
+    }
+
+    /// A future that was posted and that nobody polls any more: its program is busy with something else,
+    /// or waits for something else first.
+    async fn a_drain_does_not_wait_for_who_does_not_look(lab in Lab) {
+        let session = lab.session().await;
+        let mut events = session.events();
+        lab.make_file("file", 64 * PAGE as u64);
+        let pin = pin(&session, "file").await;
+        let mut buffer = session.buffer(64 * PAGE).await.unwrap();
+        Pattern(1).fill(0, buffer.as_mut_slice());
+        let mut write = loop {
+            let mut write = Box::pin(pin.write(0, buffer, 64 * PAGE));
+            match write.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                Poll::Pending => break write,
+                // It was over at once.
+                Poll::Ready(done) => buffer = done.unwrap().0,
+            }
+        };
+        let truncation = Truncation::start(lab.path("file"), 0);
+        let revocation = next_revocation(&mut events).await;
+        let timings = revocation.timings.unwrap();
+        assert!(timings.drained.is_some(), "the server had to cut it off: {timings:?}");
+        truncation.done().await;
+        let (buffer, report) = write.as_mut().await.expect("it had ended before the fence");
+        assert_eq!((buffer.len(), report), (64 * PAGE, by_rdma(64 * PAGE)));
+    }
+
+    async fn several_stretches_go_with_one_call(lab in Lab) {
+        let session = lab.session().await;
+        lab.make_file("file", 64 * PAGE as u64);
+        let pin = pin(&session, "file").await;
+        let mut buffer = session.buffer(16 * PAGE).await.unwrap();
+        Pattern(3).fill(0, buffer.as_mut_slice());
+        // Backwards; more than one request each way, and one that a quirk sends by the stream path.
+        let page = PAGE as u64;
+        let mut parts: Vec<_> = (0..15)
+            .map(|part| Part { offset: (60 - 4 * part as u64) * page, bytes: part * PAGE..part * PAGE + 77 })
+            .collect();
+        parts.push(Part { offset: page + 100, bytes: 15 * PAGE..15 * PAGE + 50 });
+        let (buffer, report) = pin.write_vectored(&parts, buffer).await.unwrap();
+        assert_eq!(report, WriteReport { rdma_bytes: 15 * 77, stream_bytes: 50 });
+
+        let expected = buffer.as_slice().to_vec();
+        let mut back = session.buffer(16 * PAGE).await.unwrap();
+        back.as_mut_slice().fill(0);
+        let (back, report) = pin.read_vectored(&parts, back).await.unwrap();
+        assert_eq!((report.rdma_bytes, report.stream_bytes), (15 * 77, 50));
+        pin.unpin().await.unwrap();
+        let file = read_by_another_process(&lab.path("file"));
+        for part in &parts {
+            let stretch = part.offset as usize..part.offset as usize + part.bytes.len();
+            assert_eq!(file[stretch], expected[part.bytes.clone()], "in the file, at {}", part.offset);
+            assert_eq!(back.as_slice()[part.bytes.clone()], expected[part.bytes.clone()]);
+        }
+        let touched: usize = parts.iter().map(|part| part.bytes.len()).sum();
+        assert!(file.iter().filter(|byte| **byte != 0).count() <= touched, "more than was sent");
+
+        let pin = self::pin(&session, "file").await;
+        let overlapping = [Part { offset: 0, bytes: 0..10 }, Part { offset: 9, bytes: 20..30 }];
+        let refused = pin.write_vectored(&overlapping, buffer).await.unwrap_err();
+        assert!(matches!(refused.error, Error::BadParts { .. }), "{refused}");
+        assert!(refused.buffer.is_some());
+    }
+
+    async fn a_program_without_a_runtime_has_the_same(lab in Lab) {
+        lab.make_file("file", 4 * PAGE as u64);
+        let options = lab.options();
+        let program = std::thread::spawn(move || {
+            let session = blocking::Session::connect(options).unwrap();
+            let pin = session.pin(PinRequest::read_write(EXPORT, "file")).unwrap();
+            let mut buffer = session.buffer(PAGE).unwrap();
+            Pattern(9).fill(PAGE as u64, buffer.as_mut_slice());
+            let (mut buffer, report) = pin.write(PAGE as u64, buffer, PAGE).unwrap();
+            assert_eq!(report, by_rdma(PAGE));
+            pin.commit().unwrap();
+            buffer.as_mut_slice().fill(0);
+            let (buffer, _) = pin.read(PAGE as u64, PAGE, buffer).unwrap();
+            Pattern(9).check(PAGE as u64, buffer.as_slice(), "read back");
+            pin.unpin().unwrap();
+            session.close();
+        });
+        eventually("the program ends", async || program.is_finished()).await;
+        program.join().unwrap();
+        Pattern(9).check(PAGE as u64, &read_by_another_process(&lab.path("file"))[PAGE..2 * PAGE], "written");
+    }
+}
