@@ -112,6 +112,7 @@ impl UnconnectedLane {
         let queue_pair = QueuePairBuilder::new(domain)
             .completion_queue(&completions)
             .send_depth(depth)
+            .flush()
             .remote_access(Access::default())
             .build()?;
         Ok(Self { queue_pair, completions, depth })
@@ -407,6 +408,27 @@ impl<T: Send> Lane<T> {
                 Ok(())
             }
         }
+    }
+
+    /// Posts what moves no bytes of the buffer: all of it or nothing, as `post` does.
+    pub(crate) fn post_others(
+        &self,
+        buffer: Buffer,
+        ranges: &[RemoteSlice],
+        tag: T,
+        post: impl FnOnce(&[(u64, RemoteSlice)]) -> Result<(), Error>,
+    ) -> Result<(), PostError<T>> {
+        // Held across the post, so that no completion is looked at before its operation is known.
+        let mut table = self.table();
+        let slot = table.insert(buffer, tag, ranges.len(), self.depth)?;
+        let numbered = |range: &RemoteSlice| {
+            (request_id(slot, u32::try_from(range.len).unwrap_or(u32::MAX)), *range)
+        };
+        let requests: Vec<_> = ranges.iter().map(numbered).collect();
+        post(&requests).map_err(|error| {
+            let (buffer, tag) = table.remove(slot, requests.len());
+            PostError { buffer, tag, error }
+        })
     }
 
     fn take(&self) -> Result<Option<Completed<T>>, Error> {

@@ -68,6 +68,7 @@ mod buffer;
 mod completion;
 mod device;
 mod error;
+mod flush;
 mod gid;
 #[cfg(feature = "leases")]
 mod held;
@@ -85,6 +86,7 @@ pub use device::{
     Capabilities, Device, DeviceName, LinkLayer, OdpCapabilities, Port, PortState, devices,
 };
 pub use error::{Error, with_causes};
+pub use flush::NoFlush;
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
     Atomic, Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,
@@ -98,4 +100,4 @@ pub use queue_pair::{
 pub use region::{
     Access, DeregisterFailed, MemoryRegion, RegisterError, RegistrationMode, RemoteKey,
 };
-pub use self_test::{Check, Outcome, Quirks, SelfTestError, SelfTestReport, self_test};
+pub use self_test::{Check, Outcome, Quirks, SelfTestError, SelfTestReport, flush_test, self_test};

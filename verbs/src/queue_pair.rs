@@ -8,6 +8,7 @@ use std::ptr::{self, NonNull};
 use crate::completion::CompletionQueue;
 use crate::device::Device;
 use crate::error::Error;
+use crate::flush::{self, Extended};
 use crate::gid::{Address, Gid};
 use crate::pd::ProtectionDomain;
 use crate::region::Access;
@@ -191,6 +192,7 @@ pub struct QueuePairBuilder {
     domain: ProtectionDomain,
     completions: Option<CompletionQueue>,
     send_depth: u32,
+    flush: bool,
     access: Access,
 }
 
@@ -203,6 +205,7 @@ impl QueuePairBuilder {
             domain: domain.clone(),
             completions: None,
             send_depth: 1,
+            flush: false,
             access: Access::REMOTE_READ_WRITE,
         }
     }
@@ -218,6 +221,13 @@ impl QueuePairBuilder {
     #[must_use]
     pub(crate) fn send_depth(mut self, requests: u32) -> Self {
         self.send_depth = requests;
+        self
+    }
+
+    /// FLUSH may be posted, where it can be had.
+    #[must_use]
+    pub(crate) fn flush(mut self) -> Self {
+        self.flush = true;
         self
     }
 
@@ -252,12 +262,9 @@ impl QueuePairBuilder {
         attr.cap.max_recv_wr = 1;
         attr.cap.max_send_sge = 1;
         attr.cap.max_recv_sge = 1;
-        let raw = sys::pass("ibv_create_qp").and_then(|()| {
-            // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
-            let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
-            sys::check_pointer(raw)
-        });
-        let raw = raw.map_err(|source| Error::CreateQueuePair {
+        // The queue pair keeps domain and completion queue alive.
+        let created = flush::create_queue_pair(&self.domain, &mut attr, self.flush);
+        let (raw, extended) = created.map_err(|source| Error::CreateQueuePair {
             device: device.device_name(),
             depth: self.send_depth,
             source,
@@ -272,7 +279,7 @@ impl QueuePairBuilder {
             lid: port.lid,
             path_mtu_bytes: port.active_mtu_bytes,
         };
-        let raw = Raw { qp: Some(raw), number, domain: self.domain, completions };
+        let raw = Raw { qp: Some(raw), extended, number, domain: self.domain, completions };
         let state = Init { address, access: self.access, tried: false };
         let pair = QueuePair { raw, endpoint, state };
         pair.enter_init()?;
@@ -483,6 +490,11 @@ impl QueuePair<Connected> {
         self.raw.modify(QueuePairState::Error, sys::zeroed(), NO_ATTRIBUTES)
     }
 
+    /// What FLUSH is posted with, if it can be.
+    pub(crate) fn extended(&self) -> Option<Extended> {
+        self.raw.extended
+    }
+
     /// Posts a chain of work requests (`ibv_post_send(3)`) and says how many the device has taken.
     ///
     /// # Safety
@@ -556,6 +568,8 @@ impl From<ConnectFailed> for Error {
 struct Raw {
     /// None once it is destroyed.
     qp: Option<NonNull<ffi::ibv_qp>>,
+    /// The same one, where it can post FLUSH.
+    extended: Option<Extended>,
     number: QueuePairNumber,
     domain: ProtectionDomain,
     completions: CompletionQueue,
