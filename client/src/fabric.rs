@@ -12,7 +12,7 @@ use pinfold_verbs::{
 use tokio::sync::{Mutex, oneshot};
 
 use crate::control::Control;
-use crate::lane::{Claim, Direction, Done, LaneHandle, Work};
+use crate::lane::{Asked, Claim, Done, LaneHandle, Work};
 use crate::pin_state::Gone;
 use crate::plan::PROBE_BYTES;
 use crate::transfer::Transfer;
@@ -54,7 +54,7 @@ impl DeviceId {
 
 /// An operation on its way to the lane.
 pub(crate) struct Operation<'a> {
-    pub(crate) direction: Direction,
+    pub(crate) asked: Asked,
     /// At most [`Fabric::depth`] of them.
     pub(crate) pieces: Vec<Piece>,
     pub(crate) buffer: Buffer,
@@ -164,7 +164,7 @@ impl Fabric {
         control: &Control,
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
-        let Operation { direction, pieces, mut buffer, transfer } = operation;
+        let Operation { asked, pieces, mut buffer, transfer } = operation;
         let requests = pieces.len() as u32;
         for _ in 0..LANES_PER_OPERATION {
             let lane = match self.lane(control).await {
@@ -181,7 +181,7 @@ impl Fabric {
             };
             let (reply, done) = oneshot::channel();
             let claim = Claim { _room: room, _ticket: ticket };
-            let work = Work { direction, pieces: pieces.clone(), buffer, claim, reply };
+            let work = Work { asked, pieces: pieces.clone(), buffer, claim, reply };
             match lane.submit(work) {
                 Ok(()) => return finish(done).await,
                 Err(refused) => buffer = refused.buffer,

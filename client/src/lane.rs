@@ -24,9 +24,17 @@ pub(crate) enum Direction {
     Read,
 }
 
+/// What an operation asks of the device.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Asked {
+    Transfer(Direction),
+    /// To make the pieces' remote ends durable; the buffer has no part in it.
+    Flush,
+}
+
 /// Something for the lane to do.
 pub(crate) struct Work {
-    pub(crate) direction: Direction,
+    pub(crate) asked: Asked,
     pub(crate) pieces: Vec<Piece>,
     pub(crate) buffer: Buffer,
     pub(crate) claim: Claim,
@@ -131,14 +139,18 @@ impl Driver {
     }
 
     fn post(&mut self, work: Work) {
-        let Work { direction, pieces, buffer, claim, reply } = work;
+        let Work { asked, pieces, buffer, claim, reply } = work;
         if self.work.is_closed() {
             return answer(reply, buffer, Ok(CompletionStatus::Flushed), claim);
         }
         let pending = Pending { reply, claim };
-        let posted = match direction {
-            Direction::Write => self.lane.post_write(buffer, &pieces, pending),
-            Direction::Read => self.lane.post_read(buffer, &pieces, pending),
+        let posted = match asked {
+            Asked::Transfer(Direction::Write) => self.lane.post_write(buffer, &pieces, pending),
+            Asked::Transfer(Direction::Read) => self.lane.post_read(buffer, &pieces, pending),
+            Asked::Flush => {
+                let ranges: Vec<_> = pieces.iter().map(|piece| piece.remote).collect();
+                self.lane.post_flush(buffer, &ranges, pending)
+            }
         };
         match posted {
             Ok(()) => self.in_flight += 1,

@@ -48,6 +48,14 @@ pub(crate) struct Request {
     pub(crate) remote_key: u32,
 }
 
+/// A stretch of the file to be made durable by the NIC.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Flush {
+    pub(crate) remote_address: u64,
+    pub(crate) remote_key: u32,
+    pub(crate) length: u64,
+}
+
 /// By the stream path: a stretch of the buffer and where it goes.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct StreamPiece {
@@ -101,6 +109,27 @@ impl<'a> Reach<'a> {
         let end = found.end.min(self.valid_end).min(found.start.saturating_add(PROBE_BYTES as u64));
         let len = usize::try_from(end.checked_sub(found.start)?).ok()?;
         (len > 0).then(|| request(segment, found.start, 0..len))
+    }
+
+    /// The parts of flushing a range of the file, as far as keys reach it: what they don't reach never
+    /// went by RDMA. What a quirk forbids for transfers is allowed.
+    pub(crate) fn flush(self, wanted: Range<u64>) -> Result<Vec<Flush>, Refusal> {
+        let pinned = self.range();
+        if wanted.start > wanted.end || wanted.start < pinned.start || wanted.end > pinned.end {
+            return Err(Refusal::OutsidePin { wanted });
+        }
+        let mut parts = Vec::new();
+        for segment in &self.grant.segments {
+            let mut at = wanted.start.max(segment.file_offset);
+            let end = wanted.end.min(segment.file_end()).min(self.valid_end);
+            while at < end {
+                let length = (end - at).min(REQUEST_BYTES_MAX);
+                let remote_address = segment.remote_address + (at - segment.file_offset);
+                parts.push(Flush { remote_address, remote_key: segment.remote_key, length });
+                at += length;
+            }
+        }
+        Ok(parts)
     }
 
     fn pinned(self, offset: u64, len: usize) -> Result<Range<u64>, Refusal> {
@@ -219,6 +248,7 @@ mod tests {
             durability: Vec::new(),
             quirks: Quirks { start_alignment_bytes: alignment, path_mtu_bytes: 0 },
             no_rdma_because: None,
+            no_flush_because: None,
         }
     }
 
@@ -226,6 +256,30 @@ mod tests {
         fn reach(&self) -> Reach<'_> {
             Reach { grant: self, valid_end: self.valid_end }
         }
+    }
+
+    #[test]
+    fn a_flush_covers_what_keys_reach_and_quirks_are_no_matter() {
+        const GIB: u64 = 1 << 30;
+        let two = grant(&[(100, 3 * GIB, 0x1000), (100 + 3 * GIB, 1000, 0x9000)], 4 * GIB, 4096);
+        let part =
+            |remote_address, remote_key, length| Flush { remote_address, remote_key, length };
+        assert_eq!(two.reach().flush(107..110).unwrap(), [part(0x1007, 101, 3)]);
+        let (end, second) = (100 + 3 * GIB, (100 + 3 * GIB) as u32 + 1);
+        assert_eq!(
+            two.reach().flush(end - GIB - 1..end + 5).unwrap(),
+            [
+                part(0x1000 + 2 * GIB - 1, 101, GIB),
+                part(0x1000 + 3 * GIB - 1, 101, 1),
+                part(0x9000, second, 5)
+            ]
+        );
+        assert!(matches!(two.reach().flush(99..200), Err(Refusal::OutsidePin { .. })));
+        assert!(matches!(two.reach().flush(end..end + 1001), Err(Refusal::OutsidePin { .. })));
+        // A head that no key reaches, and what is past the end of the file.
+        let mut late = grant(&[(4096, 4096, 0x1000)], 5000, 4096);
+        late.range.start = 1;
+        assert_eq!(late.reach().flush(1..8192).unwrap(), [part(0x1000, 4097, 904)]);
     }
 
     fn by_rdma(requests: impl Into<Vec<Request>>) -> Plan {

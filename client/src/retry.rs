@@ -28,6 +28,7 @@ pub(crate) fn passes(error: &Error) -> bool {
         | Error::ServerHasNoRdmaDevice { .. }
         | Error::NoMemory { .. }
         | Error::ForeignBuffer { .. }
+        | Error::NoFlush { .. }
         | Error::FileChanged { .. }
         | Error::GaveUp { .. }
         | Error::OutsidePin { .. }
