@@ -81,7 +81,8 @@ impl Exit {
             | Error::PastEnd { .. }
             | Error::Misaligned { .. }
             | Error::BufferTooSmall { .. }
-            | Error::ForeignBuffer { .. } => Self::BadRequest,
+            | Error::ForeignBuffer { .. }
+            | Error::NoFlush { .. } => Self::BadRequest,
             Error::ReadOnlyPin { .. } => Self::Permission,
             _ => Self::Failure,
         }

@@ -32,6 +32,7 @@ enum Report {
         exclusive: bool,
         transport: &'static str,
         no_rdma_because: Option<String>,
+        no_flush_because: Option<String>,
         guard: String,
         page_size: u32,
         dax: bool,
@@ -292,7 +293,12 @@ fn no_rdma_because(session: &Session, grant: &Grant) -> Option<String> {
 
 fn listed(grant: &Grant) -> String {
     let offers: Vec<_> = grant.durability.iter().map(ToString::to_string).collect();
-    if offers.is_empty() { "none on offer".to_owned() } else { offers.join(", ") }
+    let offers = if offers.is_empty() { "none on offer".to_owned() } else { offers.join(", ") };
+    match &grant.no_flush_because {
+        // That the stream path has none goes without saying.
+        Some(because) if !grant.segments.is_empty() => format!("{offers} (no flush: {because})"),
+        _ => offers,
+    }
 }
 
 fn quirks(grant: &Grant) -> String {
@@ -351,6 +357,7 @@ fn granted(args: &Args, grant: &Grant, because: Option<String>) -> Report {
         exclusive: args.exclusive,
         transport: by(grant),
         no_rdma_because: because,
+        no_flush_because: grant.no_flush_because.clone(),
         guard: grant.guard.to_string(),
         page_size: grant.page_size_bytes,
         dax: grant.dax,

@@ -19,6 +19,8 @@ pub(crate) struct Book<B, C> {
     operations: Vec<Operation<B, C>>,
     free: Vec<usize>,
     in_flight: usize,
+    /// Operations that have ended, and whose answer nobody has taken yet.
+    answers: usize,
     driver: Driver,
     /// Wakes the lane's task.
     task: Option<Waker>,
@@ -68,7 +70,7 @@ pub(crate) enum Duty {
     Drive,
     /// Nothing until it is woken.
     Rest,
-    /// Ends the lane: it is closed, and nothing is in flight.
+    /// Ends the lane: it is closed, nothing is in flight, and every answer has been taken.
     End,
 }
 
@@ -83,7 +85,8 @@ pub(crate) struct Aftermath<B, C> {
 impl<B, C> Book<B, C> {
     pub(crate) fn new() -> Self {
         let (operations, free) = (Vec::new(), Vec::new());
-        Self { operations, free, in_flight: 0, driver: Driver::Nobody, task: None, open: true }
+        let driver = Driver::Nobody;
+        Self { operations, free, in_flight: 0, answers: 0, driver, task: None, open: true }
     }
 
     /// Whether it takes operations.
@@ -145,6 +148,7 @@ impl<B, C> Book<B, C> {
                 }
                 // Its number is free when the answer has been taken.
                 self.free.pop();
+                self.answers += 1;
                 self.operations[slot.0] = Operation::Ended(buffer, status);
             }
             Operation::Free | Operation::Ended(..) => after.buffer = Some(buffer),
@@ -156,7 +160,6 @@ impl<B, C> Book<B, C> {
     /// Somebody waits for an operation. Who `drove` before, and does no longer, may have taken an event of
     /// the device on which the task relies: then the task has to look again.
     pub(crate) fn wait(&mut self, slot: Slot, waker: &Waker, drove: bool) -> Turn<B> {
-        let relieved = if drove && self.driver == Driver::Task { self.task.clone() } else { None };
         match &mut self.operations[slot.0] {
             Operation::InFlight { waiter: Waiter::Waits(known), .. } if known.will_wake(waker) => {}
             Operation::InFlight { waiter, .. } => *waiter = Waiter::Waits(waker.clone()),
@@ -164,12 +167,13 @@ impl<B, C> Book<B, C> {
                 let Operation::Ended(buffer, status) = self.vacate(slot) else {
                     unreachable!("who waits has the only handle of its operation");
                 };
-                return Turn::Ended(buffer, status, relieved);
+                self.answers -= 1;
+                return Turn::Ended(buffer, status, self.relieved(drove).or(self.task_if_over()));
             }
         }
         let alone = self.in_flight == 1;
         match self.driver {
-            Driver::Task => Turn::Wait(relieved),
+            Driver::Task => Turn::Wait(self.relieved(drove)),
             Driver::Nobody if alone => {
                 self.driver = Driver::Waiter(slot);
                 Turn::Drive
@@ -195,7 +199,9 @@ impl<B, C> Book<B, C> {
             *waiter = Waiter::Gone;
             after.wake[1] = self.hand_over();
         } else if let Operation::Ended(buffer, _) = self.vacate(slot) {
+            self.answers -= 1;
             after.buffer = Some(buffer);
+            after.wake[1] = self.task_if_over();
         }
         after
     }
@@ -208,7 +214,7 @@ impl<B, C> Book<B, C> {
         self.task.clone()
     }
 
-    /// Takes no operation any more; the task ends when the last has ended.
+    /// Takes no operation any more; the task ends when the last has ended, and its answer is taken.
     pub(crate) fn close(&mut self) -> Option<Waker> {
         self.open = false;
         self.hand_over()
@@ -224,7 +230,7 @@ impl<B, C> Book<B, C> {
         }
         match self.driver {
             Driver::Task => Duty::Drive,
-            _ if !self.open && self.in_flight == 0 => Duty::End,
+            _ if self.is_over() => Duty::End,
             Driver::Nobody | Driver::Waiter(_) => Duty::Rest,
         }
     }
@@ -243,7 +249,15 @@ impl<B, C> Book<B, C> {
     }
 
     fn task_if_over(&self) -> Option<Waker> {
-        (!self.open && self.in_flight == 0).then(|| self.task.clone()).flatten()
+        self.is_over().then(|| self.task.clone()).flatten()
+    }
+
+    fn is_over(&self) -> bool {
+        !self.open && self.in_flight == 0 && self.answers == 0
+    }
+
+    fn relieved(&self, drove: bool) -> Option<Waker> {
+        (drove && self.driver == Driver::Task).then(|| self.task.clone()).flatten()
     }
 }
 
@@ -385,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_closes_the_lane_and_the_last_operation_ends_it() {
+    fn a_failure_closes_the_lane_and_the_last_answer_ends_it() {
         let mut book = TestBook::new();
         let ((task, task_waker), (_, waiter)) = (bell(), bell());
         book.duty(&task_waker);
@@ -398,6 +412,9 @@ mod tests {
         assert_eq!(book.duty(&task_waker), Duty::Drive);
         task.rung();
         ring(book.settle(two, "b", CompletionStatus::Flushed).wake);
+        assert_eq!(book.duty(&task_waker), Duty::Rest, "the answers are in the book");
+        let Turn::Ended("a", _, None) = book.wait(one, &waiter, false) else { panic!("no answer") };
+        ring(book.abandon(two).wake);
         assert_eq!((task.rung(), book.duty(&task_waker)), (1, Duty::End));
     }
 

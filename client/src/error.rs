@@ -140,6 +140,15 @@ pub enum Error {
         doing: String,
     },
 
+    /// The pin can't be flushed by RDMA.
+    #[error("cannot flush {file} by RDMA: {because}; `commit` makes writes durable")]
+    NoFlush {
+        /// Export and path.
+        file: String,
+        /// What the server's grant says, or what this host lacks.
+        because: String,
+    },
+
     /// The server wants the pin back: nothing new begins.
     #[error("the pin on {file} is being taken back ({}); pin it again afterwards", notice.reason)]
     Draining {

@@ -13,7 +13,7 @@ use pinfold_verbs::{
 use tokio::sync::{Mutex, watch};
 
 use crate::control::Control;
-use crate::lane::{Direction, Lost, NotPosted, SharedLane};
+use crate::lane::{Asked, Lost, NotPosted, SharedLane};
 use crate::patience::Patience;
 use crate::pin_state::Gone;
 use crate::plan::PROBE_BYTES;
@@ -61,7 +61,7 @@ impl DeviceId {
 
 /// An operation on its way to the lane.
 pub(crate) struct Operation<'a> {
-    pub(crate) direction: Direction,
+    pub(crate) asked: Asked,
     /// At most [`Fabric::depth`] of them.
     pub(crate) pieces: &'a [Piece],
     pub(crate) buffer: Buffer,
@@ -208,7 +208,7 @@ impl Fabric {
         control: &Control,
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
-        let Operation { direction, pieces, mut buffer, transfer } = operation;
+        let Operation { asked, pieces, mut buffer, transfer } = operation;
         for _ in 0..LANES_PER_OPERATION {
             let lane = match self.lane(control).await {
                 Ok(lane) => lane,
@@ -222,7 +222,7 @@ impl Fabric {
                 Ok(ticket) => ticket,
                 Err(gone) => return Err((Failure::Gone(gone), Some(buffer))),
             };
-            let in_flight = match lane.post(direction, buffer, pieces, room, ticket) {
+            let in_flight = match lane.post(asked, buffer, pieces, room, ticket) {
                 Ok(in_flight) => in_flight,
                 Err(NotPosted::Closed(refused)) => {
                     buffer = refused;

@@ -63,6 +63,8 @@ pub enum GuardTier {
 pub enum Durability {
     /// [`Pin::commit`](crate::Pin::commit) flushes.
     Commit,
+    /// [`Pin::flush`](crate::Pin::flush) does, with no part for the server's processor.
+    Flush,
 }
 
 /// How a pin's bytes travel.
@@ -147,6 +149,8 @@ pub struct Grant {
     pub quirks: Quirks,
     /// Why there are no segments, for people; absent if there are.
     pub no_rdma_because: Option<String>,
+    /// Why [`Durability::Flush`] is not on offer, for people; absent if it is.
+    pub no_flush_because: Option<String>,
 }
 
 impl GuardTier {
@@ -184,6 +188,11 @@ impl Grant {
         let reserved_end = check_cover(&segments, range.start..range.end)?
             .unwrap_or_else(|| range.end.max(reserve_end));
         let quirks = wire.quirks.unwrap_or_default();
+        let durability: Vec<_> = wire.durability.into_iter().filter_map(parse_durability).collect();
+        let because = match wire.no_flush_because.is_empty() {
+            true => "this server knows no RDMA FLUSH".to_owned(),
+            false => wire.no_flush_because,
+        };
         Ok(Self {
             pin_id: wire.pin_id,
             generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
@@ -199,7 +208,8 @@ impl Grant {
             page_size_bytes: wire.page_size_bytes,
             dax: wire.dax,
             map_sync: wire.map_sync,
-            durability: wire.durability.into_iter().filter_map(parse_durability).collect(),
+            no_flush_because: (!durability.contains(&Durability::Flush)).then_some(because),
+            durability,
             quirks: Quirks {
                 // An absent rule is no rule.
                 start_alignment_bytes: quirks.start_alignment_bytes.max(1),
@@ -249,6 +259,7 @@ pub(crate) fn parse_access(wire: i32) -> Result<Access, Malformed> {
 fn parse_durability(wire: i32) -> Option<Durability> {
     match v1::Durability::try_from(wire) {
         Ok(v1::Durability::Commit) => Some(Durability::Commit),
+        Ok(v1::Durability::Flush) => Some(Durability::Flush),
         Ok(v1::Durability::Unspecified) | Err(_) => None,
     }
 }
@@ -361,6 +372,7 @@ impl fmt::Display for Durability {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Commit => f.write_str("commit"),
+            Self::Flush => f.write_str("flush"),
         }
     }
 }
@@ -397,6 +409,22 @@ mod tests {
         assert_eq!(grant.usable(), 100..280);
         assert_eq!(grant.durability, [Durability::Commit]);
         assert_eq!(grant.quirks.start_alignment_bytes, 1);
+    }
+
+    #[test]
+    fn who_offers_no_flush_says_why() {
+        let because = |wire| Grant::parse(wire, 0).unwrap().no_flush_because;
+        assert_eq!(because(wire()).unwrap(), "this server knows no RDMA FLUSH");
+        let no_flush_because = "the driver has none".to_owned();
+        assert_eq!(
+            because(v1::PinResponse { no_flush_because, ..wire() }).unwrap(),
+            "the driver has none"
+        );
+        let durability = vec![v1::Durability::Commit.into(), v1::Durability::Flush.into()];
+        let flushing = v1::PinResponse { durability, ..wire() };
+        assert_eq!(because(flushing.clone()), None);
+        let offers = Grant::parse(flushing, 0).unwrap().durability;
+        assert_eq!(offers, [Durability::Commit, Durability::Flush]);
     }
 
     #[test]

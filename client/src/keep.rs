@@ -19,9 +19,9 @@ use crate::kept_state::{Gap, KeptState, Stopped, View};
 use crate::pin_state::Gone;
 use crate::retry::passes;
 use crate::{
-    Buffer, CommitReport, ConnectOptions, Error, FileChange, FileIdentity, Grant, Interruption,
-    InterruptionCause, KeepPolicy, Loss, Pin, PinRequest, ReadReport, Reason, Session,
-    TransferError, WriteFate, WriteReport,
+    Buffer, CommitReport, ConnectOptions, Error, FileChange, FileIdentity, FlushReport, Grant,
+    Interruption, InterruptionCause, KeepPolicy, Loss, Pin, PinRequest, ReadReport, Reason,
+    Session, TransferError, WriteFate, WriteReport,
 };
 
 /// How long a failed call waits for the notice that explains it: the two come on different streams.
@@ -334,6 +334,16 @@ impl KeptPin {
     pub async fn commit_range(&self, range: Range<u64>) -> Result<CommitReport, Error> {
         let pin = self.pin()?;
         self.told(&pin, pin.commit_range(range).await).await
+    }
+
+    /// As [`Pin::flush`].
+    ///
+    /// # Errors
+    ///
+    /// As [`commit_range`](Self::commit_range), and [`Error::NoFlush`].
+    pub async fn flush(&self, range: Range<u64>) -> Result<FlushReport, Error> {
+        let pin = self.pin()?;
+        self.told(&pin, pin.flush(range).await).await
     }
 
     /// What is known of the interruption that has not been taken yet; takes nothing. Absent if there

@@ -28,6 +28,14 @@ pub(crate) enum Direction {
     Read,
 }
 
+/// What an operation asks of the device.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Asked {
+    Transfer(Direction),
+    /// To make the pieces' remote ends durable; the buffer has no part in it.
+    Flush,
+}
+
 /// A lane that is shared. Its task has it for good; everybody else for a moment.
 #[derive(Debug)]
 pub(crate) struct SharedLane {
@@ -108,7 +116,7 @@ impl SharedLane {
     /// Posts an operation, for which there is room.
     pub(crate) fn post(
         self: &Arc<Self>,
-        direction: Direction,
+        asked: Asked,
         buffer: Buffer,
         pieces: &[Piece],
         room: SemaphorePermit<'_>,
@@ -119,9 +127,13 @@ impl SharedLane {
         let Ok(slot) = entered else { return Err(NotPosted::Closed(buffer)) };
         // Given back with the claim.
         room.forget();
-        let posted = match direction {
-            Direction::Write => self.lane.post_write(buffer, pieces, slot),
-            Direction::Read => self.lane.post_read(buffer, pieces, slot),
+        let posted = match asked {
+            Asked::Transfer(Direction::Write) => self.lane.post_write(buffer, pieces, slot),
+            Asked::Transfer(Direction::Read) => self.lane.post_read(buffer, pieces, slot),
+            Asked::Flush => {
+                let ranges: Vec<_> = pieces.iter().map(|piece| piece.remote).collect();
+                self.lane.post_flush(buffer, &ranges, slot)
+            }
         };
         match posted {
             Ok(()) => {

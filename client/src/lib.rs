@@ -26,7 +26,7 @@
 //! * **A pin can be taken back at any time**, when a process on the storage host wants the file. The
 //!   session lets what is in flight end, lets nothing new begin, and says so to the server; then
 //!   every call on the pin returns [`Error::Revoked`]. [`Session::events`] tells as it happens. What
-//!   a [`commit`](Pin::commit) acknowledged before is durable; the rest is to be written again.
+//!   a [`commit`](Pin::commit) or [`flush`](Pin::flush) acknowledged before is durable; the rest is to be written again.
 //! * **A transfer owns its buffer**, and gives it back with its result. A future can be dropped at
 //!   any time: the buffer stays with the device until the device is done with it.
 //! * **Every offset and length works, on any device**: what the device can't do or would misplace (a
@@ -87,7 +87,7 @@ pub use keep::{KeptPin, KeptSession};
 pub use kept_state::{FileChange, Interruption, InterruptionCause};
 pub use ledger::WriteFate;
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
-pub use pin::{CommitReport, Pin, PinRequest, ReadReport, WriteReport};
+pub use pin::{CommitReport, FlushReport, Pin, PinRequest, ReadReport, WriteReport};
 pub use pinfold_proto::Reason;
 pub use pinfold_verbs::checkup;
 pub use pinfold_verbs::{CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};

@@ -1,5 +1,7 @@
 //! A pin: the right to reach a range of a file.
 
+mod flush;
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,7 +12,7 @@ use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
 
 use crate::fabric::{Fabric, Failure, Operation};
 use crate::file::FileName;
-use crate::lane::Direction;
+use crate::lane::{Asked, Direction};
 use crate::ledger::{Commit, Ledger, Write};
 use crate::pieces::{self, StreamPath};
 use crate::pin_state::Gone;
@@ -21,6 +23,8 @@ use crate::transfer::Transfer;
 use crate::{
     Access, Buffer, Error, FileIdentity, Grant, Life, Reason, TransferError, Transport, WriteFate,
 };
+
+pub use flush::FlushReport;
 
 /// How long a refusal waits for the notice that explains it: the two come on different streams, a
 /// moment apart.
@@ -65,6 +69,10 @@ pub struct Pin {
     proven: AtomicU64,
     /// What `written` was when the last one was abandoned.
     abandoned: AtomicU64,
+    /// How many writes have returned of which a part went by the stream path …
+    streamed: AtomicU64,
+    /// … and how many of them a commit of the whole pin has covered.
+    streamed_committed: AtomicU64,
     cell: Arc<PinCell>,
     /// What became of the writes; absent if nobody wants to know.
     ledger: Option<Mutex<Ledger>>,
@@ -350,6 +358,9 @@ impl Pin {
         let entry = self.enter(parts);
         let range = hull(parts);
         let (buffer, carried) = self.transfer(Direction::Write, range, &plan, buffer).await?;
+        if carried.stream > 0 {
+            self.streamed.fetch_add(1, Ordering::Release);
+        }
         if let Some(entry) = entry {
             entry.succeed();
         }
@@ -454,6 +465,8 @@ impl Pin {
             written: AtomicU64::new(0),
             proven: AtomicU64::new(0),
             abandoned: AtomicU64::new(0),
+            streamed: AtomicU64::new(0),
+            streamed_committed: AtomicU64::new(0),
             grant,
             cell,
             ledger: request.track_writes.then(Mutex::default),
@@ -483,6 +496,13 @@ impl Pin {
         let mut lines = lock(ledger);
         let writes = parts.iter().map(|part| lines.begin(part.stretch())).collect();
         Some(Entry { ledger, writes })
+    }
+
+    /// Begins a line for a commit.
+    fn enter_commit(&self, range: Option<Range<u64>>) -> Option<CommitEntry<'_>> {
+        let ledger = self.ledger.as_ref()?;
+        let commit = Some(lock(ledger).begin_commit(range));
+        Some(CommitEntry { ledger, commit })
     }
 
     fn reach(&self) -> Reach<'_> {
@@ -641,7 +661,7 @@ impl Pin {
             let batch = (transfer.direction == Direction::Write)
                 .then(|| Batch { pin: self, returned: false });
             let operation = Operation {
-                direction: transfer.direction,
+                asked: Asked::Transfer(transfer.direction),
                 pieces: requests,
                 buffer: registered,
                 transfer: Some(transfer),
@@ -730,10 +750,8 @@ impl Pin {
 
     async fn commit_bytes(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
         self.check()?;
-        let entry = self.ledger.as_ref().map(|ledger| {
-            let commit = Some(lock(ledger).begin_commit(range.clone()));
-            CommitEntry { ledger, commit }
-        });
+        let streamed = self.streamed.load(Ordering::Acquire);
+        let entry = self.enter_commit(range.clone());
         self.prove_writes().await?;
         let request = v1::CommitRequest {
             session_id: self.core.control.session_id.clone(),
@@ -744,6 +762,9 @@ impl Pin {
         let doing = || format!("commit {}", self.file);
         let answer =
             self.core.control.call(doing, async |mut client| client.commit(request).await).await?;
+        if range.is_none() {
+            self.streamed_committed.fetch_max(streamed, Ordering::Release);
+        }
         if let Some(entry) = entry {
             entry.durable();
         }
@@ -769,12 +790,8 @@ impl Pin {
             let doing = || format!("read back from {} before the commit", self.file);
             let (buffer, pieces) = (fabric.probe_buffer().await?, [request]);
             let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
-            let operation = Operation {
-                direction: Direction::Read,
-                pieces: &pieces,
-                buffer,
-                transfer: Some(&transfer),
-            };
+            let asked = Asked::Transfer(Direction::Read);
+            let operation = Operation { asked, pieces: &pieces, buffer, transfer: Some(&transfer) };
             let ran = self.run(fabric, operation, doing).await;
             fabric.return_probe_buffer(ran.map_err(|(error, _)| error)?);
         }

@@ -139,6 +139,30 @@ impl<'a> Reach<'a> {
         (len > 0).then(|| request(segment, found.start, 0..len))
     }
 
+    /// The parts of flushing a range of the file, as far as keys reach it: what they don't reach never
+    /// went by RDMA. What a quirk forbids for transfers is allowed.
+    pub(crate) fn flush(self, wanted: Range<u64>) -> Result<Vec<Piece>, Refusal> {
+        let pinned = self.range();
+        if wanted.start > wanted.end || wanted.start < pinned.start || wanted.end > pinned.end {
+            return Err(Refusal::OutsidePin { wanted });
+        }
+        let mut parts = Vec::new();
+        for segment in &self.grant.segments {
+            let mut at = wanted.start.max(segment.file_offset);
+            let end = wanted.end.min(segment.file_end()).min(self.valid_end);
+            while at < end {
+                let len = (end - at).min(REQUEST_BYTES_MAX);
+                let address = segment.remote_address + (at - segment.file_offset);
+                let key = RemoteKey::new(segment.remote_key);
+                // At most what one request may have.
+                let remote = RemoteSlice { address, key, len: len as usize };
+                parts.push(Piece { local: 0..0, remote });
+                at += len;
+            }
+        }
+        Ok(parts)
+    }
+
     fn pinned(self, offset: u64, len: usize) -> Result<Range<u64>, Refusal> {
         let end = offset.saturating_add(len as u64);
         let (wanted, pinned) = (offset..end, self.range());
@@ -295,6 +319,7 @@ mod tests {
             durability: Vec::new(),
             quirks: Quirks { start_alignment_bytes: alignment, path_mtu_bytes: 0 },
             no_rdma_because: None,
+            no_flush_because: None,
         }
     }
 
@@ -302,6 +327,32 @@ mod tests {
         fn reach(&self) -> Reach<'_> {
             Reach { grant: self, valid_end: self.valid_end }
         }
+    }
+
+    #[test]
+    fn a_flush_covers_what_keys_reach_and_quirks_are_no_matter() {
+        const GIB: u64 = 1 << 30;
+        let two = grant(&[(100, 3 * GIB, 0x1000), (100 + 3 * GIB, 1000, 0x9000)], 4 * GIB, 4096);
+        let part = |address, key, len: u64| Piece {
+            local: 0..0,
+            remote: RemoteSlice { address, key: RemoteKey::new(key), len: len as usize },
+        };
+        assert_eq!(two.reach().flush(107..110).unwrap(), [part(0x1007, 101, 3)]);
+        let (end, second) = (100 + 3 * GIB, (100 + 3 * GIB) as u32 + 1);
+        assert_eq!(
+            two.reach().flush(end - GIB - 1..end + 5).unwrap(),
+            [
+                part(0x1000 + 2 * GIB - 1, 101, GIB),
+                part(0x1000 + 3 * GIB - 1, 101, 1),
+                part(0x9000, second, 5)
+            ]
+        );
+        assert!(matches!(two.reach().flush(99..200), Err(Refusal::OutsidePin { .. })));
+        assert!(matches!(two.reach().flush(end..end + 1001), Err(Refusal::OutsidePin { .. })));
+        // A head that no key reaches, and what is past the end of the file.
+        let mut late = grant(&[(4096, 4096, 0x1000)], 5000, 4096);
+        late.range.start = 1;
+        assert_eq!(late.reach().flush(1..8192).unwrap(), [part(0x1000, 4097, 904)]);
     }
 
     fn by_rdma(requests: impl Into<Vec<Piece>>) -> Plan {

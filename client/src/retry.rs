@@ -29,6 +29,7 @@ pub(crate) fn passes(error: &Error) -> bool {
         | Error::NoMemory { .. }
         | Error::NoThread { .. }
         | Error::ForeignBuffer { .. }
+        | Error::NoFlush { .. }
         | Error::FileChanged { .. }
         | Error::GaveUp { .. }
         | Error::OutsidePin { .. }

@@ -21,7 +21,7 @@ use crate::event::Events;
 use crate::fabric::{Fabric, Failure, LocalDevice, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
-use crate::lane::Direction;
+use crate::lane::{Asked, Direction};
 use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
@@ -564,7 +564,8 @@ impl Session {
             }
         };
         let pieces = [Piece { local: 0..remote.len, remote }];
-        let operation = Operation { direction, pieces: &pieces, buffer, transfer: None };
+        let asked = Asked::Transfer(direction);
+        let operation = Operation { asked, pieces: &pieces, buffer, transfer: None };
         match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) => Ok((own(buffer), status)),
             Err((Failure::Error(error), buffer)) => {

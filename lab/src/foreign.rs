@@ -183,6 +183,14 @@ impl ForeignLane {
         self.lane.next_completion().await.unwrap().status
     }
 
+    /// Flushes bytes at an offset in a pinned file's first segment (RDMA FLUSH).
+    pub async fn flush(&self, key: &v1::Segment, offset: u64, len: usize) -> CompletionStatus {
+        let buffer = Buffer::new(&self.domain, 1).unwrap();
+        let range = piece(key, offset, len).remote;
+        self.lane.post_flush(buffer, &[range], ()).unwrap();
+        self.lane.next_completion().await.unwrap().status
+    }
+
     /// Reads from an offset in a pinned file's first segment.
     pub async fn read(&self, key: &v1::Segment, offset: u64, len: usize) -> Vec<u8> {
         let buffer = Buffer::new(&self.domain, len).unwrap();

@@ -7,10 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+pub mod barrier;
 mod command;
 pub mod crash;
 mod daemon;
 mod devdax;
+mod flushes;
 mod foreign;
 mod guarded;
 pub mod hazard;
@@ -29,6 +31,7 @@ pub use answer::Answer;
 pub use command::{Finished, Running, doctor, finding};
 pub use daemon::{Daemon, SystemCall};
 pub use devdax::DevDax;
+pub use flushes::{Flushes, rdma_core_version};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
 pub use guarded::{Bench, Holder, LeaseBreakTimeSet};
 pub use pattern::Pattern;

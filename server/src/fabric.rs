@@ -7,11 +7,12 @@ use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
 use pinfold_verbs::checkup::Examined;
 use pinfold_verbs::{
     Access, Connected, Device, Endpoint, MemoryRegion, Mtu, ProtectionDomain, QueuePair,
-    QueuePairBuilder, Quirks, RegistrationMode, self_test, with_causes,
+    QueuePairBuilder, Quirks, RegistrationMode, flush_test, self_test, with_causes,
 };
 
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
+use crate::held::HeldFile;
 use crate::registry::{PinAccess, Refusal};
 
 /// Borders of segments lie on a multiple of this, so that a huge page is not cut.
@@ -27,6 +28,8 @@ pub(crate) struct Fabric {
     on_demand: Result<Quirks, String>,
     /// For registration that pins pages.
     pinned: Result<Quirks, String>,
+    /// Whether clients can flush with it what is registered on demand, or why they can't.
+    flush: Result<(), String>,
 }
 
 impl Fabric {
@@ -54,13 +57,17 @@ impl Fabric {
     fn test(device: Device) -> Self {
         let on_demand = tested(&device, RegistrationMode::OnDemand);
         let pinned = tested(&device, RegistrationMode::Pinned);
-        Self { device, on_demand, pinned }
+        let flush = flush_test(&device).map_err(|error| with_causes(&error));
+        if let Err(reason) = &flush {
+            tracing::info!(device = device.name(), reason, "no RDMA FLUSH");
+        }
+        Self { device, on_demand, pinned, flush }
     }
 
     /// One that has been tested already.
     pub(crate) fn examined(examined: Examined) -> Self {
-        let Examined { device, on_demand, pinned } = examined;
-        Self { device, on_demand, pinned }
+        let Examined { device, on_demand, pinned, flush } = examined;
+        Self { device, on_demand, pinned, flush }
     }
 
     /// The device.
@@ -89,6 +96,27 @@ impl Fabric {
             },
         };
         tested.as_ref().map(|quirks| (mode, quirks)).map_err(String::as_str)
+    }
+
+    /// Whether a client may flush by itself what is mapped in this way, or why not. The device takes it
+    /// for any memory, also such as loses all with the power.
+    pub(crate) fn flush_for(&self, file: &HeldFile, access: PinAccess) -> Result<(), String> {
+        let why = match (file.kind(), access) {
+            (_, PinAccess::Read) => "the pin is for reading only".to_owned(),
+            (MappingKind::FsDax, _) if file.map_sync() => return self.flush.clone(),
+            (MappingKind::FsDax, _) => {
+                "the mapping did not take MAP_SYNC, so that the file system has \
+                                        a part in making writes durable"
+                    .to_owned()
+            }
+            (kind, _) => format!("the file is {kind}, and only fs-DAX is flushed by the NIC"),
+        };
+        Err(why)
+    }
+
+    /// What a session's connection allows; each key narrows it further.
+    fn access(&self) -> Access {
+        Access { remote_flush: self.flush.is_ok(), ..Access::REMOTE_READ_WRITE }
     }
 
     /// The path MTU of a connection: what both ends can do and every kind of registration needs.
@@ -173,7 +201,8 @@ impl Link {
     /// Connects a new queue pair to the client's. Address resolution in the kernel may block for a
     /// second.
     pub(crate) fn connect(&self, client: &Endpoint) -> Result<Connection> {
-        let queue_pair = QueuePairBuilder::new(&self.domain).build()?;
+        let queue_pair =
+            QueuePairBuilder::new(&self.domain).remote_access(self.fabric.access()).build()?;
         let server = queue_pair.endpoint();
         let mtu = self.fabric.path_mtu(client, &server)?;
         let connected = queue_pair.connect(client, mtu).map_err(|failed| Error::QueuePair {
@@ -269,6 +298,8 @@ pub(crate) struct Manner<'a> {
     pub(crate) quirks: &'a Quirks,
     /// What the client may do.
     pub(crate) access: PinAccess,
+    /// And flush.
+    pub(crate) flush: bool,
 }
 
 /// Registers a range of a mapping as one region, or as several where the device allows none so
@@ -283,7 +314,7 @@ pub(crate) fn register(
 ) -> Result<Vec<Segment>> {
     let access = match manner.access {
         PinAccess::Read => Access::REMOTE_READ,
-        PinAccess::ReadWrite => Access::REMOTE_READ_WRITE,
+        PinAccess::ReadWrite => Access { remote_flush: manner.flush, ..Access::REMOTE_READ_WRITE },
     };
     let largest = match manner.mode {
         RegistrationMode::OnDemand => manner.quirks.max_region_bytes,

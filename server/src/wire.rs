@@ -213,7 +213,8 @@ pub(crate) fn quirks(quirks: &Quirks) -> v1::Quirks {
 /// The grant.
 pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
     let file = &granted.file;
-    let durable = file.kind().can_be_durable();
+    let by_commit = file.kind().can_be_durable().then_some(v1::Durability::Commit.into());
+    let by_flush = granted.ways.no_flush_because.is_none().then_some(v1::Durability::Flush.into());
     v1::PinResponse {
         pin_id: granted.pin.0,
         generation: Some(generation(granted.generation)),
@@ -226,9 +227,10 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         page_size_bytes: file.page_size_bytes(),
         dax: matches!(file.kind(), MappingKind::FsDax | MappingKind::DeviceDax),
         map_sync: file.map_sync(),
-        durability: durable.then_some(v1::Durability::Commit.into()).into_iter().collect(),
+        durability: by_commit.into_iter().chain(by_flush).collect(),
         quirks: Some(granted.ways.quirks),
         no_rdma_because: granted.ways.no_rdma_because,
+        no_flush_because: granted.ways.no_flush_because.unwrap_or_default(),
         life: Some(life(file.life())),
     }
 }

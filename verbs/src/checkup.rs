@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::device::{Capabilities, Device, OdpCapabilities, PortState, devices};
 use crate::region::RegistrationMode;
-use crate::self_test::{Quirks, self_test};
+use crate::self_test::{Quirks, SelfTestError, flush_test, self_test};
 
 /// A network interface needs this for packets of 4096 bytes and their headers.
 const INTERFACE_MTU: u32 = 4200;
@@ -223,6 +223,8 @@ pub struct DeviceFacts {
     pub on_demand: Result<Quirks, String>,
     /// Its self-test with pinned memory.
     pub pinned: Result<Quirks, String>,
+    /// Its self-test with RDMA FLUSH.
+    pub flush: Result<(), String>,
 }
 
 impl DeviceFacts {
@@ -237,6 +239,7 @@ impl DeviceFacts {
             capabilities: device.capabilities().clone(),
             on_demand: tested(RegistrationMode::OnDemand),
             pinned: tested(RegistrationMode::Pinned),
+            flush: when_active(device, flush_test),
         }
     }
 
@@ -294,20 +297,13 @@ impl DeviceFacts {
     }
 
     fn judge_flush(&self) -> Finding {
-        let placements = [
-            (self.capabilities.flush_global, "global"),
-            (self.capabilities.flush_persistent, "persistent"),
-        ];
-        let offered: Vec<_> =
-            placements.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
-        if offered.len() == placements.len() {
-            // Which does not mean that it is used: commits go through the server in this version.
-            return Finding::ok("flush", offered.join(", "));
+        match &self.flush {
+            Ok(()) => Finding::ok("flush", "to persistent memory, tested"),
+            Err(why) => {
+                let lost = "each commit is a call to the server, and as durable";
+                Finding::limited("flush", "not usable", format!("{why}; {lost}"))
+            }
         }
-        let found = if offered.is_empty() { "none".to_owned() } else { offered.join(", ") };
-        let why = "the driver offers no persistent RDMA FLUSH (newer kernels' rxe does, \
-                   no hardware yet): each commit is a call to the server, and as durable";
-        Finding::limited("flush", found, why)
     }
 }
 
@@ -345,6 +341,8 @@ pub struct Examined {
     pub on_demand: Result<Quirks, String>,
     /// Its self-test with pinned memory.
     pub pinned: Result<Quirks, String>,
+    /// Its self-test with RDMA FLUSH.
+    pub flush: Result<(), String>,
 }
 
 /// Looks at every RDMA device of this host, and tests each in a loop with itself, which takes a
@@ -359,8 +357,8 @@ pub fn examine() -> (Vec<Finding>, Vec<Examined>) {
             Ok(device) => {
                 let facts = DeviceFacts::gather(&device);
                 findings.extend(facts.judge());
-                let DeviceFacts { on_demand, pinned, .. } = facts;
-                examined.push(Examined { device, on_demand, pinned });
+                let DeviceFacts { on_demand, pinned, flush, .. } = facts;
+                examined.push(Examined { device, on_demand, pinned, flush });
             }
             Err(error) => findings.push(
                 Finding::missing("open", "can't be opened", with_new_causes(&error))
@@ -373,12 +371,19 @@ pub fn examine() -> (Vec<Finding>, Vec<Examined>) {
 }
 
 fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
+    when_active(device, |device| self_test(device, mode).map(|report| report.quirks))
+}
+
+fn when_active<T>(
+    device: &Device,
+    test: impl FnOnce(&Device) -> Result<T, SelfTestError>,
+) -> Result<T, String> {
     let state = device.port().state;
     if state != PortState::Active {
         // Each transfer would be waited for in vain.
         return Err(format!("not tested: the port is {state}"));
     }
-    self_test(device, mode).map(|report| report.quirks).map_err(|error| with_new_causes(&error))
+    test(device).map_err(|error| with_new_causes(&error))
 }
 
 /// The network interface under a RoCE device, as far as /sys tells.
@@ -464,14 +469,10 @@ mod tests {
             port: PortState::Active,
             path_mtu: 4096,
             interface: Some(("eth0".to_owned(), 9000)),
-            capabilities: Capabilities {
-                odp,
-                flush_global: true,
-                flush_persistent: true,
-                ..Capabilities::default()
-            },
+            capabilities: Capabilities { odp, ..Capabilities::default() },
             on_demand: Ok(Quirks::NONE),
             pinned: Ok(Quirks::NONE),
+            flush: Ok(()),
         }
     }
 
@@ -501,8 +502,8 @@ mod tests {
         assert_eq!(wrong(&quirky), [("self_test_on_demand", Verdict::Limited)]);
         let failed = DeviceFacts { pinned: Err("misplaces data".to_owned()), ..good() };
         assert_eq!(wrong(&failed), [("self_test_pinned", Verdict::Missing)]);
-        let mut plain = good();
-        plain.capabilities.flush_persistent = false;
+        let plain = DeviceFacts { flush: Err("its library is old".to_owned()), ..good() };
+        assert!(plain.judge()[5].why.as_ref().unwrap().contains("old; each commit"));
         assert_eq!(wrong(&plain), [("flush", Verdict::Limited)]);
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::device::DeviceName;
+use crate::flush::NoFlush;
 use crate::queue_pair::{QueuePairNumber, QueuePairState};
 use crate::region::RegistrationMode;
 
@@ -405,6 +406,15 @@ pub enum Error {
     MisalignedAtomic {
         /// The address at the peer.
         address: u64,
+    },
+
+    /// There is no RDMA FLUSH to be had.
+    #[error("RDMA device {device} can't be used for RDMA FLUSH: {why}")]
+    NoFlush {
+        /// The device.
+        device: DeviceName,
+        /// What is missing.
+        why: NoFlush,
     },
 
     /// The buffer was registered in another protection domain than the lane's.

@@ -127,6 +127,7 @@ impl UnconnectedLane {
             .completion_queue(&completions)
             .send_depth(depth)
             .inline_bytes(INLINE_BYTES)
+            .flush()
             .remote_access(Access::default())
             .build()?;
         Ok(Self { queue_pair, completions, depth })
@@ -404,7 +405,8 @@ impl<T: Send> Lane<T> {
 
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
-        let slot = table.insert(buffer, tag, pieces, self.depth)?;
+        let bytes = pieces.iter().map(|piece| piece.remote.len).sum();
+        let slot = table.insert(buffer, tag, pieces.len(), bytes, self.depth)?;
         let mut next: *mut ffi::ibv_send_wr = ptr::null_mut();
         let each = pieces.iter().zip(requests.iter_mut()).enumerate().rev();
         for (index, (piece, WorkRequest { list, raw: request })) in each {
@@ -476,6 +478,26 @@ impl<T: Send> Lane<T> {
         if let Posted::UpTo { error, .. } = unsafe { self.queue_pair.post(&raw mut mark) } {
             tracing::error!(%error, "an operation comes back only with the end of the lane");
         }
+    }
+
+    /// Posts what moves no bytes of the buffer: all of it or nothing, as `post` does.
+    pub(crate) fn post_others(
+        &self,
+        buffer: Buffer,
+        ranges: &[RemoteSlice],
+        tag: T,
+        post: impl FnOnce(&[(u64, RemoteSlice)]) -> Result<(), Error>,
+    ) -> Result<(), PostError<T>> {
+        // Held across the post, so that no completion is looked at before its operation is known.
+        let mut table = self.table();
+        let bytes = ranges.iter().map(|range| range.len).sum();
+        let slot = table.insert(buffer, tag, ranges.len(), bytes, self.depth)?;
+        let numbered = |(index, range): (usize, &RemoteSlice)| (request_id(slot, index), *range);
+        let requests: Vec<_> = ranges.iter().enumerate().map(numbered).collect();
+        post(&requests).map_err(|error| {
+            let (buffer, tag) = table.remove(slot);
+            PostError { buffer, tag, error }
+        })
     }
 
     fn take(&self) -> Result<Option<Completed<T>>, Error> {
@@ -691,15 +713,15 @@ impl<T> Table<Buffer, T> {
         &mut self,
         buffer: Buffer,
         tag: T,
-        pieces: &[Piece],
+        pieces: usize,
+        bytes: usize,
         depth: u32,
     ) -> Result<u32, PostError<T>> {
         let free = self.free_requests;
-        let bytes = pieces.iter().map(|piece| piece.remote.len).sum();
-        self.reserve(buffer, tag, pieces.len(), bytes).map_err(|(buffer, tag)| PostError {
+        self.reserve(buffer, tag, pieces, bytes).map_err(|(buffer, tag)| PostError {
             buffer,
             tag,
-            error: Error::QueueFull { pieces: pieces.len(), free, depth },
+            error: Error::QueueFull { pieces, free, depth },
         })
     }
 

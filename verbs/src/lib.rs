@@ -69,6 +69,7 @@ mod buffer_pool;
 mod completion;
 mod device;
 mod error;
+mod flush;
 mod gid;
 #[cfg(feature = "leases")]
 mod held;
@@ -87,6 +88,7 @@ pub use device::{
     Capabilities, Device, DeviceName, LinkLayer, OdpCapabilities, Port, PortState, devices,
 };
 pub use error::{Error, with_causes};
+pub use flush::NoFlush;
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
     Atomic, Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,
@@ -100,4 +102,4 @@ pub use queue_pair::{
 pub use region::{
     Access, DeregisterFailed, MemoryRegion, RegisterError, RegistrationMode, RemoteKey,
 };
-pub use self_test::{Check, Outcome, Quirks, SelfTestError, SelfTestReport, self_test};
+pub use self_test::{Check, Outcome, Quirks, SelfTestError, SelfTestReport, flush_test, self_test};

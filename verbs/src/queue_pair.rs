@@ -8,6 +8,7 @@ use std::ptr::{self, NonNull};
 use crate::completion::CompletionQueue;
 use crate::device::Device;
 use crate::error::Error;
+use crate::flush::{self, Extended};
 use crate::gid::{Address, Gid};
 use crate::pd::ProtectionDomain;
 use crate::region::Access;
@@ -192,6 +193,7 @@ pub struct QueuePairBuilder {
     completions: Option<CompletionQueue>,
     send_depth: u32,
     inline_bytes: u32,
+    flush: bool,
     access: Access,
 }
 
@@ -205,6 +207,7 @@ impl QueuePairBuilder {
             completions: None,
             send_depth: 1,
             inline_bytes: 0,
+            flush: false,
             access: Access::REMOTE_READ_WRITE,
         }
     }
@@ -228,6 +231,13 @@ impl QueuePairBuilder {
     #[must_use]
     pub(crate) fn inline_bytes(mut self, bytes: u32) -> Self {
         self.inline_bytes = bytes;
+        self
+    }
+
+    /// FLUSH may be posted, where it can be had.
+    #[must_use]
+    pub(crate) fn flush(mut self) -> Self {
+        self.flush = true;
         self
     }
 
@@ -260,7 +270,7 @@ impl QueuePairBuilder {
             Err(_) if self.inline_bytes > 0 => create(0),
             other => other,
         };
-        let (raw, inline_bytes) = created.map_err(|source| Error::CreateQueuePair {
+        let (raw, extended, inline_bytes) = created.map_err(|source| Error::CreateQueuePair {
             device: device.device_name(),
             depth: self.send_depth,
             source,
@@ -275,7 +285,8 @@ impl QueuePairBuilder {
             lid: port.lid,
             path_mtu_bytes: port.active_mtu_bytes,
         };
-        let raw = Raw { qp: Some(raw), number, domain: self.domain, completions, inline_bytes };
+        let raw =
+            Raw { qp: Some(raw), extended, number, domain: self.domain, completions, inline_bytes };
         let state = Init { address, access: self.access, tried: false };
         let pair = QueuePair { raw, endpoint, state };
         pair.enter_init()?;
@@ -287,7 +298,7 @@ impl QueuePairBuilder {
         &self,
         completions: &CompletionQueue,
         inline_bytes: u32,
-    ) -> io::Result<(NonNull<ffi::ibv_qp>, u32)> {
+    ) -> io::Result<(NonNull<ffi::ibv_qp>, Option<Extended>, u32)> {
         let mut attr: ffi::ibv_qp_init_attr = sys::zeroed();
         attr.send_cq = completions.as_raw().as_ptr();
         attr.recv_cq = completions.as_raw().as_ptr();
@@ -297,10 +308,9 @@ impl QueuePairBuilder {
         attr.cap.max_send_sge = 1;
         attr.cap.max_recv_sge = 1;
         attr.cap.max_inline_data = inline_bytes;
-        sys::pass("ibv_create_qp")?;
-        // SAFETY: the domain and the completion queue are live, and the queue pair keeps them so.
-        let raw = unsafe { ffi::ibv_create_qp(self.domain.as_raw().as_ptr(), &raw mut attr) };
-        Ok((sys::check_pointer(raw)?, inline_bytes.min(attr.cap.max_inline_data)))
+        // The queue pair keeps domain and completion queue alive.
+        let (raw, extended) = flush::create_queue_pair(&self.domain, &mut attr, self.flush)?;
+        Ok((raw, extended, inline_bytes.min(attr.cap.max_inline_data)))
     }
 }
 
@@ -512,6 +522,11 @@ impl QueuePair<Connected> {
         self.raw.modify(QueuePairState::Error, sys::zeroed(), NO_ATTRIBUTES)
     }
 
+    /// What FLUSH is posted with, if it can be.
+    pub(crate) fn extended(&self) -> Option<Extended> {
+        self.raw.extended
+    }
+
     /// Posts a chain of work requests (`ibv_post_send(3)`) and says how many the device has taken.
     ///
     /// # Safety
@@ -585,6 +600,8 @@ impl From<ConnectFailed> for Error {
 struct Raw {
     /// None once it is destroyed.
     qp: Option<NonNull<ffi::ibv_qp>>,
+    /// The same one, where it can post FLUSH.
+    extended: Option<Extended>,
     number: QueuePairNumber,
     domain: ProtectionDomain,
     completions: CompletionQueue,

@@ -81,21 +81,27 @@ pub struct Access {
     pub remote_read: bool,
     /// Peers may use atomics.
     pub remote_atomic: bool,
+    /// Peers may ask for RDMA FLUSH to persistent memory. On demand, a device takes this for any memory:
+    /// that it is persistent, whoever registers it must know.
+    pub remote_flush: bool,
 }
 
 impl Access {
+    const NONE: Self = Self {
+        local_write: false,
+        remote_write: false,
+        remote_read: false,
+        remote_atomic: false,
+        remote_flush: false,
+    };
     /// Local reading and writing; nothing for peers.
-    pub const LOCAL: Self =
-        Self { local_write: true, remote_write: false, remote_read: false, remote_atomic: false };
+    pub const LOCAL: Self = Self { local_write: true, ..Self::NONE };
     /// Peers may read.
-    pub const REMOTE_READ: Self =
-        Self { local_write: false, remote_write: false, remote_read: true, remote_atomic: false };
+    pub const REMOTE_READ: Self = Self { remote_read: true, ..Self::NONE };
     /// Peers may write.
-    pub const REMOTE_WRITE: Self =
-        Self { local_write: true, remote_write: true, remote_read: false, remote_atomic: false };
+    pub const REMOTE_WRITE: Self = Self { remote_write: true, ..Self::LOCAL };
     /// Peers may read and write.
-    pub const REMOTE_READ_WRITE: Self =
-        Self { local_write: true, remote_write: true, remote_read: true, remote_atomic: false };
+    pub const REMOTE_READ_WRITE: Self = Self { remote_read: true, ..Self::REMOTE_WRITE };
 
     /// `enum ibv_access_flags`.
     pub(crate) fn flags(self) -> u32 {
@@ -106,6 +112,7 @@ impl Access {
             (self.remote_write, bits::IBV_ACCESS_REMOTE_WRITE),
             (self.remote_read, bits::IBV_ACCESS_REMOTE_READ),
             (self.remote_atomic, bits::IBV_ACCESS_REMOTE_ATOMIC),
+            (self.remote_flush, bits::IBV_ACCESS_FLUSH_PERSISTENT),
         ]
         .into_iter()
         .filter_map(|(wanted, bit)| wanted.then_some(bit.0))

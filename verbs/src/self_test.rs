@@ -3,6 +3,7 @@
 //! `rules` is pure (observations in, rules out); `rig` holds the two connected ends and moves the
 //! bytes; this file says what is tested, and in what order.
 
+mod flush;
 mod rig;
 mod rules;
 
@@ -12,9 +13,11 @@ use std::time::{Duration, Instant};
 
 use crate::device::{Device, DeviceName};
 use crate::error::Error;
+use crate::flush::NoFlush;
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::Mtu;
 use crate::region::{Access, MemoryRegion, RegistrationMode};
+pub use flush::flush_test;
 use rig::{Pair, Rig, Target, Transfer};
 use rules::{Direction, Placement, Rule};
 
@@ -123,6 +126,15 @@ pub enum SelfTestError {
         device: DeviceName,
         /// What to do about it.
         remedy: &'static str,
+    },
+
+    /// There is no RDMA FLUSH to be had.
+    #[error("RDMA device {device} can't be used for RDMA FLUSH: {why}")]
+    NoFlush {
+        /// The device.
+        device: DeviceName,
+        /// What is missing.
+        why: NoFlush,
     },
 
     /// Data ends up in the wrong place, and no known rule prevents it.

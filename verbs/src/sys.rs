@@ -71,6 +71,7 @@ plain!(
     ibv_port_attr,
     ibv_qp_attr,
     ibv_qp_init_attr,
+    ibv_qp_init_attr_ex,
     ibv_send_wr,
     ibv_sge,
     ibv_wc,

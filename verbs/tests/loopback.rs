@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use pinfold_verbs::{
     Access, Atomic, Buffer, Completed, CompletionStatus, Connected, Device, Error, Gid, Lane,
-    Memory, MemoryRegion, Mtu, Outcome, Piece, ProtectionDomain, QueuePair, QueuePairBuilder,
-    QueuePairNumber, QueuePairState, RegistrationMode, RemoteSlice, SelfTestError, UnconnectedLane,
-    devices, self_test,
+    Memory, MemoryRegion, Mtu, NoFlush, Outcome, Piece, ProtectionDomain, QueuePair,
+    QueuePairBuilder, QueuePairNumber, QueuePairState, RegistrationMode, RemoteSlice,
+    SelfTestError, UnconnectedLane, devices, flush_test, self_test,
 };
 
 const PAGE: usize = 4096;
@@ -230,6 +230,27 @@ impl Drop for LoopbackMtu {
     fn drop(&mut self) {
         std::fs::write("/sys/class/net/lo/mtu", &self.0).unwrap();
     }
+}
+
+/// Which rdma-core this runs on, the lab says: with that of Debian 12, 44, there is none.
+#[test]
+#[ignore = "needs an RDMA device and an old rdma-core: cargo xtask vm run"]
+fn an_old_rdma_core_has_no_flush_and_that_is_said() {
+    let device = device();
+    let why = flush_test(&device).unwrap_err().to_string();
+    let said = format!(
+        "RDMA device {} can't be used for RDMA FLUSH: this host's libibverbs or its provider can't \
+         ask for it (rdma-core 45 or newer can, for soft RoCE)",
+        device.name()
+    );
+    assert_eq!(why, said);
+    let target = ProtectionDomain::new(&device).unwrap();
+    let pair = Pair::new(&target, 1);
+    assert_eq!(pair.lane.no_flush_because(), Some(NoFlush::Library));
+    let remote = RemoteSlice { address: 4096, key: 1.into(), len: 8 };
+    let refused = pair.lane.post_flush(pair.buffer(&[0; 8]), &[remote], ()).unwrap_err();
+    assert_eq!(refused.error.to_string(), said);
+    assert_eq!(pair.lane.free_slots(), 1);
 }
 
 #[test]

@@ -34,6 +34,20 @@ END
     echo "$lab/bin/modprobe" >/proc/sys/kernel/modprobe
 }
 
+# `newer-rdma-core COMMAND` runs it on the libraries that the host may not have: they lie over the
+# host's, in a mount namespace of the command's own. libibverbs knows its providers by absolute paths,
+# so another place would not do.
+write_newer_rdma_core() {
+    cat >"$lab/bin/newer-rdma-core" <<END
+#!/bin/sh
+exec $lab/busybox unshare -m /bin/sh -c '
+    $lab/busybox mount -t overlay -o "ro,lowerdir=$NEWER_RDMA_CORE:$HOST_LIBRARIES" \
+        newer-rdma-core $HOST_LIBRARIES || exit 126
+    exec "\$@"' newer-rdma-core "\$@"
+END
+    bb chmod 755 "$lab/bin/newer-rdma-core"
+}
+
 mount_system() {
     mount_or_fail -t proc proc /proc
     mount_or_fail -t sysfs sys /sys
@@ -191,6 +205,7 @@ run_shell() {
 
 mount_system
 write_modprobe
+write_newer_rdma_core
 exec 3<>"$(port pinfold.control)"
 bb hostname pinfold-lab
 add_pmem

@@ -5,6 +5,7 @@ mod bench;
 mod cargo;
 mod console;
 mod crash;
+mod debian;
 mod demo;
 mod faults;
 mod hazards;
@@ -17,6 +18,7 @@ mod mounts;
 mod paths;
 mod plot;
 mod qemu;
+mod rdma_core;
 mod setup;
 mod signals;
 mod steps;
@@ -122,7 +124,8 @@ enum VmTask {
         after_help = "Exit status: the command's own, 128+N if signal N ended it or us, 125 \
         if the VM failed or took too long.\n\
         The host's root is there, read-only; TMPDIR, $PINFOLD_LAB_EXT4 and $PINFOLD_LAB_XFS are \
-        writable, $PINFOLD_LAB_DEVDAX is a DAX device.\n\nExample:\n  \
+        writable, $PINFOLD_LAB_DEVDAX is a DAX device; `newer-rdma-core COMMAND` runs it on rdma-core \
+        56.\n\nExample:\n  \
         cargo xtask vm run -- sh -c 'uname -r; df $PINFOLD_LAB_XFS'"
     )]
     Run {
@@ -182,7 +185,7 @@ enum VmTask {
         #[command(flatten)]
         options: vm::Options,
     },
-    /// Fill the cache with kernels, so that later runs need no network
+    /// Fill the cache with kernels and a newer rdma-core, so that later runs need no network
     #[command(after_help = "Example:\n  cargo xtask vm fetch --update newest")]
     Fetch {
         /// Look for newer versions of what is cached
@@ -250,6 +253,8 @@ fn run(task: Task) -> Result<u8> {
                 let kernel = if update { Kernel::update(suite)? } else { Kernel::get(suite)? };
                 println!("{suite}: {}", kernel.release);
             }
+            let rdma_core = if update { rdma_core::update()? } else { rdma_core::get()? };
+            println!("rdma-core: {}", rdma_core.file_name().unwrap_or_default().display());
             Ok(0)
         }
     }

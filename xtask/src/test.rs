@@ -16,6 +16,9 @@ use crate::{paths, setup};
 /// Tests in files of this name make sense on Debian 12's kernel only: what it lacks.
 const ON_BOOKWORM: &str = "on_bookworm_";
 
+/// Tests in files of this name run on the newer rdma-core, and so do the programs that they start.
+const ON_NEWER_RDMA_CORE: &str = "on_newer_rdma_core_";
+
 /// Tests in files of this name are about the wire between two hosts.
 const ONLY_ACROSS_HOSTS: &str = "across_hosts_";
 
@@ -179,12 +182,14 @@ fn script(selected: &[Selected], programs: &str) -> String {
         vm::quoted(&lab.to_string_lossy()),
         vm::quoted(programs)
     );
-    for Selected { binary, filter } in selected {
+    for selected in selected {
+        let prefix = if selected.is(ON_NEWER_RDMA_CORE) { "newer-rdma-core " } else { "" };
+        let Selected { binary, filter } = selected;
         let name = &binary.name;
         let path = vm::quoted(&binary.path.to_string_lossy());
         let filter = filter.as_deref().map(vm::quoted).unwrap_or_default();
         script += &format!(
-            "echo '{LAB_LINE}{name}'\n{path} --test-threads=1 --include-ignored {filter}\nstatus=$?\n\
+            "echo '{LAB_LINE}{name}'\n{prefix}{path} --test-threads=1 --include-ignored {filter}\nstatus=$?\n\
              echo \"{LAB_LINE}{name} ended $status\"\n[ $status = 0 ] || failed=1\n"
         );
     }
@@ -240,6 +245,15 @@ mod tests {
             ]
         );
         assert_eq!(planned(&["sizes"]), [(Suite::Newest, 1, words(&["sizes"]))]);
+    }
+
+    #[test]
+    fn what_needs_a_newer_rdma_core_is_started_on_it() {
+        let selected = ["on_newer_rdma_core_x", "sizes"]
+            .map(|name| Selected { binary: binary(name), filter: None });
+        let script = script(&selected, "/t/debug");
+        assert_eq!(script.matches("\nnewer-rdma-core '/t/x y' --test").count(), 1, "{script}");
+        assert_eq!(script.matches("\n'/t/x y' --test").count(), 1, "{script}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use clap::Args;
 use crate::console::{self, Tail, UntilMark, Verdict};
 use crate::kernel::{Kernel, Suite};
 use crate::qemu::{Accel, Kept, Machine, Port, Running};
-use crate::{initramfs, kvm, mounts, paths, setup, signals, terminal};
+use crate::{initramfs, kvm, mounts, paths, rdma_core, setup, signals, terminal};
 
 /// A boot that is not up by then is dead: ten times what an idle machine needs under TCG.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -440,6 +440,7 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
     let base = mounts::base(&shown)?;
     let modprobe = paths::program("modprobe").context("modprobe is missing")?;
     let ip = paths::program("ip").context("ip is missing")?;
+    let rdma_core = rdma_core::get()?;
     let mode = if matches!(job, Job::Terminal(_)) { "shell" } else { "run" };
     let mut text = Vec::new();
     for (name, value) in [
@@ -448,6 +449,8 @@ fn settings(options: &Options, job: &Job, kernel: &Kernel, mark: &str) -> Result
         ("MODE", OsStr::new(mode)),
         ("MODULE_TREE", kernel.tree.as_os_str()),
         ("HOST_MODPROBE", modprobe.as_os_str()),
+        ("NEWER_RDMA_CORE", rdma_core.as_os_str()),
+        ("HOST_LIBRARIES", OsStr::new(rdma_core::HOST_LIBRARIES)),
         ("LAB_DEVDAX", OsStr::new(DEVDAX)),
         ("LEASE_BREAK_TIME", OsStr::new(&options.lease_break_time.to_string())),
         ("HOST_IP", ip.as_os_str()),

@@ -116,7 +116,7 @@ fn try_registration(
 ) -> Result<RegistrationMode, String> {
     let (mode, quirks) = fabric.mode_for(kind)?;
     let domain = ProtectionDomain::new(fabric.device()).map_err(|error| with_causes(&error))?;
-    let manner = Manner { mode, quirks, access: PinAccess::ReadWrite };
+    let manner = Manner { mode, quirks, access: PinAccess::ReadWrite, flush: false };
     let segments = register(&domain, mapping, 0..len, &manner, || true)
         .map_err(|error| with_causes(&error))?;
     for segment in segments {

@@ -39,12 +39,15 @@ pub(crate) struct Ways {
     pub quirks: v1::Quirks,
     /// Why there are no segments.
     pub no_rdma_because: String,
+    /// Why the client can't flush by itself; absent: it can.
+    pub no_flush_because: Option<String>,
 }
 
 impl Ways {
     pub(super) fn stream(no_rdma_because: String) -> Self {
         let quirks = v1::Quirks { start_alignment_bytes: 1, path_mtu_bytes: 0 };
-        Self { segments: Vec::new(), quirks, no_rdma_because }
+        let no_flush_because = Some("the pin goes by the stream path only".to_owned());
+        Self { segments: Vec::new(), quirks, no_rdma_because, no_flush_because }
     }
 }
 
@@ -87,6 +90,7 @@ struct Route {
     domain: ProtectionDomain,
     mode: RegistrationMode,
     quirks: Quirks,
+    fabric: Arc<Fabric>,
     /// The first byte that a key may reach.
     start: u64,
 }
@@ -406,17 +410,25 @@ impl Engine {
 
     pub(super) fn register(&self, session: &SessionParts, job: &Registration<'_>) -> Result<Ways> {
         let Registration { file, mapping, pin, range, reach, order } = job;
-        let Route { domain, mode, quirks, start } = self.route(session, file, range, order)?;
+        let Route { domain, mode, quirks, fabric, start } =
+            self.route(session, file, range, order)?;
         let go_on = || self.registry().is_held(file.id()) && !file.is_wanted();
         if order.access == PinAccess::ReadWrite {
             mapping.populate((*range).clone(), go_on)?;
         }
-        let manner = fabric::Manner { mode, quirks: &quirks, access: order.access };
+        let flush = fabric.flush_for(file, order.access);
+        let manner =
+            fabric::Manner { mode, quirks: &quirks, access: order.access, flush: flush.is_ok() };
         let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)
             .map_err(|error| error.registering(file.path()))?;
         let told = segments.iter().map(wire::segment).collect();
         file.add_segments(*pin, segments);
-        Ok(Ways { segments: told, quirks: wire::quirks(&quirks), no_rdma_because: String::new() })
+        Ok(Ways {
+            segments: told,
+            quirks: wire::quirks(&quirks),
+            no_rdma_because: String::new(),
+            no_flush_because: flush.err(),
+        })
     }
 
     /// Whether the pin could be had on a guarded file once others have none on it, as far as that is
@@ -477,7 +489,8 @@ impl Engine {
         if start >= reach_end || (start > range.start && order.transport == TransportWish::Rdma) {
             return Err(Error::MisalignedPin { start: range.start, alignment });
         }
-        Ok(Route { domain, mode, quirks: quirks.clone(), start })
+        let quirks = quirks.clone();
+        Ok(Route { domain, mode, quirks, fabric, start })
     }
 
     /// The session's device and protection domain, or why it has none.

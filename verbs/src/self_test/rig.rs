@@ -15,7 +15,8 @@ use crate::buffer::Buffer;
 use crate::completion::CompletionStatus;
 use crate::device::{Device, DeviceName};
 use crate::error::Error;
-use crate::lane::{Lane, Piece, RemoteSlice, UnconnectedLane};
+use crate::flush::NoFlush;
+use crate::lane::{Lane, Piece, PostError, RemoteSlice, UnconnectedLane};
 use crate::memory::{Memory, PinnableMemory};
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, Mtu, QueuePair, QueuePairBuilder};
@@ -97,9 +98,19 @@ impl Rig {
         mtu: Mtu,
         target: &ProtectionDomain,
     ) -> Result<Pair, SelfTestError> {
+        self.connect_allowing(Access::REMOTE_READ_WRITE, mtu, target)
+    }
+
+    /// The same, where the far end allows so much.
+    pub(super) fn connect_allowing(
+        &self,
+        access: Access,
+        mtu: Mtu,
+        target: &ProtectionDomain,
+    ) -> Result<Pair, SelfTestError> {
         let connect = || -> Result<Pair, Error> {
             let lane = UnconnectedLane::new(&self.domain, 2)?;
-            let responder = QueuePairBuilder::new(target).build()?;
+            let responder = QueuePairBuilder::new(target).remote_access(access).build()?;
             let (to_lane, to_responder) = (lane.endpoint(), responder.endpoint());
             let responder = responder.connect(&to_lane, mtu)?;
             let lane = lane.connect(&to_responder, mtu)?;
@@ -135,14 +146,37 @@ impl Pair {
         transfer: Transfer,
     ) -> Result<CompletionStatus, SelfTestError> {
         let Transfer { direction, address, key, len } = transfer;
+        let piece = Piece { local: 0..len, remote: RemoteSlice { address, key, len } };
+        self.wait(rig, |lane, buffer| match direction {
+            Direction::Write => lane.post_write(buffer, &[piece], ()),
+            Direction::Read => lane.post_read(buffer, &[piece], ()),
+        })
+    }
+
+    /// A flush of the transfer's bytes, and how it ended.
+    pub(super) fn flush(
+        &mut self,
+        rig: &Rig,
+        transfer: Transfer,
+    ) -> Result<CompletionStatus, SelfTestError> {
+        let Transfer { address, key, len, .. } = transfer;
+        let range = RemoteSlice { address, key, len };
+        self.wait(rig, |lane, buffer| lane.post_flush(buffer, &[range], ()))
+    }
+
+    /// Why this end can't ask for a flush, if so.
+    pub(super) fn no_flush_because(&self) -> Option<NoFlush> {
+        self.lane.no_flush_because()
+    }
+
+    fn wait(
+        &mut self,
+        rig: &Rig,
+        post: impl FnOnce(&Lane<()>, Buffer) -> Result<(), PostError<()>>,
+    ) -> Result<CompletionStatus, SelfTestError> {
         let stalled = || SelfTestError::Stalled { device: rig.device_name(), waited: PATIENCE };
         let buffer = self.buffer.take().ok_or_else(stalled)?;
-        let piece = Piece { local: 0..len, remote: RemoteSlice { address, key, len } };
-        match direction {
-            Direction::Write => self.lane.post_write(buffer, &[piece], ()),
-            Direction::Read => self.lane.post_read(buffer, &[piece], ()),
-        }
-        .map_err(|refused| rig.failed(refused.into()))?;
+        post(&self.lane, buffer).map_err(|refused| rig.failed(refused.into()))?;
 
         let started = Instant::now();
         loop {

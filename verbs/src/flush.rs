@@ -1,0 +1,252 @@
+//! RDMA FLUSH: what was written before it on the same connection is on the persistent medium when it
+//! completes, and the peer's processor did nothing for that (IBTA release 1.6, annex A19).
+//!
+//! The request is one of the extended interface's only (`ibv_wr_post(3)`), which wants a queue pair
+//! that was made for it. Everything else goes through `ibv_post_send` as ever: both put their requests
+//! into the same queue, in the order of the calls.
+
+use std::fmt;
+use std::io;
+use std::ptr::NonNull;
+
+use crate::buffer::Buffer;
+use crate::device::{Capabilities, Device, DeviceName};
+use crate::error::Error;
+use crate::lane::{Lane, PostError, RemoteSlice};
+use crate::pd::ProtectionDomain;
+use crate::queue_pair::{Connected, QueuePair};
+use crate::sys::{self, ffi};
+
+/// Bytes of one request: its length has 32 bits in the packet, and what is beyond is lost silently.
+const FLUSH_BYTES_MAX: usize = 1 << 30;
+
+/// Why there is no RDMA FLUSH to persistent memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum NoFlush {
+    /// The kernel's driver answers none.
+    Driver,
+    /// The kernel's driver answers none on memory that is registered on demand.
+    OnDemand,
+    /// The driver would, but nobody can ask for it on this host.
+    Library,
+}
+
+impl NoFlush {
+    /// What the driver lacks, if anything.
+    pub(crate) fn of_driver(capabilities: &Capabilities) -> Option<Self> {
+        if !capabilities.flush_persistent {
+            return Some(Self::Driver);
+        }
+        (!capabilities.odp.rc_flush).then_some(Self::OnDemand)
+    }
+}
+
+impl fmt::Display for NoFlush {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Driver => {
+                "its driver has none to persistent memory (that of soft RoCE has, in newer kernels)"
+            }
+            Self::OnDemand => "its driver has none for memory that is registered on demand",
+            Self::Library => {
+                "this host's libibverbs or its provider can't ask for it (rdma-core 45 or newer can, \
+                 for soft RoCE)"
+            }
+        })
+    }
+}
+
+/// The queue pair's other face, with the calls that post. It lives as long as the queue pair does.
+pub(crate) type Extended = NonNull<ffi::ibv_qp_ex>;
+
+/// Creates a queue pair; one that can also post FLUSH, if that is wanted, and driver, provider and
+/// library allow it.
+pub(crate) fn create_queue_pair(
+    domain: &ProtectionDomain,
+    attr: &mut ffi::ibv_qp_init_attr,
+    with_flush: bool,
+) -> io::Result<(NonNull<ffi::ibv_qp>, Option<Extended>)> {
+    if with_flush
+        && NoFlush::of_driver(domain.device().capabilities()).is_none()
+        && let Some(made) = create_extended(domain, attr)?
+    {
+        return Ok(made);
+    }
+    let raw = sys::pass("ibv_create_qp").and_then(|()| {
+        // SAFETY: the domain is live, and so are the completion queues that the attributes name.
+        sys::check_pointer(unsafe { ffi::ibv_create_qp(domain.as_raw().as_ptr(), attr) })
+    })?;
+    Ok((raw, None))
+}
+
+/// None where provider or library know no FLUSH.
+fn create_extended(
+    domain: &ProtectionDomain,
+    attr: &mut ffi::ibv_qp_init_attr,
+) -> io::Result<Option<(NonNull<ffi::ibv_qp>, Option<Extended>)>> {
+    use ffi::ibv_qp_init_attr_mask as mask;
+    let mut wide: ffi::ibv_qp_init_attr_ex = sys::zeroed();
+    (wide.send_cq, wide.recv_cq) = (attr.send_cq, attr.recv_cq);
+    (wide.cap, wide.qp_type) = (attr.cap, attr.qp_type);
+    wide.pd = domain.as_raw().as_ptr();
+    wide.send_ops_flags = ffi::ibv_qp_create_send_ops_flags::IBV_QP_EX_WITH_FLUSH.0.into();
+    wide.comp_mask = (mask::IBV_QP_INIT_ATTR_PD | mask::IBV_QP_INIT_ATTR_SEND_OPS_FLAGS).0;
+    let context = domain.device().context().as_ptr();
+    let raw = sys::pass("ibv_create_qp_ex").and_then(|()| {
+        // SAFETY: the context and the domain are live, and so are the completion queues that the
+        // attributes name.
+        sys::check_pointer(unsafe { ffi::ibv_create_qp_ex(context, &raw mut wide) })
+    });
+    let raw = match raw {
+        Ok(raw) => raw,
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    // What the device has made of the wishes.
+    attr.cap = wide.cap;
+    // SAFETY: the queue pair was created just now.
+    let extended = NonNull::new(unsafe { ffi::ibv_qp_to_qp_ex(raw.as_ptr()) });
+    Ok(Some((raw, extended)))
+}
+
+impl QueuePair<Connected> {
+    /// Posts flushes, all of them or none: of an id and a range each.
+    fn post_flushes(&self, flushes: &[(u64, RemoteSlice)]) -> Result<(), Error> {
+        let Some(extended) = self.extended() else {
+            return Err(no_flush(self.protection_domain().device()));
+        };
+        let (start, flush, complete) = {
+            // SAFETY: the queue pair is live: only a lane that is being dropped has none.
+            let face = unsafe { extended.as_ref() };
+            // One that was made for FLUSH has these calls.
+            let (Some(start), Some(flush), Some(complete)) =
+                (face.wr_start, face.wr_flush, face.wr_complete)
+            else {
+                return Err(no_flush(self.protection_domain().device()));
+            };
+            (start, flush, complete)
+        };
+        let pair = extended.as_ptr();
+        let posted = sys::pass("ibv_wr_complete").and_then(|()| {
+            // SAFETY: the queue pair is live, and each start is followed by one completion below. The
+            // lane's lock keeps other posts out.
+            unsafe { start(pair) };
+            for (id, range) in flushes {
+                // SAFETY: as above; the fields are read by the next call.
+                unsafe { (*pair).wr_id = *id };
+                // SAFETY: as above.
+                unsafe { (*pair).wr_flags = ffi::ibv_send_flags::IBV_SEND_SIGNALED.0 };
+                let (key, address) = (range.key.get(), range.address);
+                let (kind, level) = (ffi::IBV_FLUSH_PERSISTENT as u8, ffi::IBV_FLUSH_RANGE as u8);
+                // SAFETY: between start and completion. It names no memory of this process.
+                unsafe { flush(pair, key, address, range.len, kind, level) };
+            }
+            // SAFETY: after the start.
+            sys::check(unsafe { complete(pair) })
+        });
+        posted.map_err(|source| Error::PostSend {
+            device: self.device_name(),
+            number: self.endpoint().queue_pair_number,
+            source,
+        })
+    }
+
+    fn device_name(&self) -> DeviceName {
+        self.protection_domain().device().device_name()
+    }
+}
+
+fn no_flush(device: &Device) -> Error {
+    let why = NoFlush::of_driver(device.capabilities()).unwrap_or(NoFlush::Library);
+    Error::NoFlush { device: device.device_name(), why }
+}
+
+impl<T: Send> Lane<T> {
+    /// Why [`post_flush`](Self::post_flush) is not for this lane, if so.
+    #[must_use]
+    pub fn no_flush_because(&self) -> Option<NoFlush> {
+        match self.queue_pair().extended() {
+            Some(_) => None,
+            None => match no_flush(self.queue_pair().protection_domain().device()) {
+                Error::NoFlush { why, .. } => Some(why),
+                _ => Some(NoFlush::Library),
+            },
+        }
+    }
+
+    /// Starts to make ranges of the peer's memory persistent (RDMA FLUSH, placement type
+    /// persistence). When it ends well, all that was posted on this lane before it and lies in the
+    /// ranges is on the peer's medium, if that is one: the peer must promise that, its device can't.
+    /// The region's owner must have given [`Access::remote_flush`](crate::Access::remote_flush), and
+    /// the far end of the connection too.
+    ///
+    /// The buffer has no part in it. It comes back with the completion, as from every operation.
+    ///
+    /// # Errors
+    ///
+    /// [`PostError`] with everything in it; nothing was started. [`Error::NoFlush`] where this host
+    /// can't; [`Error::QueueFull`], [`Error::NoPieces`], [`Error::EmptyPiece`],
+    /// [`Error::PieceTooLong`] (of 1 GiB), [`Error::RemoteOverflow`], [`Error::PostSend`].
+    pub fn post_flush(
+        &self,
+        buffer: Buffer,
+        ranges: &[RemoteSlice],
+        tag: T,
+    ) -> Result<(), PostError<T>> {
+        match check_ranges(ranges) {
+            Ok(()) => self.post_others(buffer, ranges, tag, |requests| {
+                self.queue_pair().post_flushes(requests)
+            }),
+            Err(error) => Err(PostError { buffer, tag, error }),
+        }
+    }
+}
+
+fn check_ranges(ranges: &[RemoteSlice]) -> Result<(), Error> {
+    if ranges.is_empty() {
+        return Err(Error::NoPieces);
+    }
+    for (piece, range) in ranges.iter().enumerate() {
+        if range.len == 0 {
+            return Err(Error::EmptyPiece { piece });
+        }
+        if range.len > FLUSH_BYTES_MAX {
+            let limit = FLUSH_BYTES_MAX as u32;
+            return Err(Error::PieceTooLong { piece, len: range.len, limit });
+        }
+        if range.address.checked_add(range.len as u64).is_none() {
+            return Err(Error::RemoteOverflow { piece });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::OdpCapabilities;
+    use crate::region::RemoteKey;
+
+    #[test]
+    fn ranges_are_checked() {
+        let range = |address, len| RemoteSlice { address, key: RemoteKey::new(1), len };
+        check_ranges(&[range(4096, 1), range(u64::MAX - 8, 8), range(0, 1 << 30)]).unwrap();
+        assert!(matches!(check_ranges(&[]), Err(Error::NoPieces)));
+        let wrong = |second| check_ranges(&[range(0, 1), second]).unwrap_err();
+        assert!(matches!(wrong(range(0, 0)), Error::EmptyPiece { piece: 1 }));
+        // What the kernel would cut to its lower 32 bits.
+        assert!(matches!(wrong(range(0, (4 << 30) + 1)), Error::PieceTooLong { piece: 1, .. }));
+        assert!(matches!(wrong(range(u64::MAX - 7, 8)), Error::RemoteOverflow { piece: 1 }));
+    }
+
+    #[test]
+    fn what_the_driver_lacks_is_named() {
+        let mut capabilities = Capabilities::default();
+        assert_eq!(NoFlush::of_driver(&capabilities), Some(NoFlush::Driver));
+        capabilities.flush_persistent = true;
+        assert_eq!(NoFlush::of_driver(&capabilities), Some(NoFlush::OnDemand));
+        capabilities.odp = OdpCapabilities { rc_flush: true, ..OdpCapabilities::default() };
+        assert_eq!(NoFlush::of_driver(&capabilities), None);
+    }
+}
