@@ -7,7 +7,8 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use pinfold_client::{RdmaDevice, Transport};
 
-use crate::exit;
+use crate::exit::{self, Exit};
+use crate::failure::Failure;
 use crate::size::{NewSize, parse_size};
 
 /// The options that all commands have.
@@ -82,19 +83,41 @@ impl From<TransportArg> for Transport {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Copy a local file to the storage host, durably
+    /// Copy a local file or folder to the storage host, durably
     #[command(after_help = "Examples:\n  pinfold put app.log data/logs/app.log\n  pinfold put \
-        app.log data/logs/app.log --transport stream --json\n\nThe file on the host is made, or \
+        app.log data/logs/app.log --transport stream --json\n  pinfold put -r /var/lib/app data/app \
+        --parallel 8 --verify\n  pinfold put image.raw data/image.raw --resume     # after one that was \
+        interrupted\n\nThe file on the host is made, or \
         resized, to have exactly the bytes of LOCAL. It is pinned, written (by one-sided RDMA \
         where both hosts have a device, else by gRPC), committed and unpinned: when the command \
-        succeeds, the bytes survive power loss.")]
+        succeeds, the bytes survive power loss. Holes of LOCAL are not carried: they are allocated \
+        zeroes there. Modes, owners and times are not carried.\n\nWith -r the folder EXPORT/PATH has \
+        all that LOCAL has in the end, empty folders too; what else it had stays. Symbolic links and \
+        special files in LOCAL are left out and named. A file that fails holds up no other: it is named, \
+        and the exit code is 13.\n\n--resume takes nothing for granted: what is on the host is compared \
+        with LOCAL, 1 MiB at a time, by a checksum that the server's processor makes, and only what \
+        differs is carried. A server that can't do that is written to from the start, and the report says \
+        so.\n\n--verify proves that the file on the host, as that host's processor reads it after the \
+        commit, has the bytes that LOCAL has when it is read a second time; if not, the exit code is \
+        12. It does not prove what the medium keeps: that is what the commit is for.")]
     Put(Put),
 
-    /// Copy a file of the storage host to a local one
+    /// Copy a file or folder of the storage host to a local one
     #[command(after_help = "Examples:\n  pinfold get data/logs/app.log app.log\n  pinfold get \
-        data/logs/app.log - | grep panic\n\nThe file is pinned for reading, so that nobody cuts it \
+        data/logs/app.log - | grep panic\n  pinfold get -r data/app /srv/app --verify\n  pinfold get \
+        data/image.raw image.raw --resume\n\nThe file is pinned for reading, so that nobody cuts it \
         meanwhile unnoticed. LOCAL is replaced at once when all bytes are there and durable: \
-        if the command fails, it is what it was before. With - the report goes to standard error.")]
+        if the command fails, it is what it was before. With - the report goes to standard error. Where \
+        64 KiB are zero, LOCAL has a hole. Modes, owners and times are not carried.\n\nWith -r the \
+        folder LOCAL has all that EXPORT/PATH has in the end, empty folders too; what else it had stays. \
+        What is no file and no folder is left out and named. A file that fails holds up no other: it is \
+        named, and the exit code is 13.\n\nWith --resume what has come is kept in .NAME.pinfold-partial \
+        beside LOCAL if the command fails or is interrupted, and the next one with --resume goes on \
+        there: what is in it, or in a LOCAL of the same size, is compared with the file on the host, 1 MiB \
+        at a time, by a checksum that the server's processor makes, and only what differs is \
+        carried.\n\n--verify proves that the local file, read a second time, has the bytes that the file \
+        on the host has, as that host's processor reads it; if not, LOCAL is what it was, and the exit \
+        code is 12.")]
     Get(Get),
 
     /// List exports, or a folder of one; opens nothing, so it disturbs nobody
@@ -196,13 +219,13 @@ pub(crate) enum Command {
 }
 
 // No documentation: it would become that of the commands.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct Requests {
     /// Bytes per request, rounded up to whole pages
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = parse_chunk)]
     pub(crate) chunk: usize,
 
-    /// Requests in flight at a time
+    /// Requests in flight at a time, for each file
     #[arg(
         long,
         value_name = "N",
@@ -212,22 +235,38 @@ pub(crate) struct Requests {
     pub(crate) window: u32,
 }
 
-#[derive(Args, Debug)]
-pub(crate) struct Put {
-    /// The file to copy
-    #[arg(value_hint = ValueHint::FilePath)]
-    pub(crate) local: PathBuf,
+// No documentation either.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Copying {
+    /// Copy a folder with all that is in it
+    #[arg(short, long)]
+    pub(crate) recursive: bool,
 
-    /// Where to: an export of the server and a path in it
-    #[arg(value_name = "EXPORT/PATH")]
-    pub(crate) file: FileArg,
+    /// With -r: so many files at a time
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
+    pub(crate) parallel: u32,
 
-    /// If a process of the storage host has the file open, or the export is quiesced, wait so long until
+    /// Carry only what is not there yet, as the server's checksums tell: goes on where a copy that was
+    /// interrupted or failed has ended. For get also: keep what has come if it fails
+    #[arg(long)]
+    pub(crate) resume: bool,
+
+    /// At the end read both files again, each on its own host, and compare their checksums (BLAKE3 of
+    /// each 1 MiB)
+    #[arg(long)]
+    pub(crate) verify: bool,
+
+    /// If a process of the storage host has a file open, or the export is quiesced, wait so long until
     /// it is free
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) wait: u32,
 
-    /// Print one JSON object
+    /// Print one JSON object; with -r one for each file, and one for all
     #[arg(long)]
     pub(crate) json: bool,
 
@@ -236,26 +275,32 @@ pub(crate) struct Put {
 }
 
 #[derive(Args, Debug)]
-pub(crate) struct Get {
-    /// The file to copy
-    #[arg(value_name = "EXPORT/PATH")]
-    pub(crate) file: FileArg,
-
-    /// Where to; -: standard output
-    #[arg(value_hint = ValueHint::FilePath)]
+pub(crate) struct Put {
+    /// The file to copy; with -r: the folder
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) local: PathBuf,
 
-    /// If a process of the storage host has the file open, or the export is quiesced, wait so long until
-    /// it is free
-    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
-    pub(crate) wait: u32,
-
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
+    /// Where to: an export of the server and a path in it; with -r: the folder that is to have what
+    /// LOCAL has, or an export
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) remote: PlaceArg,
 
     #[command(flatten)]
-    pub(crate) requests: Requests,
+    pub(crate) how: Copying,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Get {
+    /// The file to copy; with -r: the folder, or an export
+    #[arg(value_name = "EXPORT/PATH")]
+    pub(crate) remote: PlaceArg,
+
+    /// Where to; -: standard output; with -r: the folder that is to have what EXPORT/PATH has
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub(crate) local: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) how: Copying,
 }
 
 #[derive(Args, Debug)]
@@ -453,6 +498,33 @@ pub(crate) struct FileArg {
     pub(crate) path: String,
 }
 
+/// What is copied from or to: a file, or with -r a folder or an export. As it was written.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct PlaceArg(String);
+
+impl PlaceArg {
+    /// Taken for a file.
+    pub(crate) fn file(&self) -> Result<FileArg, Failure> {
+        self.0.parse().map_err(|why: String| {
+            Failure::new(Exit::Usage, format!("{:?} names no file: {why}", self.0))
+                .or_hint("a folder is copied with -r")
+        })
+    }
+
+    /// Taken for a folder.
+    pub(crate) fn folder(&self) -> Result<FolderArg, Failure> {
+        self.0.parse().map_err(|why: String| Failure::new(Exit::Usage, why))
+    }
+}
+
+impl FromStr for PlaceArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse::<FolderArg>().map(|_| Self(text.to_owned()))
+    }
+}
+
 /// An export, or a folder in it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct FolderArg {
@@ -500,6 +572,17 @@ impl FromStr for FileArg {
             }
             _ => Err("write EXPORT/PATH, such as data/logs/app.log".to_owned()),
         }
+    }
+}
+
+impl FolderArg {
+    /// A file or folder beneath it.
+    pub(crate) fn join(&self, path: &str) -> FileArg {
+        let path = match self.path.as_str() {
+            "" => path.to_owned(),
+            folder => format!("{folder}/{path}"),
+        };
+        FileArg { export: self.export.clone(), path }
     }
 }
 

@@ -19,6 +19,8 @@ pub(crate) enum Exit {
     Permission = 9,
     LocalIo = 10,
     NoRoom = 11,
+    Differs = 12,
+    Partial = 13,
     Interrupted = 130,
 }
 
@@ -37,11 +39,13 @@ Exit codes:
   9    permission denied, or the pin is for reading only
   10   a local file can't be read, or the output not written
   11   no space, or a limit of the server
+  12   what was copied is not the same on both sides (--verify)
+  13   of several files some were not copied: each is named, with the reason
   130  interrupted";
 
 impl Exit {
     #[cfg(test)]
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Failure,
         Self::Usage,
         Self::Unreachable,
@@ -53,6 +57,8 @@ impl Exit {
         Self::Permission,
         Self::LocalIo,
         Self::NoRoom,
+        Self::Differs,
+        Self::Partial,
         Self::Interrupted,
     ];
 

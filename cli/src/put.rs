@@ -3,11 +3,12 @@
 //! A fixed number of buffers go round: each is filled from the local file, written by RDMA or by
 //! stream, and filled again when the server has taken it.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
@@ -16,16 +17,23 @@ use pinfold_client::{
     Buffer, Created, Durability, Error, FileIdentity, IfExists, Pin, PinRequest, Reason, Session,
     Transport,
 };
+use rustix::fs::OFlags;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
-use crate::args::{Connection, Put, TransportArg};
+use crate::args::{Connection, FileArg, FolderArg, Put};
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::transfer::{self, Carried};
+use crate::holes::{self, Pieces};
+use crate::many::{self, Many, Outcome, Tally};
+use crate::same::Proof;
+use crate::table::printable;
+use crate::transfer::{self, Carried, Copied, Job};
+use crate::tree;
 use crate::{terminal, work};
 
-const AGAIN: &str = "put it again";
+const AGAIN: &str =
+    "put it again; with --resume what is there already is not carried a second time";
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -33,7 +41,9 @@ struct Report {
     /// False where the file was there and was resized.
     created: bool,
     #[serde(flatten)]
-    carried: Carried,
+    copied: Copied,
+    /// Of holes of the local file: not carried, and zero there.
+    hole_bytes: u64,
     flush_us: u128,
     durable: bool,
 }
@@ -45,121 +55,195 @@ struct Room {
     created: bool,
     /// Of all that is there.
     size: u64,
+    /// Whether it reads as zeroes, so that holes need not be carried.
+    blank: bool,
 }
 
 /// The local file.
 #[derive(Debug)]
 struct Source {
-    file: File,
+    file: Arc<File>,
     path: PathBuf,
     len: u64,
 }
 
 /// How far a copy has come; shared by its workers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Progress {
-    /// The first byte that no worker has taken.
-    next: AtomicU64,
-    /// Bytes that the server has taken, by path.
+    pieces: Mutex<Pieces>,
+    /// Whether the holes are carried too.
+    dense: bool,
+    /// Bytes that a worker has read …
+    taken: AtomicU64,
+    /// … that were there already …
+    kept: AtomicU64,
+    /// … and that the server has taken, by path.
     rdma_bytes: AtomicU64,
     stream_bytes: AtomicU64,
+    proof: Proof,
 }
 
 /// Copies, commits, and says how it went.
 pub(crate) async fn run(connection: Connection, args: Put) -> Result<(), Failure> {
-    let source = Arc::new(Source::open(&args.local)?);
-    let transport = connection.transport;
-    let left_behind = format!("{} is incomplete on the server", args.file);
-    let report =
-        work::by_transport(connection, Some(args.requests.window), &left_behind, async |session| {
-            put(session, transport, &args, source).await
-        })
-        .await?;
-    if args.json { terminal::print_json(&report) } else { terminal::print(&report.to_string()) }
+    if args.how.recursive {
+        return put_folder(connection, args).await;
+    }
+    let (how, transport) = (args.how, connection.transport);
+    let file = args.remote.file()?;
+    let source = Source::open(&args.local, OFlags::empty())?;
+    let left_behind = format!("{file} is incomplete on the server; --resume goes on there");
+    let window = Some(how.requests.window);
+    let report = work::by_transport(connection, window, &left_behind, async |session| {
+        let bar = transfer::progress_bar(file.to_string(), source.len, how.json);
+        let put = put(&Job { session, transport, how, bar: bar.clone() }, source, &file).await;
+        bar.finish_and_clear();
+        put
+    })
+    .await?;
+    if how.json { terminal::print_json(&report) } else { terminal::print(&report.to_string()) }
 }
 
-async fn put(
-    session: &Session,
-    transport: TransportArg,
-    args: &Put,
-    source: Arc<Source>,
-) -> Result<Report, Failure> {
+/// Makes the folders, and copies the files, some at a time.
+async fn put_folder(connection: Connection, args: Put) -> Result<(), Failure> {
+    let (how, transport) = (args.how, connection.transport);
+    let to = args.remote.folder()?;
+    let found = tree::of_folder(&args.local)?;
+    let tally = Tally::new("put", &found);
+    let window = Some(many::window(&how));
+    work::by_transport(connection, window, &tally, async |session| {
+        let bar = transfer::progress_bar(to.to_string(), tally.bytes(), how.json);
+        let job = Job { session, transport, how, bar };
+        if !to.path.is_empty() {
+            session.make_folder(&to.export, &to.path).await?;
+        }
+        let many = Many::new(&job, &tally);
+        let put_one = async |path: String| {
+            let source = Source::open(&args.local.join(&path), OFlags::NOFOLLOW)?;
+            put(&job, source, &to.join(&path)).await
+        };
+        let make = async |path: &str| make_folder(session, &to, path).await;
+        many.copy(found, |path| to.join(path).to_string(), make, put_one).await
+    })
+    .await
+}
+
+async fn make_folder(session: &Session, to: &FolderArg, path: &str) -> Result<(), Failure> {
+    let FileArg { export, path } = to.join(path);
+    session.make_folder(&export, &path).await?;
+    Ok(())
+}
+
+async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Failure> {
     let begin = Instant::now();
-    let (export, path) = (&args.file.export, &args.file.path);
-    let give_up = begin + Duration::from_secs(args.wait.into());
-    let made = make_room(session, args, source.len, give_up).await?;
+    let (source, session) = (Arc::new(source), job.session);
+    let give_up = begin + job.wait();
+    let made = make_room(job, &source, file, give_up).await?;
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
-        let carried = Carried::new(begin, 0, 0);
-        return Ok(Report::new(args, made.created, carried, Some(Duration::ZERO)));
+        let copied = Copied::nothing(begin, job.how.verify);
+        return Ok(Report::new(file, made.created, copied, Some(Duration::ZERO)));
     }
-    let mut request = PinRequest::read_write(export, path)
+    let mut request = PinRequest::read_write(&file.export, &file.path)
         .expect_identity(made.identity)
-        .transport(transport.into())
+        .transport(job.transport.into())
         .wait(left_until(give_up));
     if made.size != source.len {
         request = request.range(0..source.len);
     }
+    if job.how.resume {
+        // What was compared stays so: nobody else writes, nor does what an earlier put has on its way.
+        request = request.exclusive();
+    }
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
     let pinned = session.pin(request).await;
-    let pin = Arc::new(pinned.map_err(|error| not_pinned(args, source.len, error))?);
-    check_size(args, made.size, pin.grant().valid_end)?;
-    let progress = Arc::new(Progress::default());
-    let copied = copy(session, args, &source, &pin, &progress).await;
-    let finished = match copied {
+    let pin = Arc::new(pinned.map_err(|error| not_pinned(&source, file, error))?);
+    check_size(&source, file, made.size, pin.grant().valid_end)?;
+    let progress = Arc::new(Progress::new(job, &source, &made, &pin));
+    let committed = match copy(job, &source, &pin, &progress).await {
         Ok(()) => commit(&pin).await,
         Err(failure) => Err(failure),
     };
-    let flush = match finished {
+    let flush = match committed {
         Ok(flush) => flush,
         Err(failure) => {
             let cause = transfer::explain(failure, &pin, &mut events).await;
-            return Err(cause.within(incomplete(args, &source, &progress)).or_hint(AGAIN));
+            return Err(cause.within(incomplete(&source, file, &progress)).or_hint(AGAIN));
+        }
+    };
+    let checked = match job.verify(&pin, &source.file, source.len).await {
+        Ok(checked) => checked,
+        Err(failure) => {
+            let cause = transfer::explain(failure, &pin, &mut events).await;
+            return Err(unverified(&source, file, flush, cause));
         }
     };
     let (by_rdma, by_stream) = progress.by_path();
-    let carried = Carried::new(begin, by_rdma, by_stream).because(transport, session, pin.grant());
+    // The check is no part of the rate.
+    let carried = Carried::new(begin + checked.unwrap_or_default(), by_rdma, by_stream);
+    let copied = Copied {
+        size: source.len,
+        carried: carried.because(job.transport, session, pin.grant()),
+        kept_bytes: progress.kept.load(Ordering::Relaxed),
+        anew_because: progress.proof.missing_because(),
+        verified: checked.is_some(),
+    };
     if let Some(pin) = Arc::into_inner(pin) {
         // The bytes are where they should be; a pin that can't be given back ends with the session.
         let _ = pin.unpin().await;
     }
-    Ok(Report::new(args, made.created, carried, flush))
+    Ok(Report::new(file, made.created, copied, flush))
 }
 
 /// Makes the file as long as the local one. A device has the size that it has: there it must fit.
 async fn make_room(
-    session: &Session,
-    args: &Put,
-    len: u64,
+    job: &Job<'_>,
+    source: &Source,
+    file: &FileArg,
     give_up: Instant,
 ) -> Result<Room, Failure> {
-    let (export, path) = (&args.file.export, &args.file.path);
-    let refused = match create_when_free(session, args, len, give_up).await {
-        Ok(made) => {
-            return Ok(Room { identity: made.identity, created: made.created, size: len });
-        }
+    let len = source.len;
+    let refused = match create_when_free(job.session, file, len, give_up).await {
+        Ok(made) if made.created => return Ok(Room::of(made, len, true)),
+        Ok(made) => return blank(job, source, file, made).await,
         Err(refused) if refused.reason() == Some(Reason::FixedSize) => refused,
         Err(refused) => return Err(refused.into()),
     };
-    let device = session.stat(export, path).await?;
+    let device = job.session.stat(&file.export, &file.path).await?;
     if device.size < len {
-        let local = args.local.display();
-        let size = device.size;
-        let why = format!("cannot put {local} ({len} bytes) into {}, of {size} bytes", args.file);
+        let (local, size) = (source.path.display(), device.size);
+        let why = format!("cannot put {local} ({len} bytes) into {file}, of {size} bytes");
         return Err(Failure::from(refused).within(why));
     }
-    Ok(Room { identity: device.identity, created: false, size: device.size })
+    Ok(Room { identity: device.identity, created: false, size: device.size, blank: false })
+}
+
+/// Of a file that was there: where the local one has holes it is made anew, so that it reads as zeroes.
+/// Not if it is to be gone on with: then what there is in the holes is compared, and overwritten.
+async fn blank(
+    job: &Job<'_>,
+    source: &Source,
+    file: &FileArg,
+    made: Created,
+) -> Result<Room, Failure> {
+    let unreadable = |error| source.unreadable(0, error);
+    if job.how.resume || !holes::has_holes(&source.file, source.len).map_err(unreadable)? {
+        return Ok(Room::of(made, source.len, false));
+    }
+    let FileArg { export, path } = file;
+    job.session.create(export, path, 0, IfExists::Resize).await?;
+    let again = job.session.create(export, path, source.len, IfExists::Resize).await?;
+    Ok(Room { created: made.created, ..Room::of(again, source.len, true) })
 }
 
 /// Makes the file, or gives it another size, as soon as nobody has it open. Only a pin can wait for that.
 async fn create_when_free(
     session: &Session,
-    args: &Put,
+    file: &FileArg,
     len: u64,
     give_up: Instant,
 ) -> Result<Created, Error> {
-    let (export, path) = (&args.file.export, &args.file.path);
+    let FileArg { export, path } = file;
     loop {
         let refused = match session.create(export, path, len, IfExists::Resize).await {
             Err(refused) if is_in_use(&refused) => refused,
@@ -189,43 +273,52 @@ fn left_until(give_up: Instant) -> Duration {
 }
 
 /// Of a whole file only an empty one has no bytes to pin, and this one was made with some.
-fn not_pinned(args: &Put, made: u64, error: Error) -> Failure {
+fn not_pinned(source: &Source, file: &FileArg, error: Error) -> Failure {
     match error.reason() {
-        Some(Reason::BadRange) => changed_size(args, made, 0),
+        Some(Reason::BadRange) => changed_size(source, file, source.len, 0),
         _ => error.into(),
     }
 }
 
 /// Between its making and its pin the file is anybody's: one that was cut takes only a part of the
 /// bytes, and one that grew would keep more behind them.
-fn check_size(args: &Put, made: u64, found: u64) -> Result<(), Failure> {
+fn check_size(source: &Source, file: &FileArg, made: u64, found: u64) -> Result<(), Failure> {
     if found == made {
         return Ok(());
     }
-    Err(changed_size(args, made, found))
+    Err(changed_size(source, file, made, found))
 }
 
-fn changed_size(args: &Put, made: u64, found: u64) -> Failure {
+fn changed_size(source: &Source, file: &FileArg, made: u64, found: u64) -> Failure {
     let what = format!(
-        "cannot put {} into {}: a process on the storage host changed its size from {made} to \
+        "cannot put {} into {file}: a process on the storage host changed its size from {made} to \
          {found} bytes meanwhile",
-        args.local.display(),
-        args.file,
+        source.path.display(),
     );
     Failure::new(Exit::Revoked, what).or_hint(AGAIN)
 }
 
+/// All of it was put, but the check at the end says something else, or nothing.
+fn unverified(source: &Source, file: &FileArg, flush: Option<Duration>, cause: Failure) -> Failure {
+    let committed = if flush.is_some() { " and committed" } else { "" };
+    let but = match cause.exit {
+        Exit::Differs => "is not the same",
+        _ => "could not be verified",
+    };
+    cause.within(format!("{} was put into {file}{committed}, but {but}", source.path.display()))
+}
+
 /// What is known about the bytes when a copy fails: the commit comes last.
-fn incomplete(args: &Put, source: &Source, progress: &Progress) -> String {
+fn incomplete(source: &Source, file: &FileArg, progress: &Progress) -> String {
     let written = progress.written();
-    let taken = progress.next.load(Ordering::Relaxed).min(source.len);
+    let kept = progress.kept.load(Ordering::Relaxed);
+    let taken = progress.taken.load(Ordering::Relaxed);
     format!(
-        "cannot put {} into {}: of {} bytes, none is known to be committed, {written} were \
+        "cannot put {} into {file}: of {} bytes, none is known to be committed, {written} were \
          written, {} are in doubt",
-        args.local.display(),
-        args.file,
+        source.path.display(),
         source.len,
-        taken.saturating_sub(written),
+        taken.saturating_sub(written + kept),
     )
 }
 
@@ -238,25 +331,23 @@ async fn commit(pin: &Pin) -> Result<Option<Duration>, Failure> {
 }
 
 async fn copy(
-    session: &Session,
-    args: &Put,
+    job: &Job<'_>,
     source: &Arc<Source>,
     pin: &Arc<Pin>,
     progress: &Arc<Progress>,
 ) -> Result<(), Failure> {
-    let chunk = transfer::chunk_bytes(args.requests.chunk, source.len, pin.grant());
-    let bar = transfer::progress_bar(&args.file, source.len, args.json);
-    let workers = source.len.div_ceil(chunk as u64).min(args.requests.window.into());
+    let requests = job.how.requests;
+    let chunk = transfer::chunk_bytes(requests.chunk, source.len, pin.grant());
+    let workers = source.len.div_ceil(chunk as u64).min(requests.window.into());
     let mut running = JoinSet::new();
     for _ in 0..workers {
         let worker = Worker {
             source: source.clone(),
             pin: pin.clone(),
             progress: progress.clone(),
-            bar: bar.clone(),
-            chunk,
+            bar: job.bar.clone(),
         };
-        running.spawn(worker.run(session.buffer(chunk).await?));
+        running.spawn(worker.run(job.session.buffer(chunk).await?));
     }
     let mut outcome = Ok(());
     while let Some(ended) = running.join_next().await {
@@ -272,7 +363,7 @@ async fn copy(
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         }
     }
-    bar.finish_and_clear();
+    job.bar.inc(source.len.saturating_sub(progress.taken.load(Ordering::Relaxed)));
     outcome
 }
 
@@ -281,54 +372,72 @@ struct Worker {
     pin: Arc<Pin>,
     progress: Arc<Progress>,
     bar: ProgressBar,
-    chunk: usize,
 }
 
 impl Worker {
     async fn run(self, mut buffer: Buffer) -> Result<(), Failure> {
+        let progress = &self.progress;
         loop {
-            let offset = self.progress.next.fetch_add(self.chunk as u64, Ordering::Relaxed);
-            if offset >= self.source.len {
-                return Ok(());
+            let (filled, piece) =
+                Source::fill(self.source.clone(), progress.clone(), buffer).await?;
+            let Some(Range { start, end }) = piece else { return Ok(()) };
+            let len = (end - start) as usize;
+            if progress.proof.has(&self.pin, start, &filled.as_slice()[..len]).await? {
+                progress.kept.fetch_add(len as u64, Ordering::Relaxed);
+                buffer = filled;
+            } else {
+                let report;
+                (buffer, report) = self.pin.write(start, filled, len).await.map_err(Error::from)?;
+                progress.rdma_bytes.fetch_add(report.rdma_bytes, Ordering::Relaxed);
+                progress.stream_bytes.fetch_add(report.stream_bytes, Ordering::Relaxed);
             }
-            let len = (self.source.len - offset).min(self.chunk as u64) as usize;
-            buffer = Source::fill(self.source.clone(), offset, len, buffer).await?;
-            let report;
-            (buffer, report) = self.pin.write(offset, buffer, len).await.map_err(Error::from)?;
-            self.progress.rdma_bytes.fetch_add(report.rdma_bytes, Ordering::Relaxed);
-            self.progress.stream_bytes.fetch_add(report.stream_bytes, Ordering::Relaxed);
             self.bar.inc(len as u64);
         }
     }
 }
 
+impl Room {
+    fn of(made: Created, size: u64, blank: bool) -> Self {
+        Self { identity: made.identity, created: made.created, size, blank }
+    }
+}
+
 impl Source {
-    fn open(path: &Path) -> Result<Self, Failure> {
+    /// Not by waiting: a FIFO without a writer is no file either.
+    fn open(path: &Path, flags: OFlags) -> Result<Self, Failure> {
         let failed = |error| Failure::local(format!("cannot open {}", path.display()), error);
-        let file = File::open(path).map_err(failed)?;
+        let flags = (flags | OFlags::NONBLOCK).bits() as i32;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            let what = format!("{} is no regular file", path.display());
-            return Err(Failure::new(Exit::LocalIo, what));
+            let failure =
+                Failure::new(Exit::LocalIo, format!("{} is no regular file", path.display()));
+            return Err(match metadata.is_dir() {
+                true => failure.or_hint("a folder is copied with -r"),
+                false => failure,
+            });
         }
-        Ok(Self { file, path: path.to_owned(), len: metadata.len() })
+        Ok(Self { file: Arc::new(file), path: path.to_owned(), len: metadata.len() })
     }
 
-    /// Reads into the buffer, which comes back.
+    /// Reads the next piece into the buffer, which comes back; without one at the end.
     async fn fill(
         source: Arc<Self>,
-        offset: u64,
-        len: usize,
+        progress: Arc<Progress>,
         mut buffer: Buffer,
-    ) -> Result<Buffer, Failure> {
+    ) -> Result<(Buffer, Option<Range<u64>>), Failure> {
         let read = move || {
-            let done = source.file.read_exact_at(&mut buffer.as_mut_slice()[..len], offset);
-            done.map(|()| buffer).map_err(|error| source.unreadable(offset, error))
+            let next = progress.next(&source).map_err(|error| source.unreadable(0, error))?;
+            let Some(piece) = next else { return Ok((buffer, None)) };
+            let bytes = &mut buffer.as_mut_slice()[..(piece.end - piece.start) as usize];
+            source
+                .file
+                .read_exact_at(bytes, piece.start)
+                .map_err(|error| source.unreadable(piece.start, error))?;
+            progress.taken.fetch_add(piece.end - piece.start, Ordering::Relaxed);
+            Ok((buffer, Some(piece)))
         };
-        match tokio::task::spawn_blocking(read).await {
-            Ok(filled) => filled,
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        }
+        transfer::blocking(read).await
     }
 
     fn unreadable(&self, offset: u64, error: io::Error) -> Failure {
@@ -343,6 +452,30 @@ impl Source {
 }
 
 impl Progress {
+    fn new(job: &Job<'_>, source: &Source, made: &Room, pin: &Pin) -> Self {
+        let grant = pin.grant();
+        let chunk = transfer::chunk_bytes(job.how.requests.chunk, source.len, grant);
+        let pieces = Pieces::new(source.len, chunk, transfer::alignment_bytes(grant));
+        Self {
+            pieces: Mutex::new(pieces),
+            dense: !made.blank,
+            taken: AtomicU64::new(0),
+            kept: AtomicU64::new(0),
+            rdma_bytes: AtomicU64::new(0),
+            stream_bytes: AtomicU64::new(0),
+            proof: Proof::new(job.how.resume && !made.created),
+        }
+    }
+
+    fn next(&self, source: &Source) -> io::Result<Option<Range<u64>>> {
+        // A step that fails changes nothing.
+        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        pieces.next(|at| match self.dense {
+            true => Ok(Some(at..source.len)),
+            false => holes::data_from(&source.file, at),
+        })
+    }
+
     fn by_path(&self) -> (u64, u64) {
         (self.rdma_bytes.load(Ordering::Relaxed), self.stream_bytes.load(Ordering::Relaxed))
     }
@@ -354,14 +487,22 @@ impl Progress {
 }
 
 impl Report {
-    fn new(args: &Put, created: bool, carried: Carried, flush: Option<Duration>) -> Self {
+    fn new(file: &FileArg, created: bool, copied: Copied, flush: Option<Duration>) -> Self {
+        let carried = copied.carried.rdma_bytes() + copied.carried.stream_bytes();
         Self {
-            file: args.file.to_string(),
+            file: file.to_string(),
             created,
-            carried,
+            hole_bytes: copied.size.saturating_sub(carried + copied.kept_bytes),
+            copied,
             flush_us: flush.unwrap_or_default().as_micros(),
             durable: flush.is_some(),
         }
+    }
+}
+
+impl Outcome for Report {
+    fn copied(&self) -> &Copied {
+        &self.copied
     }
 }
 
@@ -371,8 +512,12 @@ impl fmt::Display for Report {
             true => "durable",
             false => "NOT durable: the server offers no way here",
         };
-        writeln!(f, "{}: {}, {durable}", self.file, self.carried)?;
-        f.write_str(&self.carried.explanation())
+        write!(f, "{}: {}", printable(&self.file), self.copied)?;
+        if self.hole_bytes > 0 {
+            write!(f, ", {} in holes", self.hole_bytes)?;
+        }
+        writeln!(f, ", {durable}")?;
+        f.write_str(&self.copied.explanations())
     }
 }
 
@@ -381,27 +526,22 @@ mod tests {
     use pinfold_client::Code;
 
     use super::*;
-    use crate::args::{FileArg, Requests};
 
     #[test]
     fn a_file_that_was_cut_to_nothing_is_told_like_any_other_size() {
-        let args = Put {
-            local: "app.log".into(),
-            file: FileArg { export: "data".to_owned(), path: "log".to_owned() },
-            wait: 0,
-            json: false,
-            requests: Requests { chunk: 1 << 20, window: 8 },
-        };
+        let source =
+            Source { file: tempfile::tempfile().unwrap().into(), path: "app.log".into(), len: 10 };
+        let file = FileArg { export: "data".to_owned(), path: "log".to_owned() };
         let refused = |reason| Error::Refused {
             doing: "pin data/log".to_owned(),
             reason: Some(reason),
             code: Code::InvalidArgument,
             message: "bytes 0..0 hold nothing: the file is empty".to_owned(),
         };
-        let cut = not_pinned(&args, 10, refused(Reason::BadRange));
+        let cut = not_pinned(&source, &file, refused(Reason::BadRange));
         assert_eq!(cut.exit, Exit::Revoked);
-        assert_eq!(cut.to_string(), changed_size(&args, 10, 0).to_string());
+        assert_eq!(cut.to_string(), changed_size(&source, &file, 10, 0).to_string());
         assert!(cut.to_string().contains("its size from 10 to 0 bytes"), "{cut}");
-        assert_eq!(not_pinned(&args, 10, refused(Reason::FileBusy)).exit, Exit::Busy);
+        assert_eq!(not_pinned(&source, &file, refused(Reason::FileBusy)).exit, Exit::Busy);
     }
 }

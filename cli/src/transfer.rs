@@ -1,20 +1,47 @@
 //! What `put` and `get` share: which path carried how much, how far it has come, why it failed.
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use pinfold_client::{Error, Events, Grant, Pin, Reason, Session};
 use serde::Serialize;
 
-use crate::args::{FileArg, TransportArg};
+use crate::args::{Copying, TransportArg};
+use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::same;
 
 /// Longer than a drain takes by default.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(6);
 
 /// What the pin's pages, and the chunks with them, are aligned to at least.
 const PAGE_BYTES: usize = 4096;
+
+/// What all files of one command have in common.
+#[derive(Debug)]
+pub(crate) struct Job<'a> {
+    pub(crate) session: &'a Session,
+    pub(crate) transport: TransportArg,
+    pub(crate) how: Copying,
+    pub(crate) bar: ProgressBar,
+}
+
+/// What came of one file.
+#[derive(Debug, Serialize)]
+pub(crate) struct Copied {
+    pub(crate) size: u64,
+    #[serde(flatten)]
+    pub(crate) carried: Carried,
+    /// Of those that were compared (`--resume`): the same on both sides, and not carried.
+    pub(crate) kept_bytes: u64,
+    /// Why nothing was compared although it was asked for; null if that was not so.
+    pub(crate) anew_because: Option<String>,
+    /// Whether both files were read again and compared (`--verify`).
+    pub(crate) verified: bool,
+}
 
 /// How a transfer went.
 #[derive(Debug, Serialize)]
@@ -28,7 +55,73 @@ pub(crate) struct Carried {
     stream_because: Option<String>,
 }
 
+impl Job<'_> {
+    /// How long a file may be waited for.
+    pub(crate) fn wait(&self) -> Duration {
+        Duration::from_secs(self.how.wait.into())
+    }
+
+    /// Compares what is here with the pinned file, if that is asked for; says how long it took.
+    pub(crate) async fn verify(
+        &self,
+        pin: &Arc<Pin>,
+        local: &Arc<std::fs::File>,
+        len: u64,
+    ) -> Result<Option<Duration>, Failure> {
+        if !self.how.verify {
+            return Ok(None);
+        }
+        let begin = Instant::now();
+        let differs = |stretch: Range<u64>| {
+            let Range { start, end } = stretch;
+            let what = format!("verification: the two files differ between byte {start} and {end}");
+            Failure::new(Exit::Differs, what)
+                .or_hint("copy it again, while no program writes to either of the two")
+        };
+        match same::difference(pin, local, len, self.how.requests.window).await? {
+            None => Ok(Some(begin.elapsed())),
+            Some(stretch) => Err(differs(stretch)),
+        }
+    }
+}
+
+impl Copied {
+    /// Of a file without bytes, which nobody has pinned.
+    pub(crate) fn nothing(begin: Instant, verified: bool) -> Self {
+        let carried = Carried::new(begin, 0, 0);
+        Self { size: 0, carried, kept_bytes: 0, anew_because: None, verified }
+    }
+
+    /// Lines of their own for what needs a reason.
+    pub(crate) fn explanations(&self) -> String {
+        let anew = |because: &String| format!("  from the start because: {because}\n");
+        let anew = self.anew_because.as_ref().map(anew).unwrap_or_default();
+        self.carried.explanation() + &anew
+    }
+}
+
+impl fmt::Display for Copied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.carried)?;
+        if self.kept_bytes > 0 {
+            write!(f, ", {} were there", self.kept_bytes)?;
+        }
+        match self.verified {
+            true => f.write_str(", verified"),
+            false => Ok(()),
+        }
+    }
+}
+
 impl Carried {
+    pub(crate) fn rdma_bytes(&self) -> u64 {
+        self.rdma_bytes
+    }
+
+    pub(crate) fn stream_bytes(&self) -> u64 {
+        self.stream_bytes
+    }
+
     pub(crate) fn new(begin: Instant, rdma_bytes: u64, stream_bytes: u64) -> Self {
         let seconds = begin.elapsed().as_secs_f64();
         let bytes = rdma_bytes + stream_bytes;
@@ -89,18 +182,31 @@ impl fmt::Display for Carried {
 
 /// Bytes per request: as asked, but no more than there are, in whole pages and quirks.
 pub(crate) fn chunk_bytes(asked: usize, whole: u64, grant: &Grant) -> usize {
-    let alignment = PAGE_BYTES.max(grant.quirks.start_alignment_bytes as usize);
-    asked.min(usize::try_from(whole).unwrap_or(usize::MAX)).next_multiple_of(alignment)
+    let whole = usize::try_from(whole).unwrap_or(usize::MAX);
+    asked.min(whole).next_multiple_of(alignment_bytes(grant))
+}
+
+/// Where requests start: at whole pages, and where the quirks allow it.
+pub(crate) fn alignment_bytes(grant: &Grant) -> usize {
+    PAGE_BYTES.max(grant.quirks.start_alignment_bytes as usize)
+}
+
+/// Works on a local file.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
 }
 
 /// On standard error, and only if that is a terminal: indicatif sees to it.
-pub(crate) fn progress_bar(file: &FileArg, len: u64, hidden: bool) -> ProgressBar {
+pub(crate) fn progress_bar(of: String, len: u64, hidden: bool) -> ProgressBar {
     if hidden {
         return ProgressBar::hidden();
     }
     const TEMPLATE: &str =
         "{msg}  {bar:30}  {bytes} of {total_bytes}  {binary_bytes_per_sec}  {eta}";
-    let bar = ProgressBar::new(len).with_message(file.to_string());
+    let bar = ProgressBar::new(len).with_message(of);
     match ProgressStyle::with_template(TEMPLATE) {
         Ok(style) => bar.with_style(style.progress_chars("━╸─")),
         Err(_) => bar,

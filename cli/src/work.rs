@@ -1,5 +1,7 @@
 //! What every command that talks to the server does: connect, work, be interrupted, close.
 
+use std::fmt;
+
 use pinfold_client::{ConnectOptions, KeepPolicy, KeptSession, RdmaDevice, Session};
 
 use crate::args::{Connection, TransportArg};
@@ -10,7 +12,7 @@ use crate::interrupt::{Interrupts, interrupted};
 /// Works in a session that needs no device: by gRPC alone.
 pub(crate) async fn by_control<T>(
     connection: Connection,
-    left_behind: &str,
+    left_behind: impl fmt::Display,
     work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let options = ConnectOptions::new(connection.server).rdma_device(RdmaDevice::None);
@@ -21,7 +23,7 @@ pub(crate) async fn by_control<T>(
 pub(crate) async fn by_transport<T>(
     connection: Connection,
     send_window: Option<u32>,
-    left_behind: &str,
+    left_behind: impl fmt::Display,
     work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let transport = connection.transport;
@@ -39,7 +41,7 @@ pub(crate) async fn by_transport<T>(
 /// Works in a session that is opened again when it is lost.
 pub(crate) async fn kept<T>(
     connection: Connection,
-    left_behind: &str,
+    left_behind: impl fmt::Display,
     work: impl AsyncFnOnce(&KeptSession) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let mut interrupts = Interrupts::listen()?;
@@ -56,7 +58,7 @@ pub(crate) async fn kept<T>(
     };
     let outcome = tokio::select! {
         outcome = working => outcome,
-        () = interrupts.next() => Err(interrupted(left_behind)),
+        () = interrupts.next() => Err(interrupted(&left_behind.to_string())),
     };
     interrupts.or_abandon(session.close()).await;
     outcome
@@ -86,7 +88,7 @@ fn demand(transport: TransportArg, session: &Session) -> Result<(), Failure> {
 /// second one does not wait for that. `left_behind` says what an interrupted command leaves.
 async fn in_session<T>(
     options: ConnectOptions,
-    left_behind: &str,
+    left_behind: impl fmt::Display,
     work: impl AsyncFnOnce(&Session) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let mut interrupts = Interrupts::listen()?;
@@ -96,7 +98,7 @@ async fn in_session<T>(
     };
     let outcome = tokio::select! {
         outcome = work(&session) => outcome,
-        () = interrupts.next() => Err(interrupted(left_behind)),
+        () = interrupts.next() => Err(interrupted(&left_behind.to_string())),
     };
     interrupts.or_abandon(session.close()).await;
     outcome

@@ -1,5 +1,6 @@
 //! A pin: the right to reach a range of a file.
 
+mod digest;
 mod flush;
 
 use std::ops::Range;
@@ -734,8 +735,11 @@ impl Pin {
 
     /// The server refuses stream pieces from the break on, and its notice of that comes on another
     /// stream, perhaps later.
-    async fn explained(&self, done: Result<(), Error>) -> Result<(), Error> {
-        let Err(error) = done else { return Ok(()) };
+    async fn explained<T>(&self, done: Result<T, Error>) -> Result<T, Error> {
+        let error = match done {
+            Ok(done) => return Ok(done),
+            Err(error) => error,
+        };
         let told = match error.reason() {
             Some(
                 Reason::FileDraining

@@ -183,6 +183,24 @@ impl Session {
         Ok(Created { identity: identity.into(), created: answer.created })
     }
 
+    /// Makes a folder, its name durable; false: it was there. The folder that it lies in must be there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], among others with [`Reason::FileExists`](crate::Reason::FileExists) where
+    /// something else has that name.
+    pub async fn make_folder(&self, export: &str, path: &str) -> Result<bool, Error> {
+        let doing = || format!("make the folder {}", FileName::new(export, path));
+        let request = v1::MakeFolderRequest {
+            session_id: self.core.control.session_id.clone(),
+            export: export.to_owned(),
+            path: path.to_owned(),
+        };
+        let call =
+            self.core.control.call(doing, async |mut client| client.make_folder(request).await);
+        Ok(call.await?.created)
+    }
+
     /// Tells what a file is. Opens nothing on the server, so it disturbs nobody.
     ///
     /// # Errors

@@ -148,6 +148,53 @@ fn pattern(len: usize) -> Vec<u8> {
 /// Requests that the server has not read yet look like an attack on its HTTP/2 if there are thousands, and
 /// it would break the connection off.
 #[tokio::test(flavor = "multi_thread")]
+async fn a_digest_is_of_what_the_file_has() {
+    let host = Host::start().await;
+    let session = host.connect().await;
+    let bytes: Vec<u8> = (0..100_000_u32).map(|at| (at * 7 + (at >> 8)) as u8).collect();
+    fs::write(host.path("file"), &bytes).unwrap();
+    let pin = session.pin(everything()).await.unwrap();
+    for range in [0..bytes.len(), 0..1, 4095..70_001, 99_999..100_000] {
+        let digest = pin.digest(range.start as u64, range.len()).await.unwrap();
+        assert_eq!(digest, *blake3::hash(&bytes[range.clone()]).as_bytes(), "{range:?}");
+    }
+    put(&session, &pin, 5000, b"other").await;
+    let digest = pin.digest(4096, 4096).await.unwrap();
+    assert_ne!(
+        digest,
+        *blake3::hash(&bytes[4096..8192]).as_bytes(),
+        "a write that returned counts"
+    );
+    let refused = pin.digest(1, bytes.len()).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::RangePastEnd), "{refused}");
+    let refused = pin.digest(0, pin.digest_bytes_max() + 1).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::MalformedRequest), "{refused}");
+    pin.unpin().await.unwrap();
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_made_once_and_beneath_the_export() {
+    let host = Host::start().await;
+    let session = host.connect().await;
+    assert!(session.make_folder("data", "a").await.unwrap());
+    assert!(session.make_folder("data", "a/b").await.unwrap());
+    assert!(!session.make_folder("data", "a").await.unwrap());
+    assert!(host.path("a/b").is_dir());
+    fs::write(host.path("file"), b"").unwrap();
+    for (path, reason) in [
+        ("../out", Reason::PathOutsideExport),
+        ("/out", Reason::PathOutsideExport),
+        ("none/b", Reason::FileNotFound),
+        ("file", Reason::FileExists),
+    ] {
+        let refused = session.make_folder("data", path).await.unwrap_err();
+        assert_eq!(refused.reason(), Some(reason), "{path}: {refused}");
+    }
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_calls_at_once_wait_for_their_turn() {
     let host = Host::start().await;
     fs::write(host.path("file"), b"some").unwrap();

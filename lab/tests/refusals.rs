@@ -417,7 +417,7 @@ async fn every_call_under(
     client: &mut ForeignClient,
     id: &[u8],
     pin: &v1::PinResponse,
-) -> [Status; 6] {
+) -> [Status; 8] {
     let session_id = || id.to_vec();
     let (export, path) = (EXPORT.to_owned(), "file".to_owned());
     let end = v1::Endpoint {
@@ -439,6 +439,18 @@ async fn every_call_under(
         size: 1,
         if_exists: 0,
     };
+    let make_folder = v1::MakeFolderRequest {
+        session_id: session_id(),
+        export: export.clone(),
+        path: "folder".to_owned(),
+    };
+    let digest = v1::DigestRequest {
+        session_id: session_id(),
+        pin_id: pin.pin_id,
+        generation: pin.generation,
+        offset: 0,
+        length: 1,
+    };
     let stat = v1::StatRequest { session_id: session_id(), export, path };
     let pinning = v1::PinRequest { session_id: session_id(), ..client.pin_request("file") };
     let unpin = v1::UnpinRequest { session_id: session_id(), pin_id: pin.pin_id };
@@ -451,6 +463,8 @@ async fn every_call_under(
     [
         client.stub.connect_queue_pair(connect).await.unwrap_err(),
         client.stub.create(create).await.unwrap_err(),
+        client.stub.make_folder(make_folder).await.unwrap_err(),
+        client.stub.digest(digest).await.unwrap_err(),
         client.stub.stat(stat).await.unwrap_err(),
         client.stub.pin(pinning).await.unwrap_err(),
         client.stub.unpin(unpin).await.unwrap_err(),

@@ -256,6 +256,37 @@ impl Export {
         finish().inspect_err(|_| remove_if_it_is(made, &folder, name))
     }
 
+    /// Makes a folder, and its name durable; false: it was there. A file, a link or whatever else has that
+    /// name is [`Error::Exists`].
+    pub fn make_folder(&self, path: &RelativePath, mode: u32) -> Result<bool> {
+        self.demand_directory()?;
+        let full = self.path.join(path.as_path());
+        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        let name = path.file_name()?;
+        let made = pass("mkdirat")
+            .and_then(|()| rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(mode)));
+        match made {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST) => return self.demand_folder(path, full),
+            Err(e) => return Err(refusal(e.into(), "mkdir", path, &full)),
+        }
+        // Empty it can't be in anybody's way: if its name can't be made durable, it goes again.
+        sync_folder(&folder, &full).inspect_err(|_| {
+            let _ = rustix::fs::unlinkat(&folder, name, AtFlags::REMOVEDIR);
+        })?;
+        Ok(true)
+    }
+
+    fn demand_folder(&self, path: &RelativePath, full: PathBuf) -> Result<bool> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        match self.open_beneath(path.as_path(), flags, Mode::empty(), path) {
+            Ok(_) => Ok(false),
+            // Not a folder (`ENOTDIR`); or gone again, and the next try will tell.
+            Err(Error::NotFound { .. }) => Err(Error::Exists { path: full }),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Lists a page of a folder, or of the export itself where `path` is `None`, ordered by name.
     /// Opens no file. Holds no more than a page's names, however large the folder is.
     pub fn list(&self, path: Option<&RelativePath>, page: &Page<'_>) -> Result<Listing> {

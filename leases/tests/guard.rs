@@ -256,6 +256,31 @@ fn nothing_outside_the_export_is_reached() {
 }
 
 #[test]
+fn a_folder_is_made_beneath_the_export_once_and_in_nobodys_place() {
+    let bench = Bench::new();
+    let folder = bench.path.parent().unwrap();
+    let away = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(away.path(), folder.join("out")).unwrap();
+    let make = |path: &str| bench.export.make_folder(&name(path), 0o755);
+    assert!(make("new").unwrap());
+    assert!(make("new/inner").unwrap());
+    assert!(folder.join("new/inner").is_dir());
+    assert!(!make("new").unwrap(), "it is there, with what is in it");
+    assert!(folder.join("new/inner").is_dir());
+    let refused = make("file");
+    assert!(matches!(refused, Err(Error::Exists { .. })), "{refused:?}");
+    for link in ["out", "out/new"] {
+        let refused = make(link);
+        assert!(matches!(refused, Err(Error::OutsideExport { .. })), "{link}: {refused:?}");
+    }
+    assert_eq!(std::fs::read_dir(away.path()).unwrap().count(), 0, "nothing is made outside");
+    for missing in ["none/new", "file/new"] {
+        let refused = make(missing);
+        assert!(matches!(refused, Err(Error::NotFound { .. })), "{missing}: {refused:?}");
+    }
+}
+
+#[test]
 fn looking_at_a_file_breaks_nothing() {
     let bench = Bench::new();
     let file = bench.open();

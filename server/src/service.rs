@@ -150,6 +150,27 @@ impl Pinfold for Service {
         Ok(Response::new(v1::ReadResponse { data }))
     }
 
+    async fn digest(&self, request: Request<v1::DigestRequest>) -> Answer<v1::DigestResponse> {
+        let v1::DigestRequest { session_id, pin_id, generation, offset, length } =
+            request.into_inner();
+        let id = wire::session_id(&session_id)?;
+        let piece = wire::stream_piece(id, pin_id, generation, offset)?;
+        let len = wire::piece_len(length as usize)?;
+        let blake3 = self.engine.stream_digest(piece, len).await?;
+        Ok(Response::new(v1::DigestResponse { blake3 }))
+    }
+
+    async fn make_folder(
+        &self,
+        request: Request<v1::MakeFolderRequest>,
+    ) -> Answer<v1::MakeFolderResponse> {
+        let request = request.into_inner();
+        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        let path = wire::path(&request.path)?;
+        let created = self.engine.make_folder(request.export, path).await?;
+        Ok(Response::new(v1::MakeFolderResponse { created }))
+    }
+
     async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
         let request = request.into_inner();
         self.engine.demand_session(wire::session_id(&request.session_id)?)?;

@@ -288,6 +288,17 @@ impl Pinfold for Service {
         Err(Status::unimplemented("remove"))
     }
 
+    async fn digest(&self, _: Request<v1::DigestRequest>) -> Answer<v1::DigestResponse> {
+        Err(Status::unimplemented("digest"))
+    }
+
+    async fn make_folder(
+        &self,
+        _: Request<v1::MakeFolderRequest>,
+    ) -> Answer<v1::MakeFolderResponse> {
+        Err(Status::unimplemented("make_folder"))
+    }
+
     async fn revoke(&self, _: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
         Err(Status::unimplemented("revoke"))
     }

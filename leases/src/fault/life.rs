@@ -184,6 +184,7 @@ fn life_of_a_guard(bench: &Bench, export: &Export) -> Result<()> {
 }
 
 fn create_and_remove(bench: &Bench, export: &Export) -> Result<()> {
+    make_folder(bench, export)?;
     let name = RelativePath::parse("new").unwrap();
     let made = export.create(&name, &Create { size: LEN, mode: 0o600, dax: true });
     assert_eq!(made.is_ok(), bench.path("new").exists(), "a failed creation leaves nothing");
@@ -194,6 +195,15 @@ fn create_and_remove(bench: &Bench, export: &Export) -> Result<()> {
         fs::remove_file(bench.path("new")).unwrap();
     }
     shrunk.and(removed)
+}
+
+fn make_folder(bench: &Bench, export: &Export) -> Result<()> {
+    let made = export.make_folder(&RelativePath::parse("folder").unwrap(), 0o700);
+    assert_eq!(made.is_ok(), bench.path("folder").exists(), "a failed creation leaves nothing");
+    if bench.path("folder").exists() {
+        fs::remove_dir(bench.path("folder")).unwrap();
+    }
+    made.map(|made| assert!(made))
 }
 
 fn use_it(file: &Description, mapping: &Mapping) -> Result<()> {

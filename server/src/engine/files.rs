@@ -22,6 +22,8 @@ use crate::wire;
 
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
+/// And of the folders.
+const FOLDER_MODE: u32 = 0o755;
 /// Stands in a gate for work of the server's own; no pin has it.
 const NO_PIN: PinId = PinId(0);
 
@@ -104,6 +106,12 @@ impl Engine {
     ) -> Result<FileIdentity> {
         let create = Create { size, mode: FILE_MODE, dax: self.policy(&export)?.dax };
         self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
+            .await
+    }
+
+    /// Makes a folder, its name durable; false: it was there.
+    pub(crate) async fn make_folder(&self, export: String, path: RelativePath) -> Result<bool> {
+        self.blocking(move |engine| Ok(engine.export(&export)?.make_folder(&path, FOLDER_MODE)?))
             .await
     }
 
