@@ -8,7 +8,7 @@ use pinfold_leases::{
     Break, Description, Error as FileError, FileIdentity, Guard, Located, LockKind, Mapping,
     RelativePath, waiting_breakers,
 };
-use pinfold_proto::v1;
+use pinfold_proto::{Bytes, v1};
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, Quirks, RegistrationMode, with_causes};
 use tokio::sync::oneshot;
 
@@ -519,7 +519,7 @@ impl Engine {
     }
 
     /// Writes bytes of a pin through the kernel.
-    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
+    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Bytes) -> Result<()> {
         self.streaming(piece, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {
