@@ -597,6 +597,12 @@ impl Registry {
         self.demand_free(file, &terms)?;
         self.last_pin += 1;
         let id = PinId(self.last_pin);
+    /// Whether whoever wants a file has to wait for somebody else than for this server.
+    pub(crate) fn has_time(&self, guard: GuardId) -> bool {
+        let phase = self.files.get(&guard).map(|file| &file.phase);
+        matches!(phase, Some(Phase::Held | Phase::Draining { .. }))
+    }
+
         self.sessions.entry(session).and_modify(|holder| {
             holder.pins.insert(id);
             holder.pinned_bytes += wanted;
