@@ -35,7 +35,7 @@ impl Plain {
         self.grpc.ready().await?;
         let frames = (0..bytes.len()).step_by(FRAME_BYTES).map(move |start| {
             let end = bytes.len().min(start + FRAME_BYTES);
-            let data = bytes[start..end].to_vec();
+            let data = bytes[start..end].to_vec().into();
             WriteRequest { offset: start as u64, data, ..WriteRequest::default() }
         });
         let request = tonic::Request::new(tokio_stream::iter(frames));

@@ -19,6 +19,12 @@ use crate::turns::alternate;
 
 const PAGE: u64 = 4096;
 
+/// As many as one session can have.
+const MANY: u64 = 4096;
+
+/// To take so many takes half a minute.
+const ROUNDS_OF_MANY: usize = 5;
+
 const NAME: &str = "truncated";
 
 const SETTING: &str = "/proc/sys/fs/lease-break-time";
@@ -49,8 +55,8 @@ pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
         waits(run, &mut sides, "truncate_wait_with_drain", Goal::None, pins)?;
     }
     let _at_once = BreakTime::set(NO_TIME)?;
-    for pins in [1, 64] {
-        waits(run, &mut sides, "truncate_wait", Goal::AtMost(2.0), pins)?;
+    for pins in run.pick(&[1, 64, MANY], &[1, 64]) {
+        waits(run, &mut sides, "truncate_wait", Goal::AtMost(2.0), *pins)?;
     }
     Ok(())
 }
@@ -63,7 +69,8 @@ fn waits(
     pins: u64,
 ) -> Result<()> {
     let ms = |took: Duration| took.as_secs_f64() * 1e3;
-    let pairs = alternate(run.rounds, || ours.time(pins).map(ms), || theirs.time(pins).map(ms))?;
+    let rounds = if pins < MANY { run.rounds } else { run.rounds.min(ROUNDS_OF_MANY) };
+    let pairs = alternate(rounds, || ours.time(pins).map(ms), || theirs.time(pins).map(ms))?;
     let peer = "C: holds as many regions, one mprotect, lets go";
     run.add(format!("{name}/{pins}"), peer, "ms", &pairs, goal);
     Ok(())

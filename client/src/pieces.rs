@@ -39,7 +39,7 @@ impl StreamPath<'_> {
             pin_id: self.pin_id,
             generation: Some(self.generation.into()),
             offset,
-            data,
+            data: data.into(),
         };
         let doing = format!("write {len} bytes at byte {offset} of {}", self.file);
         tokio::spawn(async move {

@@ -30,6 +30,10 @@ use crate::{
     TransferError, Transport,
 };
 
+/// Of what the server sends: each frame costs both sides a system call. A larger one would keep notices
+/// waiting behind it.
+const FRAME_BYTES_MAX: u32 = 256 << 10;
+
 /// The server may take longer pieces of the stream path than it is good to hold in memory.
 const STREAM_PIECE_BYTES_MAX: u64 = 1 << 20;
 
@@ -745,5 +749,6 @@ fn parse_endpoint(options: &ConnectOptions) -> Result<Endpoint, Error> {
         .ok()
         .filter(|endpoint| endpoint.uri().scheme_str() == Some("http"))
         .ok_or_else(|| Error::BadEndpoint { endpoint: options.endpoint.clone() })?;
-    Ok(endpoint.connect_timeout(options.timeout).tcp_keepalive(Some(Duration::from_secs(30))))
+    let endpoint = endpoint.connect_timeout(options.timeout).max_frame_size(FRAME_BYTES_MAX);
+    Ok(endpoint.tcp_keepalive(Some(Duration::from_secs(30))))
 }

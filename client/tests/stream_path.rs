@@ -4,7 +4,10 @@
 #[path = "../src/random.rs"]
 mod random;
 
+use std::collections::HashMap;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus};
 use std::sync::Arc;
@@ -204,6 +207,50 @@ async fn thousands_of_calls_at_once_wait_for_their_turn() {
     for call in calls {
         assert_eq!(call.await.unwrap().unwrap().size, 4);
     }
+    host.stop().await;
+}
+
+/// What a server announces to each client before anything else (RFC 9113, 6.5 and 6.9).
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_piece_fits_in_what_a_client_may_send_unasked() {
+    const SETTINGS: u8 = 4;
+    const WINDOW_UPDATE: u8 = 8;
+    const INITIAL_WINDOW_SIZE: u16 = 4;
+    const MAX_FRAME_SIZE: u16 = 5;
+    const PIECE: u32 = 1 << 20;
+    let host = Host::start().await;
+    let address = host.endpoint.strip_prefix("http://").unwrap().to_owned();
+    let told = tokio::task::spawn_blocking(move || {
+        let mut connection = TcpStream::connect(address).unwrap();
+        connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").unwrap();
+        let mut told = HashMap::new();
+        while !(told.contains_key("frame") && told.contains_key("connection")) {
+            let mut head = [0; 9];
+            connection.read_exact(&mut head).unwrap();
+            let mut body = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+            connection.read_exact(&mut body).unwrap();
+            let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+            if head[3] == WINDOW_UPDATE {
+                told.insert("connection", 65_535 + number(&body));
+            }
+            for setting in body.chunks_exact(6).filter(|_| head[3] == SETTINGS) {
+                match u16::from_be_bytes([setting[0], setting[1]]) {
+                    INITIAL_WINDOW_SIZE => {
+                        told.insert("call", number(&setting[2..]));
+                    }
+                    MAX_FRAME_SIZE => {
+                        told.insert("frame", number(&setting[2..]));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        told
+    });
+    let told = told.await.unwrap();
+    assert!(told["call"] > PIECE, "{told:?}");
+    assert!(told["connection"] > 4 * PIECE, "{told:?}");
+    assert!(told["frame"] >= PIECE / 8 && told["frame"] < PIECE, "{told:?}");
     host.stop().await;
 }
 

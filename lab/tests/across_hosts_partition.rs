@@ -76,7 +76,7 @@ async fn partitioned(mut lab: Lab) {
         pin_id: pin.pin_id,
         generation: pin.generation,
         offset: 0,
-        data: vec![b'R'; PAGE],
+        data: vec![b'R'; PAGE].into(),
     };
     let refused = client.stub.write(write).await.unwrap_err();
     let (code, reason) = (Code::NotFound, Reason::UnknownSession);

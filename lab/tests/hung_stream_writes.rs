@@ -42,7 +42,7 @@ async fn foreign_write(
         pin_id: pin.pin_id,
         generation: pin.generation,
         offset,
-        data: vec![byte; len],
+        data: vec![byte; len].into(),
     };
     (client, pin.pin_id, write)
 }

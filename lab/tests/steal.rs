@@ -79,7 +79,7 @@ fn write_request(
         pin_id: pin.pin_id,
         generation: pin.generation,
         offset: offset as u64,
-        data: vec![byte; PAGE],
+        data: vec![byte; PAGE].into(),
     }
 }
 

@@ -363,6 +363,11 @@ impl Description {
         WeakDescription(Arc::downgrade(&self.inner))
     }
 
+    /// Whether it is the same one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     pub(crate) fn range_locks(&self) -> MutexGuard<'_, RangeLocks> {
         // No code that holds it can leave the list half-changed.
         self.inner.range_locks.lock().unwrap_or_else(PoisonError::into_inner)

@@ -89,13 +89,13 @@ impl Lease {
     }
 
     fn state_in_kernel(&self) -> io::Result<GuardState> {
-        let fd = self.description.fd();
         let held = match self.tier {
             GuardTier::Unguarded | GuardTier::NotNeeded => return Ok(GuardState::Held),
             GuardTier::Sealed => return self.state_of_seal(),
-            GuardTier::Lease => sys::lease_get(fd),
-            GuardTier::Delegation | GuardTier::ReadDelegation => sys::delegation_get(fd),
-        }?;
+            GuardTier::Lease | GuardTier::Delegation | GuardTier::ReadDelegation => {
+                self.kind_in_kernel()?
+            }
+        };
         Ok(match held {
             LeaseType::Write => GuardState::Held,
             LeaseType::Read if self.tier > GuardTier::Lease && self.downgraded() => {
@@ -130,9 +130,22 @@ impl Lease {
             GuardTier::Unguarded | GuardTier::NotNeeded => false,
             GuardTier::Sealed => self.state_of_seal().is_ok_and(|state| state != GuardState::Held),
             _ => {
+                // /proc tells more, and takes longer: it is asked only where there may be more.
+                let may_be_downgraded =
+                    self.kind_in_kernel().map_or(true, |kind| kind == LeaseType::Read);
                 sys::signal_get(self.description.fd()).is_ok_and(|signal| signal == 0)
-                    || self.downgraded()
+                    || (may_be_downgraded && self.downgraded())
             }
+        }
+    }
+
+    /// As which the kernel has it now, or will once the one who waits is let through. Asking applies an
+    /// expiry that is due.
+    fn kind_in_kernel(&self) -> io::Result<LeaseType> {
+        let fd = self.description.fd();
+        match self.tier {
+            GuardTier::Delegation | GuardTier::ReadDelegation => sys::delegation_get(fd),
+            _ => sys::lease_get(fd),
         }
     }
 

@@ -1,7 +1,8 @@
 //! Locks for those who ask for them. They stop no truncate and no open: a guard does that. They make
 //! what is in use visible (/proc/locks, lslocks(8)), and keep programs apart that lock too.
 
-use std::ops::Range;
+use std::collections::BTreeMap;
+use std::ops::{Bound, Range};
 use std::os::fd::OwnedFd;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -28,22 +29,80 @@ pub enum LockKind {
 /// overlaps is counted here.
 #[derive(Debug, Default)]
 pub(crate) struct RangeLocks {
-    next: u64,
-    held: Vec<(u64, Range<u64>, LockKind)>,
+    /// How each byte is locked, from this one to the next that is listed. Neighbours differ.
+    runs: BTreeMap<u64, Count>,
+}
+
+/// How many locks there are on each byte of a run.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Count {
+    shared: usize,
+    exclusive: usize,
+}
+
+impl Count {
+    fn of(&mut self, kind: LockKind) -> &mut usize {
+        match kind {
+            LockKind::Shared => &mut self.shared,
+            LockKind::Exclusive => &mut self.exclusive,
+        }
+    }
+
+    fn strongest(self) -> Option<LockKind> {
+        match self {
+            Self { exclusive: 1.., .. } => Some(LockKind::Exclusive),
+            Self { shared: 1.., .. } => Some(LockKind::Shared),
+            Self { .. } => None,
+        }
+    }
 }
 
 impl RangeLocks {
-    /// Cuts `range` where a lock on it begins or ends, and says how each piece is locked.
+    fn add(&mut self, range: &Range<u64>, kind: LockKind) {
+        self.change(range, |count| *count.of(kind) += 1);
+    }
+
+    fn remove(&mut self, range: &Range<u64>, kind: LockKind) {
+        self.change(range, |count| *count.of(kind) -= 1);
+    }
+
+    /// What lies inside stays different from its neighbours, so only the ends are to be looked at.
+    fn change(&mut self, range: &Range<u64>, change: impl Fn(&mut Count)) {
+        for end in [range.start, range.end] {
+            let count = self.at(end);
+            self.runs.entry(end).or_insert(count);
+        }
+        self.runs.range_mut(range.clone()).for_each(|(_, count)| change(count));
+        for end in [range.start, range.end] {
+            if self.before(end) == self.at(end) {
+                self.runs.remove(&end);
+            }
+        }
+    }
+
+    fn at(&self, byte: u64) -> Count {
+        self.runs.range(..=byte).next_back().map(|(_, count)| *count).unwrap_or_default()
+    }
+
+    fn before(&self, byte: u64) -> Count {
+        self.runs.range(..byte).next_back().map(|(_, count)| *count).unwrap_or_default()
+    }
+
+    /// Cuts `range` where it is locked in another way, and says how each piece is.
     fn pieces(&self, range: &Range<u64>) -> Vec<(Range<u64>, Option<LockKind>)> {
-        let ends = self.held.iter().flat_map(|(_, held, _)| [held.start, held.end]);
-        let mut cuts: Vec<u64> = ends.filter(|at| range.contains(at)).collect();
-        cuts.extend([range.start, range.end]);
-        cuts.sort_unstable();
-        cuts.dedup();
-        let strongest = |at: u64| {
-            self.held.iter().filter(|(_, held, _)| held.contains(&at)).map(|held| held.2).max()
-        };
-        cuts.windows(2).map(|cut| (cut[0]..cut[1], strongest(cut[0]))).collect()
+        let (mut start, mut kind) = (range.start, self.at(range.start).strongest());
+        let mut pieces = Vec::new();
+        for (at, count) in
+            self.runs.range((Bound::Excluded(range.start), Bound::Excluded(range.end)))
+        {
+            let next = count.strongest();
+            if next != kind {
+                pieces.push((start..*at, kind));
+                (start, kind) = (*at, next);
+            }
+        }
+        pieces.push((start..range.end, kind));
+        pieces
     }
 }
 
@@ -53,7 +112,8 @@ impl RangeLocks {
 #[must_use = "the range is unlocked when this is dropped"]
 pub struct RangeLock {
     description: Description,
-    number: u64,
+    range: Range<u64>,
+    kind: LockKind,
 }
 
 impl Description {
@@ -68,16 +128,33 @@ impl Description {
             return Err(self.failed("fcntl(F_OFD_SETLK)", Errno::INVAL.into()));
         }
         let mut locks = self.range_locks();
-        let number = locks.next;
-        locks.next += 1;
-        locks.held.push((number, range.clone(), kind));
+        locks.add(&range, kind);
         let locked = self.apply(&locks, &range);
         if locked.is_err() {
-            locks.held.retain(|held| held.0 != number);
+            locks.remove(&range, kind);
             // Unlocking can fail for want of memory only; then more is locked than is used.
             let _ = self.apply(&locks, &range);
         }
-        locked.map(|()| RangeLock { description: self.clone(), number })
+        drop(locks);
+        locked.map(|()| RangeLock { description: self.clone(), range, kind })
+    }
+
+    /// Drops many locks at once: what lies together is one call to the kernel then, which searches all
+    /// locks on the file for each. They are all to be this description's.
+    pub fn unlock_ranges(&self, locks: impl IntoIterator<Item = RangeLock>) {
+        let mut held = self.range_locks();
+        let mut freed: Option<Range<u64>> = None;
+        for mut lock in locks {
+            debug_assert!(lock.description.is(self), "another description's");
+            let range = std::mem::take(&mut lock.range);
+            held.remove(&range, lock.kind);
+            let before = freed.unwrap_or(range.clone());
+            freed = Some(before.start.min(range.start)..before.end.max(range.end));
+        }
+        if let Some(freed) = freed {
+            // As above: more is locked than is used, until the description is closed.
+            let _ = self.apply(&held, &freed);
+        }
     }
 
     /// Makes the kernel's locks on `range` what ours say.
@@ -125,11 +202,14 @@ fn flock(piece: &Range<u64>, kind: Option<LockKind>) -> libc::flock {
 
 impl Drop for RangeLock {
     fn drop(&mut self) {
+        // Dropped with others before.
+        if self.range.is_empty() {
+            return;
+        }
         let mut locks = self.description.range_locks();
-        let Some(at) = locks.held.iter().position(|held| held.0 == self.number) else { return };
-        let (_, range, _) = locks.held.remove(at);
+        locks.remove(&self.range, self.kind);
         // As above: more is locked than is used, until the description is closed.
-        let _ = self.description.apply(&locks, &range);
+        let _ = self.description.apply(&locks, &self.range);
     }
 }
 
@@ -172,28 +252,39 @@ mod tests {
     proptest! {
         #[test]
         fn each_byte_is_locked_as_the_strongest_lock_on_it(
-            held in prop::collection::vec((0u64..40, 1u64..20, any::<bool>()), 0..8),
+            made in prop::collection::vec((0u64..40, 1u64..20, any::<bool>()), 0..12),
+            dropped in prop::collection::vec(any::<prop::sample::Index>(), 0..12),
             start in 0u64..50,
             len in 1u64..30,
         ) {
-            let held: Vec<_> = held
-                .into_iter()
-                .map(|(start, len, shared)| {
-                    let kind = if shared { LockKind::Shared } else { LockKind::Exclusive };
-                    (0, start..start + len, kind)
-                })
-                .collect();
-            let locks = RangeLocks { next: 0, held };
-            let mut at = start;
+            let mut locks = RangeLocks::default();
+            let mut held: Vec<(Range<u64>, LockKind)> = Vec::new();
+            for (start, len, shared) in made {
+                let kind = if shared { LockKind::Shared } else { LockKind::Exclusive };
+                locks.add(&(start..start + len), kind);
+                held.push((start..start + len, kind));
+            }
+            for index in dropped {
+                if !held.is_empty() {
+                    let (range, kind) = held.swap_remove(index.index(held.len()));
+                    locks.remove(&range, kind);
+                }
+            }
+            let (mut at, mut last) = (start, None);
             for (piece, kind) in locks.pieces(&(start..start + len)) {
                 prop_assert_eq!(piece.start, at, "no gap, no overlap");
+                prop_assert_ne!(last, Some(kind), "one call for what lies together");
                 for byte in piece.clone() {
-                    let covering = locks.held.iter().filter(|held| held.1.contains(&byte));
-                    prop_assert_eq!(kind, covering.map(|held| held.2).max());
+                    let covering = held.iter().filter(|held| held.0.contains(&byte));
+                    prop_assert_eq!(kind, covering.map(|held| held.1).max());
                 }
-                at = piece.end;
+                (at, last) = (piece.end, Some(kind));
             }
             prop_assert_eq!(at, start + len);
+            while let Some((range, kind)) = held.pop() {
+                locks.remove(&range, kind);
+            }
+            prop_assert!(locks.runs.is_empty(), "nothing is left behind");
         }
     }
 }

@@ -54,6 +54,22 @@ fn locked_ranges_are_listed_and_each_is_undone_by_itself() {
 }
 
 #[test]
+fn many_ranges_are_unlocked_at_once_and_no_others() {
+    let (_folder, export) = folder_with_file();
+    let file = open(&export);
+    let lock = |range, kind| file.lock_range(range, kind).unwrap();
+    let mut going: Vec<_> =
+        (0..100).map(|n| lock(n * 10..n * 10 + 10, LockKind::Exclusive)).collect();
+    going.push(lock(2000..2100, LockKind::Shared));
+    let staying = [lock(305..308, LockKind::Shared), lock(3000..3100, LockKind::Exclusive)];
+    file.unlock_ranges(going);
+    assert_eq!(listed(&file), ["READ 305-307", "WRITE 3000-3099"]);
+    file.unlock_ranges(staying);
+    file.unlock_ranges([]);
+    assert!(listed(&file).is_empty());
+}
+
+#[test]
 fn another_description_is_refused_and_gets_nothing_of_the_range() {
     let (_folder, export) = folder_with_file();
     let (file, other) = (open(&export), open(&export));

@@ -6,6 +6,7 @@
 
 mod reason;
 
+pub use prost::bytes::Bytes;
 pub use reason::{ERROR_DOMAIN, Reason};
 
 /// Version 1 of the protocol, generated from `pinfold.proto`.

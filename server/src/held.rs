@@ -28,6 +28,8 @@ use crate::sync::locked;
 pub(crate) struct HeldFile {
     id: GuardId,
     tier: GuardTier,
+    /// Not before it was guarded.
+    guarded_at: Instant,
     /// Seen at least once: a writer's break hides it again.
     readers_pass: AtomicBool,
     policy: Policy,
@@ -40,7 +42,7 @@ pub(crate) struct HeldFile {
     guard: Mutex<Option<Guard>>,
     mapping: Mutex<Option<Arc<Mapping>>>,
     map_sync: bool,
-    segments: Mutex<BTreeMap<PinId, Vec<Segment>>>,
+    segments: Mutex<ByPin<Segment>>,
     /// What shows others which bytes are pinned.
     locks: Mutex<HashMap<PinId, RangeLock>>,
     /// Segments whose deregistration failed: their keys live until a later try succeeds.
@@ -53,6 +55,44 @@ pub(crate) struct HeldFile {
     /// The exports by which it was pinned.
     exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
+}
+
+/// What pins have, to be taken one after the other.
+#[derive(Debug)]
+struct ByPin<T> {
+    of: BTreeMap<PinId, Vec<T>>,
+    /// Pins before this one have nothing left: who takes the next one need not look at all that were
+    /// taken before.
+    first: PinId,
+}
+
+impl<T> Default for ByPin<T> {
+    fn default() -> Self {
+        Self { of: BTreeMap::new(), first: PinId::default() }
+    }
+}
+
+impl<T> ByPin<T> {
+    fn add(&mut self, pin: PinId, of: Vec<T>) {
+        self.of.insert(pin, of);
+        self.first = self.first.min(pin);
+    }
+
+    fn remove(&mut self, pin: PinId) -> Vec<T> {
+        self.of.remove(&pin).unwrap_or_default()
+    }
+
+    /// Takes no memory, and gives none back.
+    fn pop(&mut self) -> Option<T> {
+        self.of.range_mut(self.first..).find_map(|(pin, of)| {
+            self.first = *pin;
+            of.pop()
+        })
+    }
+
+    fn count(&self) -> usize {
+        self.of.values().map(Vec::len).sum()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -75,6 +115,7 @@ impl HeldFile {
         let file = Self {
             id: guard.id(),
             tier: guard.tier(),
+            guarded_at: Instant::now(),
             readers_pass: AtomicBool::new(false),
             policy,
             takes_stream_writes,
@@ -127,6 +168,11 @@ impl HeldFile {
             }
             tier => tier,
         }
+    }
+
+    /// Whether its guard has kept everybody from renaming it since then: a lease does not.
+    pub(crate) fn held_its_name_since(&self, then: Instant) -> bool {
+        self.tier == GuardTier::Delegation && self.guarded_at <= then
     }
 
     fn look_for_readers(&self) {
@@ -289,7 +335,7 @@ impl HeldFile {
 
     /// Takes the regions of a pin in.
     pub(crate) fn add_segments(&self, pin: PinId, segments: Vec<Segment>) {
-        locked(&self.segments).insert(pin, segments);
+        locked(&self.segments).add(pin, segments);
     }
 
     /// Deregisters the regions of one pin, and waits until none of its stream transfers is inside
@@ -298,8 +344,8 @@ impl HeldFile {
         self.gate.wait_until_out(pin);
         let lock = locked(&self.locks).remove(&pin);
         drop(lock);
-        let segments = locked(&self.segments).remove(&pin);
-        self.deregister(segments.unwrap_or_default())
+        let segments = locked(&self.segments).remove(pin);
+        self.deregister(segments)
     }
 
     /// What is being done to cut it off.
@@ -312,7 +358,7 @@ impl HeldFile {
     pub(crate) fn begin_dropping_regions(&self) -> usize {
         let closed = self.mapping().map(|mapping| mapping.fenced_by_return());
         drop(closed);
-        let live: usize = locked(&self.segments).values().map(Vec::len).sum();
+        let live = locked(&self.segments).count();
         live + self.retry_failed()
     }
 
@@ -336,7 +382,7 @@ impl HeldFile {
             return Some(failed.segments.swap_remove(0));
         }
         drop(failed);
-        locked(&self.segments).values_mut().find_map(Vec::pop)
+        locked(&self.segments).pop()
     }
 
     fn deregister(&self, segments: impl IntoIterator<Item = Segment>) -> usize {
@@ -390,7 +436,7 @@ impl HeldFile {
         let failed = self.drop_regions();
         let deregistered = Instant::now();
         let locks = mem::take(&mut *locked(&self.locks));
-        drop(locks);
+        self.description.unlock_ranges(locks.into_values());
         let mapping = locked(&self.mapping).take();
         // Not under the lock: unmapping may hang, and others only look.
         drop(mapping);
@@ -401,4 +447,28 @@ impl HeldFile {
 /// Of this system.
 pub(crate) fn smallest_page() -> u32 {
     u32::try_from(rustix::param::page_size()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_pins_have_is_taken_once_also_what_comes_late() {
+        let mut all = ByPin::default();
+        all.add(PinId(3), vec![30, 31]);
+        all.add(PinId(7), vec![70]);
+        all.add(PinId(5), Vec::new());
+        all.add(PinId(6), vec![60]);
+        assert_eq!(all.remove(PinId(6)), [60]);
+        assert_eq!(all.count(), 3);
+        let popped: Vec<_> = std::iter::from_fn(|| all.pop()).collect();
+        assert_eq!(popped, [31, 30, 70]);
+        // Its registration was under way meanwhile.
+        all.add(PinId(4), vec![40]);
+        all.add(PinId(8), vec![80]);
+        let popped: Vec<_> = std::iter::from_fn(|| all.pop()).collect();
+        assert_eq!(popped, [40, 80]);
+        assert_eq!(all.count(), 0);
+    }
 }

@@ -33,7 +33,7 @@ impl fmt::Display for SessionId {
 }
 
 /// A pin; never used again within a run of the server.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct PinId(pub u64);
 
 impl fmt::Display for PinId {

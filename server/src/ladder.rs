@@ -270,6 +270,8 @@ impl Cutting {
         match *state {
             State::Awaited => {
                 *state = State::Ended(outcome);
+                // Who is woken wants the lock.
+                drop(state);
                 self.cut.notify_all();
                 false
             }

@@ -49,6 +49,16 @@ use service::Service;
 /// as an attack if there are some 2,000 of them (`h2`, `DataFrameBudget`), and the connection is broken off.
 const CALLS_AT_A_TIME: u32 = 512;
 
+/// What a client may send of one call before the server has taken it: a piece of the stream path, with
+/// what is around it, so that none stops on the way until its beginning has been read.
+const STREAM_WINDOW_BYTES: u32 = 2 << 20;
+
+/// The same of all calls on one connection: the pieces that a client has under way at a time.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// Each frame costs both sides a system call. A larger one would keep notices waiting behind it.
+const FRAME_BYTES_MAX: u32 = 256 << 10;
+
 /// How long clients may take to close their connections once everything has been taken back.
 const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(2);
 
@@ -87,6 +97,9 @@ impl Server {
         let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(Some(CALLS_AT_A_TIME))
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES_MAX)
             .add_service(service)
             .serve_with_incoming_shutdown(connections, going_down);
         tokio::select! {

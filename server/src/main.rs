@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -162,10 +163,19 @@ fn start(args: Args) -> Result<()> {
     #[cfg(feature = "mutants")]
     pinfold_leases::fault::obey()?;
     raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers())
+        .enable_all()
+        .build()?;
     let served = runtime.block_on(run(args));
     runtime.shutdown_timeout(LAST_CALLS);
     served
+}
+
+/// Half of the processors. What blocks, and most of what takes long, is done on other threads, and each
+/// worker that is woken for nothing costs more than a small call.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get).div_ceil(2)
 }
 
 /// Every guarded file takes a descriptor, and the usual soft limit is 1024.

@@ -314,6 +314,11 @@ struct File {
     identity: FileIdentity,
     generation: Generation,
     pins: BTreeSet<PinId>,
+    /// How many of them are live.
+    live: usize,
+    /// Those that are exclusive, by their first byte: no other pin overlaps one of these, so they lie
+    /// one after the other.
+    exclusive: BTreeMap<u64, PinId>,
     /// Given back, but their keys and stream writes may still be on their way out.
     leaving: HashMap<PinId, Range<u64>>,
     /// A reader waits for the kernel; when to look what became of it.
@@ -343,6 +348,23 @@ impl Session {
     fn lose(&mut self, pin: PinId, terms: &Terms) {
         self.pins.remove(&pin);
         self.pinned_bytes -= terms.range.end - terms.range.start;
+    }
+}
+
+impl File {
+    fn take_in(&mut self, id: PinId, terms: &Terms) {
+        self.pins.insert(id);
+        if terms.exclusive {
+            self.exclusive.insert(terms.range.start, id);
+        }
+    }
+
+    fn lose(&mut self, id: PinId, pin: &Pin) {
+        self.pins.remove(&id);
+        self.live -= usize::from(pin.live);
+        if pin.terms.exclusive {
+            self.exclusive.remove(&pin.terms.range.start);
+        }
     }
 }
 
@@ -528,6 +550,8 @@ impl Registry {
             identity,
             generation,
             pins: BTreeSet::new(),
+            live: 0,
+            exclusive: BTreeMap::new(),
             leaving: HashMap::new(),
             outwaiting: None,
             phase: Phase::Held,
@@ -543,9 +567,8 @@ impl Registry {
         let file = self.files.get(&guard)?;
         match file.phase {
             Phase::Held => {
-                let granted = file.pins.iter().filter(|pin| self.pins[pin].live).count();
                 let (generation, pins) = (file.generation, file.pins.len());
-                let standing = Standing::Held { generation, pins, granted };
+                let standing = Standing::Held { generation, pins, granted: file.live };
                 Some((guard, standing))
             }
             Phase::Draining { .. } | Phase::Fencing { .. } => Some((guard, Standing::Going)),
@@ -572,6 +595,12 @@ impl Registry {
     /// Whether a file is being taken back, or nobody uses it any more.
     pub(crate) fn is_going(&self, guard: GuardId) -> bool {
         self.files.get(&guard).is_some_and(|file| !matches!(file.phase, Phase::Held))
+    }
+
+    /// Whether whoever wants a file has to wait for somebody else than for this server.
+    pub(crate) fn has_time(&self, guard: GuardId) -> bool {
+        let phase = self.files.get(&guard).map(|file| &file.phase);
+        matches!(phase, Some(Phase::Held | Phase::Draining { .. }))
     }
 
     /// Whether the fence is due and not yet complete.
@@ -601,7 +630,7 @@ impl Registry {
             holder.pins.insert(id);
             holder.pinned_bytes += wanted;
         });
-        self.files.entry(guard).and_modify(|file| file.pins.extend([id]));
+        self.files.entry(guard).and_modify(|file| file.take_in(id, &terms));
         // Until its regions are there, no byte travels in any way.
         let pin = Pin { session, guard, terms, transport: Transport::Stream, live: false };
         self.pins.insert(id, pin);
@@ -638,20 +667,19 @@ impl Registry {
     }
 
     fn demand_free(&self, file: &File, wanted: &Terms) -> Result<(), Refusal> {
-        let overlaps = |held: &Terms| {
-            held.range.start < wanted.range.end && wanted.range.start < held.range.end
-        };
-        let in_the_way = file.pins.iter().find(|pin| {
-            let held = &self.pins[pin].terms;
-            (held.exclusive || wanted.exclusive) && overlaps(held)
-        });
+        let overlaps =
+            |held: &Range<u64>| held.start < wanted.range.end && wanted.range.start < held.end;
+        // Of those that lie one after the other, the last that begins before the end of what is wanted
+        // reaches furthest.
+        let last = file.exclusive.range(..wanted.range.end).next_back().map(|(_, pin)| pin);
+        let mut in_the_way = last.filter(|pin| overlaps(&self.pins[pin].terms.range));
+        if wanted.exclusive && in_the_way.is_none() && file.exclusive.len() < file.pins.len() {
+            in_the_way = file.pins.iter().find(|pin| overlaps(&self.pins[pin].terms.range));
+        }
         let Some(pin) = in_the_way else {
             // Whoever left just now may still write: an exclusive pin waits until that is over.
-            let leaving = file
-                .leaving
-                .values()
-                .any(|range| range.start < wanted.range.end && wanted.range.start < range.end);
-            return if wanted.exclusive && leaving { Err(Refusal::Draining) } else { Ok(()) };
+            let leaving = wanted.exclusive && file.leaving.values().any(overlaps);
+            return if leaving { Err(Refusal::Draining) } else { Ok(()) };
         };
         let held = &self.pins[pin];
         let holder = self.sessions.get(&held.session);
@@ -671,10 +699,11 @@ impl Registry {
         transport: Transport,
     ) -> Result<Generation, Refusal> {
         let entry = self.pins.get_mut(&pin).ok_or(Refusal::UnknownSession)?;
-        let file = self.files.get(&entry.guard).ok_or(Refusal::Draining)?;
+        let file = self.files.get_mut(&entry.guard).ok_or(Refusal::Draining)?;
         if !matches!(file.phase, Phase::Held) {
             return Err(Refusal::Draining);
         }
+        file.live += usize::from(!entry.live);
         entry.live = true;
         entry.transport = transport;
         Ok(file.generation)
@@ -693,13 +722,13 @@ impl Registry {
         now: Instant,
     ) -> Result<Vec<Action>, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        if holder.revoked.contains(&pin) {
-            return Ok(Vec::new());
+        if holder.pins.contains(&pin) {
+            return Ok(self.drop_pin(pin, now));
         }
-        if !holder.pins.contains(&pin) {
-            return Err(Refusal::UnknownPin { pin });
+        match holder.revoked.contains(&pin) {
+            true => Ok(Vec::new()),
+            false => Err(Refusal::UnknownPin { pin }),
         }
-        Ok(self.drop_pin(pin, now))
     }
 
     fn drop_pin(&mut self, id: PinId, now: Instant) -> Vec<Action> {
@@ -708,7 +737,7 @@ impl Registry {
             session.lose(id, &pin.terms);
         }
         let Some(file) = self.files.get_mut(&pin.guard) else { return Vec::new() };
-        file.pins.remove(&id);
+        file.lose(id, &pin);
         // Orders first: a deregistration that hangs must not keep a fence from falling.
         let mut actions = Vec::new();
         match &file.phase {
@@ -927,6 +956,7 @@ impl Registry {
         file.phase = Phase::Released;
         let generation = file.generation;
         let gone = std::mem::take(&mut file.pins);
+        (file.live, file.exclusive) = (0, BTreeMap::new());
         let live: BTreeSet<PinId> =
             gone.iter().copied().filter(|pin| self.pins[pin].live).collect();
         let sessions = by_session(&self.pins, &live);
@@ -1027,11 +1057,11 @@ impl Registry {
 
     fn live_pin(&self, session: SessionId, pin: PinId, asked: Generation) -> Result<&Pin, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
-        if holder.revoked.contains(&pin) {
-            return Err(Refusal::Stale { pin, asked });
-        }
         let entry = self.pins.get(&pin).filter(|entry| entry.live && entry.session == session);
-        let entry = entry.ok_or(Refusal::UnknownPin { pin })?;
+        let entry = entry.ok_or_else(|| match holder.revoked.contains(&pin) {
+            true => Refusal::Stale { pin, asked },
+            false => Refusal::UnknownPin { pin },
+        })?;
         self.demand_unfenced(entry.guard, pin, asked)?;
         Ok(entry)
     }
@@ -1487,6 +1517,79 @@ mod tests {
         assert!(matches!(over_a_shared_one, Refusal::RangeHeld { exclusive: false, .. }));
         world.registry.unpin(session(1), first, world.now).unwrap();
         begin(&mut world, 2, 12..13, false).unwrap();
+    }
+
+    #[test]
+    fn exclusive_pins_in_a_row_keep_everybody_off_their_own_bytes_and_no_others() {
+        let mut world = World::new();
+        world.file(1);
+        let mut held: Vec<(PinId, Range<u64>)> = Vec::new();
+        for range in [20..30, 40..50, 10..20] {
+            let terms = Terms { exclusive: true, ..shared(range.clone()) };
+            held.push((world.registry.begin_pin(session(1), guard(1), terms).unwrap(), range));
+        }
+        while held.len() > 1 {
+            for (start, end, exclusive) in (0..60)
+                .flat_map(|start| (start + 1..=60).map(move |end| (start, end)))
+                .flat_map(|(start, end)| [(start, end, false), (start, end, true)])
+            {
+                let terms = Terms { exclusive, ..shared(start..end) };
+                let begun = world.registry.begin_pin(session(2), guard(1), terms);
+                let others =
+                    held.iter().filter(|(_, range)| range.start < end && start < range.end);
+                let others: Vec<PinId> = others.map(|(pin, _)| *pin).collect();
+                match begun {
+                    Ok(pin) => {
+                        assert!(others.is_empty(), "{start}..{end}: {others:?} hold it");
+                        world.registry.unpin(session(2), pin, world.now).unwrap();
+                        world.registry.left(guard(1), pin);
+                    }
+                    Err(Refusal::RangeHeld { pin, exclusive: true, .. }) => {
+                        assert!(others.contains(&pin), "{start}..{end}: {pin}, not {others:?}");
+                    }
+                    Err(refusal) => panic!("{start}..{end}: {refusal}"),
+                }
+            }
+            let (pin, _) = held.remove(0);
+            world.registry.unpin(session(1), pin, world.now).unwrap();
+            world.registry.left(guard(1), pin);
+        }
+    }
+
+    #[test]
+    fn there_is_time_while_clients_drain_and_none_from_the_fence_on() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        assert!(world.registry.has_time(guard(1)), "a reader may be left to the kernel");
+        world.broken(1);
+        assert!(world.registry.has_time(guard(1)));
+        world.registry.drained(session(1), &[pin], world.now);
+        assert!(!world.registry.has_time(guard(1)));
+        world.released(1);
+        assert!(!world.registry.has_time(guard(1)));
+    }
+
+    #[test]
+    fn granted_pins_are_those_whose_keys_are_out() {
+        let mut world = World::new();
+        world.file(1);
+        let counts = |world: &World| match world.registry.standing(inode(1)) {
+            Some((_, Standing::Held { pins, granted, .. })) => (pins, granted),
+            other => panic!("{other:?}"),
+        };
+        let (first, _second) = (world.pin(1, 1), world.pin(2, 1));
+        let begun = world.registry.begin_pin(session(1), guard(1), shared(0..1)).unwrap();
+        assert_eq!(counts(&world), (3, 2));
+        world.registry.finish_pin(begun, Transport::Stream).unwrap();
+        assert_eq!(counts(&world), (3, 3));
+        world.registry.unpin(session(1), first, world.now).unwrap();
+        assert_eq!(counts(&world), (2, 2));
+        let given_up = world.registry.begin_pin(session(1), guard(1), shared(0..1)).unwrap();
+        world.registry.abandon_pin(given_up, world.now);
+        assert_eq!(counts(&world), (2, 2));
+        world.registry.end_session(session(1), world.now);
+        assert_eq!(counts(&world), (1, 1));
     }
 
     #[test]

@@ -357,6 +357,15 @@ impl Engine {
         Ok(turn)
     }
 
+    /// The turn, if nobody has it and nobody waits for it.
+    pub(super) fn turn_if_free(&self, located: &Located) -> Option<Turn> {
+        let identity = located.identity();
+        let next = locked(&self.inodes).entry(identity).or_default().turn.clone();
+        let mut turn = Turn { engine: self.arc(), identity, held: None };
+        turn.held = next.try_lock_owned().ok();
+        turn.held.is_some().then_some(turn)
+    }
+
     /// Waits for a revocation that is under way, and returns the guarded file with the number of
     /// its pins, or `None` where the file is not guarded.
     pub(super) async fn settled(

@@ -8,7 +8,7 @@ use pinfold_leases::{
     Break, Description, Error as FileError, FileIdentity, Guard, Located, LockKind, Mapping,
     RelativePath, waiting_breakers,
 };
-use pinfold_proto::v1;
+use pinfold_proto::{Bytes, v1};
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, Quirks, RegistrationMode, with_causes};
 use tokio::sync::oneshot;
 
@@ -23,7 +23,7 @@ use crate::fence::Order;
 use crate::gate::Inside;
 use crate::held::HeldFile;
 use crate::ids::{Generation, Life, PinId, SessionId};
-use crate::registry::{Action, PinAccess, Reason, Refusal, Terms, Transport};
+use crate::registry::{Action, PinAccess, Reason, Refusal, Standing, Terms, Transport};
 use crate::wire;
 
 /// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
@@ -73,6 +73,28 @@ pub(crate) struct StreamPiece {
     pub generation: Generation,
     /// In the file.
     pub offset: u64,
+}
+
+/// Who wants a pin, and which.
+#[derive(Clone, Copy)]
+struct Asker<'a> {
+    id: SessionId,
+    session: &'a SessionParts,
+    order: &'a PinOrder,
+    kept_open: Option<&'a KeptOpen>,
+}
+
+/// A file that is to be pinned.
+struct Found {
+    located: Located,
+    /// Not later than it was looked for.
+    at: Instant,
+}
+
+/// What came of an attempt that waits for nobody.
+enum Tried {
+    Pinned(Box<Granted>),
+    MustWait(Found),
 }
 
 /// What making a pin ready needs to know.
@@ -216,20 +238,17 @@ impl Engine {
         kept_open: Option<KeptOpen>,
     ) -> Result<Granted> {
         let session = self.session(id)?;
-        if order.transport == TransportWish::Rdma {
-            let session = Arc::clone(&session);
-            self.blocking(move |engine| engine.demand_link(&session).map(drop)).await?;
-        }
-        let reserve_limit = self.limits.reserved_bytes_per_pin;
-        let located = self.locate(order.export.clone(), order.path.clone()).await?;
-        if order.expected.is_some_and(|expected| expected != located.identity()) {
-            return Err(Error::FileChanged { path: located.path().to_owned() });
-        }
-        if order.reserve_end.saturating_sub(located.size()) > reserve_limit {
-            let what = "what one pin may reserve past the end of a file";
-            return Err(Refusal::Quota { what, limit: reserve_limit }.into());
-        }
-        let turn = self.take_turn(&located).await?;
+        let (wanted, parts, slot) = (order.clone(), Arc::clone(&session), kept_open.clone());
+        let tried = self.blocking(move |engine| {
+            let asker = Asker { id, session: &parts, order: &wanted, kept_open: slot.as_ref() };
+            engine.pin_at_once(&asker)
+        });
+        let found = match tried.await? {
+            Tried::Pinned(granted) => return Ok(*granted),
+            Tried::MustWait(found) => found,
+        };
+        let located = &found.located;
+        let turn = self.take_turn(located).await?;
         if order.steal {
             // Nobody loses a pin for a request that can't be granted.
             let range = usable_range(order.range.clone(), located.size())?;
@@ -238,36 +257,96 @@ impl Engine {
             if let Some(file) = self.held(located.identity()) {
                 self.demand_obtainable(&session, &file, &range, order)?;
             }
-            self.demand_still_named(&order.export, &order.path, &located).await?;
+            self.demand_still_named(&order.export, &order.path, located).await?;
             // In the same turn as the new guarding: nobody comes between.
-            self.take_back(&located, Reason::Steal).await?;
+            self.take_back(located, Reason::Steal).await?;
         }
-        let held = self.settled(&located).await?;
+        let held = self.settled(located).await?.map(|(file, _)| file);
         let order = order.clone();
         self.blocking(move |engine| {
             let _turn = turn;
-            let policy = engine.policy(&order.export)?;
-            let file = match held {
-                Some((file, _)) => file,
-                None => engine.guard(&located, policy, order.reserve_end, kept_open.as_ref())?,
-            };
-            if file.policy() != policy {
-                let (path, tier) = (file.path().to_owned(), file.tier());
-                return Err(Error::HeldOtherwise { path, tier });
-            }
-            // Before the look whether the export is quiesced, so that one of the two is seen.
-            file.reach_by(&order.export);
-            let granted = engine
-                .demand_named(&order.export, &order.path, located.identity())
-                .and_then(|()| demand_life(&file, order.expected_life))
-                .and_then(|()| engine.pin_on(&file, id, &session, &order));
-            if granted.is_err() {
-                let unused = engine.registry().release_if_unused(file.id());
-                engine.perform(unused);
-            }
-            granted
+            let (session, kept_open) = (session.as_ref(), kept_open.as_ref());
+            engine.pin_in_turn(&Asker { id, session, order: &order, kept_open }, &found, held)
         })
         .await
+    }
+
+    /// Pins where there is nobody to wait for, as there almost never is: all on one thread, since each
+    /// change of threads costs more than most of the work.
+    fn pin_at_once(&self, asker: &Asker<'_>) -> Result<Tried> {
+        let order = asker.order;
+        if order.transport == TransportWish::Rdma {
+            self.demand_link(asker.session)?;
+        }
+        let found = self.find(order)?;
+        if order.steal {
+            return Ok(Tried::MustWait(found));
+        }
+        let Some(_turn) = self.turn_if_free(&found.located) else {
+            return Ok(Tried::MustWait(found));
+        };
+        let standing = self.registry().standing(found.located.identity());
+        let held = match standing {
+            Some((_, Standing::Going)) => return Ok(Tried::MustWait(found)),
+            Some((guard, Standing::Held { .. })) => self.file(guard),
+            None => None,
+        };
+        let granted = self.pin_in_turn(asker, &found, held)?;
+        Ok(Tried::Pinned(Box::new(granted)))
+    }
+
+    /// Finds the file that is to be pinned, if it is the one that is meant.
+    fn find(&self, order: &PinOrder) -> Result<Found> {
+        let reserve_limit = self.limits.reserved_bytes_per_pin;
+        let at = Instant::now();
+        let located = self.export(&order.export)?.locate(&order.path)?;
+        if order.expected.is_some_and(|expected| expected != located.identity()) {
+            return Err(Error::FileChanged { path: located.path().to_owned() });
+        }
+        if order.reserve_end.saturating_sub(located.size()) > reserve_limit {
+            let what = "what one pin may reserve past the end of a file";
+            return Err(Refusal::Quota { what, limit: reserve_limit }.into());
+        }
+        Ok(Found { located, at })
+    }
+
+    /// Only in the inode's turn. `held`: it is guarded already.
+    fn pin_in_turn(
+        &self,
+        asker: &Asker<'_>,
+        found: &Found,
+        held: Option<Arc<HeldFile>>,
+    ) -> Result<Granted> {
+        let Asker { id, session, order, kept_open } = *asker;
+        let policy = self.policy(&order.export)?;
+        let file = match held {
+            Some(file) => file,
+            None => self.guard(&found.located, policy, order.reserve_end, kept_open)?,
+        };
+        if file.policy() != policy {
+            let (path, tier) = (file.path().to_owned(), file.tier());
+            return Err(Error::HeldOtherwise { path, tier });
+        }
+        // Before the look whether the export is quiesced, so that one of the two is seen.
+        file.reach_by(&order.export);
+        let granted = self
+            .demand_found(&file, found, order)
+            .and_then(|()| demand_life(&file, order.expected_life))
+            .and_then(|()| self.pin_on(&file, id, session, order));
+        if granted.is_err() {
+            let unused = self.registry().release_if_unused(file.id());
+            self.perform(unused);
+        }
+        granted
+    }
+
+    /// The path must name the file now that nobody can rename it. If it was found while the guard was
+    /// there already, it does.
+    fn demand_found(&self, file: &HeldFile, found: &Found, order: &PinOrder) -> Result<()> {
+        if file.held_its_name_since(found.at) {
+            return self.export(&order.export).map(drop);
+        }
+        self.demand_named(&order.export, &order.path, found.located.identity())
     }
 
     /// Opens, guards and maps a file, with room for what a pin reserves past its end.
@@ -532,7 +611,7 @@ impl Engine {
     }
 
     /// Writes bytes of a pin through the kernel.
-    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Vec<u8>) -> Result<()> {
+    pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Bytes) -> Result<()> {
         self.streaming(piece, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {

@@ -44,10 +44,11 @@ impl Engine {
         }
     }
 
-    /// Once all is under way: who is it? As far as there is time to look.
+    /// Once all is under way: who is it? As far as there is time to look. Where the fence falls at once
+    /// there is none: this thread would only take the processor from those that cut the file off.
     fn look_for_breakers(&self, file: &HeldFile) {
         let began = Instant::now();
-        if !locked(&self.looks).are_free(began) {
+        if !self.registry().has_time(file.id()) || !locked(&self.looks).are_free(began) {
             return;
         }
         file.note_breakers(waiting_breakers(file.description().identity()));
