@@ -15,7 +15,7 @@ build: ## build everything
 test: ## all of CI: setup, format, clippy, docs, tests, the lab's tests
 	cargo xtask test
 
-test-full: ## the same, every failing call, and ten minutes of the torture rig on each file system; writes docs/results
+test-full: ## the same, the hazards on every kernel, every failing call, and ten minutes of the torture rig on each file system; writes docs/results
 	cargo xtask test-full
 
 lint: ## format and clippy only

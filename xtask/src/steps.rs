@@ -22,6 +22,7 @@ pub(crate) fn test(options: &Options) -> Result<Tally> {
 /// All of CI, and what takes too long for it.
 pub(crate) fn test_full(options: &Options) -> Result<Tally> {
     let mut steps = ci(options);
+    steps.push(("all kernels", Box::new(|| test::run_too_long(options, LAB_LIMIT))));
     steps.push(("all faults", Box::new(|| faults::run(options))));
     steps.push(("torture for long", Box::new(|| torture::run_long(options))));
     run(steps)

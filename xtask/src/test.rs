@@ -22,6 +22,10 @@ const ON_NEWER_RDMA_CORE: &str = "on_newer_rdma_core_";
 /// Tests in files of this name are about the wire between two hosts.
 const ONLY_ACROSS_HOSTS: &str = "across_hosts_";
 
+/// Too long for CI on the kernel between the newest and the oldest: there it is of `make test-full`, and
+/// of who asks for it by name.
+const TOO_LONG_ON_TRIXIE: &str = "on_each_kernel_hazards";
+
 /// What runs a second time across two hosts: the main job, whose bytes must cross a wire.
 const ACROSS_HOSTS: [&str; 5] =
     ["dead_keys", "one_sided_writes", "second_life", "stream_path", "truncate_during_writes"];
@@ -56,7 +60,10 @@ struct Plan {
 /// kernel), runs, sums up.
 pub(crate) fn run(options: &Options, filter: Option<&str>, limit: Duration) -> Result<Tally> {
     let (programs, binaries) = build()?;
-    let plans = plans(options, select(binaries, filter)?);
+    let mut plans = plans(options, select(binaries, filter)?);
+    if filter.is_none() && options.kernel != Suite::Trixie {
+        leave_out_on_trixie(&mut plans);
+    }
     ensure!(!plans.is_empty(), "no lab test matches; `ls lab/tests` shows the files");
     let mut sum = Tally::default();
     let mut lines = Vec::new();
@@ -126,6 +133,19 @@ fn plans(options: &Options, selected: Vec<Selected>) -> Vec<Plan> {
     ];
     plans.retain(|plan| !plan.selected.is_empty());
     plans
+}
+
+fn leave_out_on_trixie(plans: &mut Vec<Plan>) {
+    for plan in plans.iter_mut().filter(|plan| plan.options.kernel == Suite::Trixie) {
+        plan.selected.retain(|selected| !selected.is(TOO_LONG_ON_TRIXIE));
+    }
+    plans.retain(|plan| !plan.selected.is_empty());
+}
+
+/// As [`run`], what it leaves out when nothing is named.
+pub(crate) fn run_too_long(options: &Options, limit: Duration) -> Result<Tally> {
+    let options = Options { kernel: Suite::Trixie, ..options.clone() };
+    run(&options, Some(TOO_LONG_ON_TRIXIE), limit)
 }
 
 /// Gives what the tests reported, and every line of the guest.
