@@ -86,6 +86,9 @@ impl Exit {
             Error::OutsidePin { .. }
             | Error::PastEnd { .. }
             | Error::Misaligned { .. }
+            | Error::BadParts { .. }
+            | Error::NoAtomics { .. }
+            | Error::NotAtomic { .. }
             | Error::BufferTooSmall { .. }
             | Error::ForeignBuffer { .. }
             | Error::NoFlush { .. } => Self::BadRequest,

@@ -149,6 +149,27 @@ pub enum Error {
         because: String,
     },
 
+    /// The pin has no atomics.
+    #[error("no atomics on {file}: {because}; read, change and write instead")]
+    NoAtomics {
+        /// Export and path.
+        file: String,
+        /// What the server's grant says, or what this host lacks.
+        because: String,
+    },
+
+    /// An atomic where there can be none.
+    #[error(
+        "{file}: no atomic at byte {file_offset}; it must be at a multiple of 8, in the part of the \
+         pin that RDMA reaches"
+    )]
+    NotAtomic {
+        /// Export and path.
+        file: String,
+        /// Where it was to be.
+        file_offset: u64,
+    },
+
     /// The server wants the pin back: nothing new begins.
     #[error("the pin on {file} is being taken back ({}); pin it again afterwards", notice.reason)]
     Draining {
@@ -362,6 +383,7 @@ impl Error {
                 Self::PastEnd { file, wanted, valid_end: reach.valid_end }
             }
             Refusal::BadParts(why) => Self::BadParts { file, why },
+            Refusal::NotAtomic { file_offset } => Self::NotAtomic { file, file_offset },
             Refusal::Misaligned { file_offset } => Self::Misaligned {
                 file,
                 file_offset,

@@ -31,8 +31,8 @@ pub(crate) struct LocalDevice {
     domain: ProtectionDomain,
     depth: u32,
     poll_at_most: Duration,
-    /// Takes what the read before a commit brings; nobody looks at it.
-    probe_buffer: sync::Mutex<Option<Buffer>>,
+    /// For what reads a few bytes only, one after the other: kept, as to register one costs more.
+    small_buffers: sync::Mutex<Vec<Buffer>>,
 }
 
 /// A device, and a session's lane on it.
@@ -94,9 +94,9 @@ impl LocalDevice {
         let depth = options.send_window.clamp(1, device.capabilities().max_qp_wr.max(1));
         let domain = ProtectionDomain::new(&device)
             .map_err(|source| Error::Verbs { doing: "allocate a protection domain", source })?;
-        let probe_buffer = sync::Mutex::new(None);
+        let small_buffers = sync::Mutex::default();
         let (id, poll_at_most) = (DeviceId::next(), options.poll_at_most);
-        Ok(Some(Self { id, domain, depth, poll_at_most, probe_buffer }))
+        Ok(Some(Self { id, domain, depth, poll_at_most, small_buffers }))
     }
 
     /// Allocates and registers a buffer.
@@ -129,8 +129,8 @@ impl LocalDevice {
             .map_err(|source| Error::Verbs { doing: "register a buffer", source })
     }
 
-    fn kept_probe_buffer(&self) -> MutexGuard<'_, Option<Buffer>> {
-        self.probe_buffer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn kept_small_buffers(&self) -> MutexGuard<'_, Vec<Buffer>> {
+        self.small_buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -160,18 +160,18 @@ impl Fabric {
         self.device.depth as usize
     }
 
-    /// A buffer for [`Reach::probe`](crate::plan::Reach::probe).
-    pub(crate) async fn probe_buffer(&self) -> Result<Buffer, Error> {
-        let kept = self.device.kept_probe_buffer().take();
+    /// A buffer for a few bytes: for [`Reach::probe`](crate::plan::Reach::probe), or an atomic.
+    pub(crate) async fn small_buffer(&self) -> Result<Buffer, Error> {
+        let kept = self.device.kept_small_buffers().pop();
         match kept {
             Some(buffer) => Ok(buffer),
             None => self.device.registered(PROBE_BYTES).await,
         }
     }
 
-    /// Keeps it for the next commit.
-    pub(crate) fn return_probe_buffer(&self, buffer: Buffer) {
-        *self.device.kept_probe_buffer() = Some(buffer);
+    /// Keeps it for the next one.
+    pub(crate) fn return_small_buffer(&self, buffer: Buffer) {
+        self.device.kept_small_buffers().push(buffer);
     }
 
     /// Connects a lane, if there is none.

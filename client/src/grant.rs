@@ -151,6 +151,8 @@ pub struct Grant {
     pub no_rdma_because: Option<String>,
     /// Why [`Durability::Flush`] is not on offer, for people; absent if it is.
     pub no_flush_because: Option<String>,
+    /// Why there are no [atomics](crate::Pin::fetch_add), for people; absent if there are.
+    pub no_atomics_because: Option<String>,
 }
 
 impl GuardTier {
@@ -193,6 +195,10 @@ impl Grant {
             true => "this server knows no RDMA FLUSH".to_owned(),
             false => wire.no_flush_because,
         };
+        let no_atomics = match wire.no_atomics_because.is_empty() {
+            true => "this server knows no atomics".to_owned(),
+            false => wire.no_atomics_because,
+        };
         Ok(Self {
             pin_id: wire.pin_id,
             generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
@@ -209,6 +215,7 @@ impl Grant {
             dax: wire.dax,
             map_sync: wire.map_sync,
             no_flush_because: (!durability.contains(&Durability::Flush)).then_some(because),
+            no_atomics_because: (!wire.atomics).then_some(no_atomics),
             durability,
             quirks: Quirks {
                 // An absent rule is no rule.

@@ -20,7 +20,7 @@ use crate::pin_state::Gone;
 use crate::retry::passes;
 use crate::{
     Buffer, CommitReport, ConnectOptions, Error, FileChange, FileIdentity, FlushReport, Grant,
-    Interruption, InterruptionCause, KeepPolicy, Loss, Pin, PinRequest, ReadReport, Reason,
+    Interruption, InterruptionCause, KeepPolicy, Loss, Part, Pin, PinRequest, ReadReport, Reason,
     Session, TransferError, WriteFate, WriteReport,
 };
 
@@ -313,6 +313,52 @@ impl KeptPin {
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
         self.transfer(buffer, async |pin, buffer| pin.read(offset, len, buffer).await).await
+    }
+
+    /// As [`Pin::write_vectored`].
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write), and [`Error::BadParts`].
+    pub async fn write_vectored(
+        &self,
+        parts: &[Part],
+        buffer: Buffer,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        self.transfer(buffer, async |pin, buffer| pin.write_vectored(parts, buffer).await).await
+    }
+
+    /// As [`Pin::read_vectored`].
+    ///
+    /// # Errors
+    ///
+    /// As [`write_vectored`](Self::write_vectored), but for [`Error::ReadOnlyPin`].
+    pub async fn read_vectored(
+        &self,
+        parts: &[Part],
+        buffer: Buffer,
+    ) -> Result<(Buffer, ReadReport), TransferError> {
+        self.transfer(buffer, async |pin, buffer| pin.read_vectored(parts, buffer).await).await
+    }
+
+    /// As [`Pin::fetch_add`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Pin::fetch_add`], and [`Error::Interrupted`], as [`check`](Self::check).
+    pub async fn fetch_add(&self, offset: u64, number: u64) -> Result<u64, Error> {
+        let pin = self.pin()?;
+        self.told(&pin, pin.fetch_add(offset, number).await).await
+    }
+
+    /// As [`Pin::compare_swap`].
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    pub async fn compare_swap(&self, offset: u64, expected: u64, new: u64) -> Result<u64, Error> {
+        let pin = self.pin()?;
+        self.told(&pin, pin.compare_swap(offset, expected, new).await).await
     }
 
     /// As [`Pin::commit`]: of what was written by the present grant.

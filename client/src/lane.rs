@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use pinfold_verbs::{
-    Buffer, Completed, CompletionStatus, Error as VerbsError, Lane, Piece, PostError,
+    Atomic, Buffer, Completed, CompletionStatus, Error as VerbsError, Lane, Piece, PostError,
 };
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
 
@@ -34,6 +34,8 @@ pub(crate) enum Asked {
     Transfer(Direction),
     /// To make the pieces' remote ends durable; the buffer has no part in it.
     Flush,
+    /// On the remote end of the only piece; what was there comes into the buffer.
+    Atomic(Atomic),
 }
 
 /// A lane that is shared. Its task has it for good; everybody else for a moment.
@@ -134,6 +136,7 @@ impl SharedLane {
                 let ranges: Vec<_> = pieces.iter().map(|piece| piece.remote).collect();
                 self.lane.post_flush(buffer, &ranges, slot)
             }
+            Asked::Atomic(atomic) => self.lane.post_atomic(buffer, pieces[0].remote, atomic, slot),
         };
         match posted {
             Ok(()) => {

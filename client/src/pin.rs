@@ -1,5 +1,6 @@
 //! A pin: the right to reach a range of a file.
 
+mod atomics;
 mod digest;
 mod flush;
 
@@ -792,12 +793,12 @@ impl Pin {
         }
         if let Some(request) = self.reach().probe() {
             let doing = || format!("read back from {} before the commit", self.file);
-            let (buffer, pieces) = (fabric.probe_buffer().await?, [request]);
+            let (buffer, pieces) = (fabric.small_buffer().await?, [request]);
             let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
             let asked = Asked::Transfer(Direction::Read);
             let operation = Operation { asked, pieces: &pieces, buffer, transfer: Some(&transfer) };
             let ran = self.run(fabric, operation, doing).await;
-            fabric.return_probe_buffer(ran.map_err(|(error, _)| error)?);
+            fabric.return_small_buffer(ran.map_err(|(error, _)| error)?);
         }
         // Of two commits at a time, each counts only what its own read stood behind.
         self.proven.fetch_max(written, Ordering::Release);

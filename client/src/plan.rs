@@ -14,6 +14,9 @@ use crate::{Grant, Segment};
 /// Largest request. Below what any device takes (2 GiB), and a multiple of any alignment.
 const REQUEST_BYTES_MAX: u64 = 1 << 30;
 
+/// What an atomic changes.
+const ATOMIC_BYTES: usize = 8;
+
 /// A probe that makes sure that earlier writes are in memory has no use for more.
 pub(crate) const PROBE_BYTES: usize = 8;
 
@@ -69,6 +72,8 @@ pub(crate) enum Refusal {
     /// It, or its part in a later segment, starts at a place that the device mishandles, and the
     /// stream path is not to be used.
     Misaligned { file_offset: u64 },
+    /// An atomic on bytes that start at no multiple of 8, or that no key reaches.
+    NotAtomic { file_offset: u64 },
     /// Parts that make no sense together.
     BadParts(&'static str),
 }
@@ -128,6 +133,20 @@ impl<'a> Reach<'a> {
             return Ok(Plan::default());
         }
         self.split(ways, wanted.start..end)
+    }
+
+    /// The eight bytes at a file offset, for an atomic: no quirk matters, but they must be aligned, and
+    /// within a key's reach.
+    pub(crate) fn atomic(self, offset: u64) -> Result<Piece, Refusal> {
+        let wanted = self.whole(self.pinned(offset, ATOMIC_BYTES)?)?;
+        let mut segments = self.grant.segments.iter();
+        let inside = |segment: &&Segment| {
+            segment.file_offset <= wanted.start && wanted.end <= segment.file_end()
+        };
+        let piece = segments.find(inside).map(|segment| request(segment, offset, 0..ATOMIC_BYTES));
+        piece
+            .filter(|piece| piece.remote.address.is_multiple_of(ATOMIC_BYTES as u64))
+            .ok_or(Refusal::NotAtomic { file_offset: offset })
     }
 
     /// A small read that the device takes, if it takes any in this pin. Where it takes none it
@@ -320,6 +339,7 @@ mod tests {
             quirks: Quirks { start_alignment_bytes: alignment, path_mtu_bytes: 0 },
             no_rdma_because: None,
             no_flush_because: None,
+            no_atomics_because: None,
         }
     }
 
@@ -448,6 +468,19 @@ mod tests {
         assert_eq!((plan.len(), plan.buffer_end()), (150, 4196));
         assert_eq!(reach.read_parts(BOTH, &parts).unwrap(), plan);
         assert_eq!(reach.write_parts(BOTH, &[]).unwrap(), Plan::default());
+    }
+
+    #[test]
+    fn an_atomic_is_on_eight_aligned_bytes_that_a_key_reaches() {
+        let mut grant = grant(&[(4096, 4096, 0x10000)], 8000, 4096);
+        grant.range.start = 0;
+        let reach = grant.reach();
+        assert_eq!(reach.atomic(4104).unwrap(), request(0..8, 0x10008, 4097));
+        for offset in [4100, 4092, 0] {
+            assert_eq!(reach.atomic(offset), Err(Refusal::NotAtomic { file_offset: offset }));
+        }
+        assert!(matches!(reach.atomic(7996), Err(Refusal::PastEnd { .. })));
+        assert!(matches!(reach.atomic(8192), Err(Refusal::OutsidePin { .. })));
     }
 
     #[test]
@@ -637,7 +670,7 @@ mod tests {
                     outside += 1;
                 }
                 Err(Refusal::PastEnd { .. }) => assert!(inside && wanted.end > grant.valid_end),
-                Err(Refusal::BadParts(_)) => panic!("it is one part"),
+                Err(Refusal::BadParts(_) | Refusal::NotAtomic { .. }) => panic!("it is one part"),
                 Err(Refusal::Misaligned { file_offset }) => {
                     assert!(ways.stream.is_none());
                     assert!(wanted.contains(&file_offset));

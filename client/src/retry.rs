@@ -30,6 +30,8 @@ pub(crate) fn passes(error: &Error) -> bool {
         | Error::NoThread { .. }
         | Error::ForeignBuffer { .. }
         | Error::NoFlush { .. }
+        | Error::NoAtomics { .. }
+        | Error::NotAtomic { .. }
         | Error::FileChanged { .. }
         | Error::GaveUp { .. }
         | Error::OutsidePin { .. }

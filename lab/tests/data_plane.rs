@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use pinfold_client::{Error, Part, Pin, PinRequest, Session, WriteReport, blocking};
+use pinfold_client::{Error, Part, Pin, PinRequest, Session, Transport, WriteReport, blocking};
 use pinfold_lab::{
     EXPORT, Pattern, Truncation, eventually, next_revocation, on_each_file_system,
     read_by_another_process,
@@ -133,6 +133,55 @@ on_each_file_system! {
         let refused = pin.write_vectored(&overlapping, buffer).await.unwrap_err();
         assert!(matches!(refused.error, Error::BadParts { .. }), "{refused}");
         assert!(refused.buffer.is_some());
+    }
+
+    /// In the middle of a page, where soft-RoCE misplaces a write.
+    async fn atomics_of_several_clients_are_single_steps(lab in Lab) {
+        const COUNTER: u64 = PAGE as u64 + 616;
+        const EACH: u64 = 40;
+        lab.make_file("file", 4 * PAGE as u64);
+        let mut clients = JoinSet::new();
+        for _ in 0..3 {
+            let session = lab.session().await;
+            clients.spawn(async move {
+                let pin = pin(&session, "file").await;
+                assert_eq!(pin.grant().no_atomics_because, None);
+                let mut found = Vec::new();
+                for _ in 0..EACH {
+                    found.push(pin.fetch_add(COUNTER, 1).await.unwrap());
+                }
+                pin.commit().await.unwrap();
+                pin.unpin().await.unwrap();
+                found
+            });
+        }
+        let mut found = clients.join_all().await.concat();
+        found.sort_unstable();
+        assert_eq!(found, (0..3 * EACH).collect::<Vec<_>>(), "each number once");
+
+        let session = lab.session().await;
+        let pin = pin(&session, "file").await;
+        assert_eq!(pin.compare_swap(COUNTER, 7, 1).await.unwrap(), 120, "it is not 7");
+        assert_eq!(pin.compare_swap(COUNTER, 120, u64::MAX - 1).await.unwrap(), 120);
+        assert_eq!(pin.fetch_add(COUNTER, 3).await.unwrap(), u64::MAX - 1);
+        for (offset, what) in [(COUNTER + 4, "at a multiple of 8"), (4 * PAGE as u64, "is pinned")] {
+            let refused = pin.fetch_add(offset, 1).await.unwrap_err().to_string();
+            assert!(refused.contains(what), "{refused}");
+        }
+        pin.unpin().await.unwrap();
+        let mut expected = vec![0; 4 * PAGE];
+        expected[COUNTER as usize..COUNTER as usize + 8].copy_from_slice(&1_u64.to_ne_bytes());
+        assert_eq!(read_by_another_process(&lab.path("file")), expected);
+
+        for (request, because) in [
+            (PinRequest::read(EXPORT, "file"), "pinned for reading only"),
+            (PinRequest::read_write(EXPORT, "file").transport(Transport::Stream), "the stream path only"),
+        ] {
+            let pin = session.pin(request).await.unwrap();
+            let refused = pin.fetch_add(COUNTER, 1).await.unwrap_err().to_string();
+            assert!(refused.contains(because), "{refused}");
+            pin.unpin().await.unwrap();
+        }
     }
 
     async fn a_program_without_a_runtime_has_the_same(lab in Lab) {

@@ -114,18 +114,33 @@ impl Fabric {
         Err(why)
     }
 
+    /// Whether a client may use atomics on what is registered by these rules, or why not.
+    pub(crate) fn atomics_for(&self, quirks: &Quirks, access: PinAccess) -> Result<(), String> {
+        match access {
+            PinAccess::Read => Err("the pin is for reading only".to_owned()),
+            PinAccess::ReadWrite if quirks.atomics => Ok(()),
+            PinAccess::ReadWrite => {
+                let device = self.device.name();
+                Err(format!("RDMA device {device} of the server has none that work for this file"))
+            }
+        }
+    }
+
     /// What a session's connection allows; each key narrows it further.
     fn access(&self) -> Access {
-        Access { remote_flush: self.flush.is_ok(), ..Access::REMOTE_READ_WRITE }
+        let remote_atomic = self.tested().any(|quirks| quirks.atomics);
+        Access { remote_flush: self.flush.is_ok(), remote_atomic, ..Access::REMOTE_READ_WRITE }
+    }
+
+    /// The rules of each kind of registration that can be used.
+    fn tested(&self) -> impl Iterator<Item = &Quirks> {
+        [&self.on_demand, &self.pinned].into_iter().filter_map(|tested| tested.as_ref().ok())
     }
 
     /// The path MTU of a connection: what both ends can do and every kind of registration needs.
     fn path_mtu(&self, client: &Endpoint, server: &Endpoint) -> Result<Mtu> {
         let possible = client.path_mtu_bytes.min(server.path_mtu_bytes);
-        let demanded = [&self.on_demand, &self.pinned]
-            .into_iter()
-            .filter_map(|tested| tested.as_ref().ok()?.path_mtu_bytes)
-            .max();
+        let demanded = self.tested().filter_map(|quirks| quirks.path_mtu_bytes).max();
         match demanded {
             Some(bytes) if bytes > possible => Err(Error::QueuePair {
                 why: format!(
@@ -314,7 +329,11 @@ pub(crate) fn register(
 ) -> Result<Vec<Segment>> {
     let access = match manner.access {
         PinAccess::Read => Access::REMOTE_READ,
-        PinAccess::ReadWrite => Access { remote_flush: manner.flush, ..Access::REMOTE_READ_WRITE },
+        PinAccess::ReadWrite => Access {
+            remote_flush: manner.flush,
+            remote_atomic: manner.quirks.atomics,
+            ..Access::REMOTE_READ_WRITE
+        },
     };
     let largest = match manner.mode {
         RegistrationMode::OnDemand => manner.quirks.max_region_bytes,

@@ -231,6 +231,8 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         quirks: Some(granted.ways.quirks),
         no_rdma_because: granted.ways.no_rdma_because,
         no_flush_because: granted.ways.no_flush_because.unwrap_or_default(),
+        atomics: granted.ways.no_atomics_because.is_none(),
+        no_atomics_because: granted.ways.no_atomics_because.unwrap_or_default(),
         life: Some(life(file.life())),
     }
 }

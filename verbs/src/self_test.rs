@@ -3,6 +3,7 @@
 //! `rules` is pure (observations in, rules out); `rig` holds the two connected ends and moves the
 //! bytes; this file says what is tested, and in what order.
 
+mod atomics;
 mod flush;
 mod rig;
 mod rules;
@@ -30,12 +31,19 @@ pub struct Quirks {
     pub max_region_bytes: u64,
     /// The path MTU must be exactly this, in bytes. None: any.
     pub path_mtu_bytes: Option<u32>,
+    /// Whether atomics may be used, which need not keep the other rules: the device has them, and they
+    /// work.
+    pub atomics: bool,
 }
 
 impl Quirks {
     /// No rule at all.
-    pub const NONE: Self =
-        Self { start_alignment_bytes: 1, max_region_bytes: u64::MAX, path_mtu_bytes: None };
+    pub const NONE: Self = Self {
+        start_alignment_bytes: 1,
+        max_region_bytes: u64::MAX,
+        path_mtu_bytes: None,
+        atomics: true,
+    };
 
     /// No rule on where messages start or on the path MTU.
     #[must_use]
@@ -62,6 +70,9 @@ impl fmt::Display for Quirks {
         }
         if self.max_region_bytes < u64::MAX {
             rules.push(format!("regions of at most {} bytes", self.max_region_bytes));
+        }
+        if !self.atomics {
+            rules.push("no atomics".to_owned());
         }
         if rules.is_empty() {
             return f.write_str("none");
@@ -212,6 +223,7 @@ pub enum SelfTestError {
 ///   lengths and path MTUs; what holds only under a rule becomes a quirk;
 /// * the bounds hold to the byte, at both ends, and a region for reading can't be written;
 /// * a key is worth nothing on a queue pair of another protection domain;
+/// * atomics change exactly their bytes, where the key allows them; else they become a quirk;
 /// * a key dies with its deregistration and, on demand, with `mprotect(PROT_NONE)`;
 /// * and how large a region may be (on demand; a pinned one would cost its memory, so there the
 ///   device's own figure is taken).
@@ -242,11 +254,13 @@ pub fn self_test(device: &Device, mode: RegistrationMode) -> Result<SelfTestRepo
         fence(&rig, mtu, &mut checks)?;
     }
     let max_region_bytes = region_size(&rig, &mut checks)?;
+    let atomics = atomics::atomics(&rig, mtu, &mut checks)?;
 
     let quirks = Quirks {
         start_alignment_bytes: rule.start_alignment_bytes,
         max_region_bytes,
         path_mtu_bytes: rule.path_mtu.map(Mtu::bytes),
+        atomics,
     };
     let report = SelfTestReport {
         device: device.device_name(),
@@ -471,12 +485,13 @@ mod tests {
             start_alignment_bytes: 4096,
             max_region_bytes: (2 << 30) - 4096,
             path_mtu_bytes: Some(4096),
+            atomics: false,
         };
         assert!(!rxe.allow_any_message());
         assert_eq!(
             rxe.to_string(),
             "messages start on a multiple of 4096 bytes; path MTU exactly 4096 bytes; regions of \
-             at most 2147479552 bytes"
+             at most 2147479552 bytes; no atomics"
         );
     }
 }

@@ -65,11 +65,11 @@ impl Pin {
             let operation = Operation {
                 asked: Asked::Flush,
                 pieces: parts,
-                buffer: fabric.probe_buffer().await?,
+                buffer: fabric.small_buffer().await?,
                 transfer: Some(&Transfer::new(&self.cell, Direction::Read, 0..0)),
             };
             match self.run(fabric, operation, doing).await {
-                Ok(buffer) => fabric.return_probe_buffer(buffer),
+                Ok(buffer) => fabric.return_small_buffer(buffer),
                 Err((Error::Verbs { source: VerbsError::NoFlush { device, why }, .. }, _)) => {
                     return Err(self.no_flush(format!("RDMA device {device} of this host: {why}")));
                 }

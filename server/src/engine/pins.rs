@@ -41,13 +41,21 @@ pub(crate) struct Ways {
     pub no_rdma_because: String,
     /// Why the client can't flush by itself; absent: it can.
     pub no_flush_because: Option<String>,
+    /// Why it can't use atomics.
+    pub no_atomics_because: Option<String>,
 }
 
 impl Ways {
     pub(super) fn stream(no_rdma_because: String) -> Self {
         let quirks = v1::Quirks { start_alignment_bytes: 1, path_mtu_bytes: 0 };
-        let no_flush_because = Some("the pin goes by the stream path only".to_owned());
-        Self { segments: Vec::new(), quirks, no_rdma_because, no_flush_because }
+        let because = Some("the pin goes by the stream path only".to_owned());
+        Self {
+            segments: Vec::new(),
+            quirks,
+            no_rdma_because,
+            no_flush_because: because.clone(),
+            no_atomics_because: because,
+        }
     }
 }
 
@@ -507,6 +515,7 @@ impl Engine {
             quirks: wire::quirks(&quirks),
             no_rdma_because: String::new(),
             no_flush_because: flush.err(),
+            no_atomics_because: fabric.atomics_for(&quirks, order.access).err(),
         })
     }
 

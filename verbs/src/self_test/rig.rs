@@ -16,7 +16,7 @@ use crate::completion::CompletionStatus;
 use crate::device::{Device, DeviceName};
 use crate::error::Error;
 use crate::flush::NoFlush;
-use crate::lane::{Lane, Piece, PostError, RemoteSlice, UnconnectedLane};
+use crate::lane::{Atomic, Lane, Piece, PostError, RemoteSlice, UnconnectedLane};
 use crate::memory::{Memory, PinnableMemory};
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, Mtu, QueuePair, QueuePairBuilder};
@@ -162,6 +162,21 @@ impl Pair {
         let Transfer { address, key, len, .. } = transfer;
         let range = RemoteSlice { address, key, len };
         self.wait(rig, |lane, buffer| lane.post_flush(buffer, &[range], ()))
+    }
+
+    /// An atomic at an offset of the target, how it ended, and what it found there.
+    pub(super) fn atomic(
+        &mut self,
+        rig: &Rig,
+        region: &MemoryRegion<Arc<Target>>,
+        offset: usize,
+        atomic: Atomic,
+    ) -> Result<(CompletionStatus, u64), SelfTestError> {
+        let address = region.remote_address() + offset as u64;
+        let remote = RemoteSlice { address, key: region.remote_key(), len: size_of::<u64>() };
+        let status = self.wait(rig, |lane, buffer| lane.post_atomic(buffer, remote, atomic, ()))?;
+        let bytes = self.buffer.as_ref().and_then(|buffer| buffer.as_slice().first_chunk());
+        Ok((status, bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes))))
     }
 
     /// Why this end can't ask for a flush, if so.

@@ -1,0 +1,87 @@
+//! Eight bytes changed as one step, by the server's NIC.
+
+use pinfold_verbs::{Atomic, Error as VerbsError};
+
+use super::{Batch, Pin};
+use crate::Error;
+use crate::fabric::Operation;
+use crate::lane::{Asked, Direction};
+use crate::plan::Part;
+use crate::transfer::Transfer;
+
+/// What an atomic changes.
+const WIDTH: usize = 8;
+
+impl Pin {
+    /// Adds to the eight bytes at `offset`, and returns what was there; it wraps around. They are a number
+    /// in the byte order of the server's host.
+    ///
+    /// It is one step among the atomics of all who come by the same device of the server
+    /// (IBTA 9.4.5), not beside what processors there write. As a write it survives power loss after a
+    /// [`commit`](Self::commit). If the answer is lost, nobody knows whether it was done: it is not tried
+    /// again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoAtomics`] where the grant [offers none](crate::Grant::no_atomics_because), or this
+    /// host's device has none; [`Error::NotAtomic`]; else those of [`write`](Self::write).
+    pub async fn fetch_add(&self, offset: u64, number: u64) -> Result<u64, Error> {
+        self.change(offset, Atomic::FetchAdd(number)).await
+    }
+
+    /// Replaces the eight bytes at `offset` if they are what was `expected`, and returns what was there:
+    /// it was done if that is the same. Else as [`fetch_add`](Self::fetch_add).
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    pub async fn compare_swap(&self, offset: u64, expected: u64, new: u64) -> Result<u64, Error> {
+        self.change(offset, Atomic::CompareSwap { expected, new }).await
+    }
+
+    async fn change(&self, offset: u64, atomic: Atomic) -> Result<u64, Error> {
+        self.check_writable()?;
+        self.check()?;
+        if let Some(because) = &self.grant.no_atomics_because {
+            return Err(self.no_atomics(because.clone()));
+        }
+        let Some(fabric) = &self.fabric else {
+            return Err(self.no_atomics("the session is not connected by RDMA".to_owned()));
+        };
+        let piece = self.reach().atomic(offset);
+        let piece =
+            piece.map_err(|refusal| Error::from_refusal(refusal, &self.file, self.reach()))?;
+        let part = Part { offset, bytes: 0..WIDTH };
+        let entry = self.enter(std::slice::from_ref(&part));
+        self.cell.settled(&part.stretch()).await;
+        let transfer = Transfer::new(&self.cell, Direction::Write, part.stretch());
+        let batch = Batch { pin: self, returned: false };
+        let operation = Operation {
+            asked: Asked::Atomic(atomic),
+            pieces: &[piece],
+            buffer: fabric.small_buffer().await?,
+            transfer: Some(&transfer),
+        };
+        let doing = || format!("change 8 bytes at byte {offset} of {}", self.file);
+        let ran = self.run(fabric, operation, doing).await;
+        batch.returned();
+        transfer.end();
+        let buffer = ran.map_err(|(error, _)| match error {
+            Error::Verbs { source: VerbsError::NoAtomics { device }, .. } => {
+                self.no_atomics(format!("RDMA device {device} of this host has none"))
+            }
+            error => error,
+        })?;
+        let mut there = [0; WIDTH];
+        there.copy_from_slice(&buffer.as_slice()[..WIDTH]);
+        fabric.return_small_buffer(buffer);
+        if let Some(entry) = entry {
+            entry.succeed();
+        }
+        Ok(u64::from_ne_bytes(there))
+    }
+
+    fn no_atomics(&self, because: String) -> Error {
+        Error::NoAtomics { file: self.file.to_string(), because }
+    }
+}

@@ -1,0 +1,92 @@
+//! Whether atomics may be used: a device that misplaces writes may misplace them too, or not.
+
+use super::rig::{Pair, Rig, Target};
+use super::{Check, Outcome, SelfTestError, rules};
+use crate::lane::Atomic;
+use crate::queue_pair::Mtu;
+use crate::region::{Access, MemoryRegion, RegistrationMode};
+
+use std::sync::Arc;
+
+/// What a region on which atomics work is made with.
+const CHANGEABLE: Access = Access { remote_atomic: true, ..Access::REMOTE_READ_WRITE };
+
+/// In the middle of a page, where rxe misplaces writes.
+const OFFSET: usize = rules::PAGE + 8 * 77;
+
+/// Whether atomics change exactly their eight bytes and tell what was there; false where the device has
+/// none in this mode. Where they may be used they must be refused to a key without the right, and after
+/// the fence.
+pub(super) fn atomics(rig: &Rig, mtu: Mtu, checks: &mut Vec<Check>) -> Result<bool, SelfTestError> {
+    let capabilities = rig.domain.device().capabilities();
+    let on_demand = rig.mode == RegistrationMode::OnDemand;
+    if !capabilities.atomics || (on_demand && !capabilities.odp.rc_atomic) {
+        return Ok(false);
+    }
+    let connect = || rig.connect_allowing(CHANGEABLE, mtu, &rig.domain);
+    let target = rig.target()?;
+    let region = rig.register(&target, 0..target.len(), CHANGEABLE)?;
+    if let Err(what) = are_exact(rig, &mut connect()?, &target, &region)? {
+        tracing::warn!(device = rig.device_name().to_string(), mode = %rig.mode, what, "no atomics");
+        return Ok(false);
+    }
+    let plain = rig.register(&target, 0..target.len(), Access::REMOTE_READ_WRITE)?;
+    refused(rig, connect()?, &plain, "an atomic with a key that does not allow it")?;
+    if on_demand {
+        target.protect(false).map_err(|error| rig.failed(error))?;
+        refused(rig, connect()?, &region, "an atomic after the fence")?;
+        target.protect(true).map_err(|error| rig.failed(error))?;
+    }
+    let outcome = Outcome::Holds;
+    checks.push(Check { name: "atomics change exactly their eight bytes", outcome });
+    Ok(true)
+}
+
+/// Or says what is not.
+fn are_exact(
+    rig: &Rig,
+    pair: &mut Pair,
+    target: &Target,
+    region: &MemoryRegion<Arc<Target>>,
+) -> Result<Result<(), &'static str>, SelfTestError> {
+    target.fill();
+    let mut image = target.snapshot();
+    let mut there = word(&image);
+    let added = there.wrapping_add(7);
+    let steps = [
+        (Atomic::FetchAdd(7), added),
+        (Atomic::CompareSwap { expected: there, new: 1 }, added),
+        (Atomic::CompareSwap { expected: added, new: 99 }, 99),
+    ];
+    for (atomic, becomes) in steps {
+        let (status, found) = pair.atomic(rig, region, OFFSET, atomic)?;
+        if !status.is_success() {
+            return Ok(Err("one was refused"));
+        }
+        image[OFFSET..OFFSET + 8].copy_from_slice(&becomes.to_ne_bytes());
+        if found != there || target.snapshot() != image {
+            return Ok(Err("one went wrong"));
+        }
+        there = becomes;
+    }
+    Ok(Ok(()))
+}
+
+fn word(image: &[u8]) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&image[OFFSET..OFFSET + 8]);
+    u64::from_ne_bytes(bytes)
+}
+
+fn refused(
+    rig: &Rig,
+    mut pair: Pair,
+    region: &MemoryRegion<Arc<Target>>,
+    what: &str,
+) -> Result<(), SelfTestError> {
+    if !pair.atomic(rig, region, OFFSET, Atomic::FetchAdd(1))?.0.is_success() {
+        return Ok(());
+    }
+    let what = format!("{what} succeeded");
+    Err(SelfTestError::NotProtected { device: rig.device_name(), mode: rig.mode, what })
+}
