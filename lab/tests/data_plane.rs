@@ -164,7 +164,7 @@ on_each_file_system! {
         assert_eq!(pin.compare_swap(COUNTER, 7, 1).await.unwrap(), 120, "it is not 7");
         assert_eq!(pin.compare_swap(COUNTER, 120, u64::MAX - 1).await.unwrap(), 120);
         assert_eq!(pin.fetch_add(COUNTER, 3).await.unwrap(), u64::MAX - 1);
-        for (offset, what) in [(COUNTER + 4, "at a multiple of 8"), (4 * PAGE as u64, "is pinned")] {
+        for (offset, what) in [(COUNTER + 4, "at a multiple of 8"), (4 * PAGE as u64, "not all pinned")] {
             let refused = pin.fetch_add(offset, 1).await.unwrap_err().to_string();
             assert!(refused.contains(what), "{refused}");
         }
