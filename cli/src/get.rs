@@ -203,10 +203,7 @@ async fn get(
         anew_because: proof.missing_because(),
         verified: checked.is_some(),
     };
-    if let Some(pin) = Arc::into_inner(pin) {
-        // The bytes are where they should be; a pin that can't be given back ends with the session.
-        let _ = pin.unpin().await;
-    }
+    transfer::give_back(pin).await;
     Ok(report(copied))
 }
 

@@ -188,10 +188,7 @@ async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Fa
         anew_because: progress.proof.missing_because(),
         verified: checked.is_some(),
     };
-    if let Some(pin) = Arc::into_inner(pin) {
-        // The bytes are where they should be; a pin that can't be given back ends with the session.
-        let _ = pin.unpin().await;
-    }
+    transfer::give_back(pin).await;
     Ok(Report::new(file, made.created, copied, flush))
 }
 

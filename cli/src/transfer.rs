@@ -249,6 +249,14 @@ fn may_be_the_pin(error: &Error) -> bool {
     }
 }
 
+/// Gives a pin back when all is done: the bytes are where they should be, and one that can't be given
+/// back ends with the session.
+pub(crate) async fn give_back(pin: Arc<Pin>) {
+    if let Some(pin) = Arc::into_inner(pin) {
+        let _ = pin.unpin().await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,24 +40,52 @@ pub(crate) fn of_folder(top: &Path) -> Result<Vec<Found>, Failure> {
         let what = format!("{} is no folder", top.display());
         return Err(Failure::new(Exit::LocalIo, what).or_hint("leave -r out to copy one file"));
     }
-    let mut found = names_in(top, "").map_err(failed)?;
-    // The next one last.
-    found.reverse();
-    let mut done = Vec::new();
-    while let Some(next) = found.pop() {
-        let folder = matches!(next.kind, Kind::Folder).then(|| top.join(&next.path));
-        let path = next.path.clone();
-        done.push(next);
-        let Some(folder) = folder else { continue };
-        match names_in(&folder, &(path.clone() + "/")) {
-            Ok(names) => found.extend(names.into_iter().rev()),
-            Err(error) => {
-                let what = format!("cannot read the folder {}", folder.display());
-                done.push(Found { path, kind: Kind::Failed(Failure::local(what, error)) });
+    let mut walk = Walk::new(names_in(top, "").map_err(failed)?);
+    while let Some(path) = walk.next_folder() {
+        let folder = top.join(&path);
+        let unreadable =
+            |error| Failure::local(format!("cannot read the folder {}", folder.display()), error);
+        walk.has(&path, names_in(&folder, &(path.clone() + "/")).map_err(unreadable));
+    }
+    Ok(walk.done)
+}
+
+/// A tree on its way from the top down: each folder before what is in it.
+#[derive(Debug)]
+struct Walk {
+    done: Vec<Found>,
+    /// The next one last.
+    left: Vec<Found>,
+}
+
+impl Walk {
+    /// Of what is at the top, in its order.
+    fn new(mut top: Vec<Found>) -> Self {
+        top.reverse();
+        Self { done: Vec::new(), left: top }
+    }
+
+    /// The next folder to be looked into.
+    fn next_folder(&mut self) -> Option<String> {
+        while let Some(next) = self.left.pop() {
+            let folder = matches!(next.kind, Kind::Folder).then(|| next.path.clone());
+            self.done.push(next);
+            if folder.is_some() {
+                return folder;
+            }
+        }
+        None
+    }
+
+    /// What is in it, in its order.
+    fn has(&mut self, folder: &str, found: Result<Vec<Found>, Failure>) {
+        match found {
+            Ok(found) => self.left.extend(found.into_iter().rev()),
+            Err(failure) => {
+                self.done.push(Found { path: folder.to_owned(), kind: Kind::Failed(failure) });
             }
         }
     }
-    Ok(done)
 }
 
 fn names_in(folder: &Path, above: &str) -> std::io::Result<Vec<Found>> {
@@ -95,24 +123,18 @@ pub(crate) async fn of_export(session: &Session, top: &FolderArg) -> Result<Vec<
     let listed = listed.map_err(|error| {
         Failure::from(error).or_hint("`pinfold ls` shows what there is; leave -r out for a file")
     })?;
-    let mut found = sorted(listed, top, "");
-    let mut done = Vec::new();
-    while let Some(next) = found.pop() {
-        let folder = matches!(next.kind, Kind::Folder).then(|| top.join(&next.path));
-        let path = next.path.clone();
-        done.push(next);
-        let Some(folder) = folder else { continue };
-        match session.list(&folder.export, &folder.path).await {
-            Ok(listed) => found.extend(sorted(listed, top, &(path + "/"))),
-            Err(error) => done.push(Found { path, kind: Kind::Failed(error.into()) }),
-        }
+    let mut walk = Walk::new(sorted(listed, top, ""));
+    while let Some(path) = walk.next_folder() {
+        let folder = top.join(&path);
+        let listed = session.list(&folder.export, &folder.path).await;
+        let found = listed.map(|listed| sorted(listed, top, &(path.clone() + "/")));
+        walk.has(&path, found.map_err(Failure::from));
     }
-    Ok(done)
+    Ok(walk.done)
 }
 
-/// The first one last.
 fn sorted(mut listed: Vec<Entry>, top: &FolderArg, above: &str) -> Vec<Found> {
-    listed.sort_unstable_by(|one, other| other.name.cmp(&one.name));
+    listed.sort_unstable_by(|one, other| one.name.cmp(&other.name));
     let found = |entry: Entry| {
         let path = above.to_owned() + &entry.name;
         let kind = match untellable(&entry.name) {
@@ -209,8 +231,7 @@ mod tests {
             entry("..good", EntryKind::Folder),
             entry("pipe", EntryKind::Other),
         ];
-        let mut found = sorted(listed, &top, "in/");
-        found.reverse();
+        let found = sorted(listed, &top, "in/");
         let all = [
             ("in/", "5"),
             ("in/..", "5"),

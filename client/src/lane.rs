@@ -87,8 +87,8 @@ pub(crate) enum NotPosted {
 }
 
 impl SharedLane {
-    /// Starts the task of a lane. It takes over what is in flight when it
-    /// is `urged`, and ends with the session.
+    /// Starts the task of a lane. It takes over what is in flight when it is `urged`, and ends with the
+    /// session.
     pub(crate) async fn start(
         lane: Lane<Slot>,
         patience: Option<Patience>,
@@ -190,7 +190,7 @@ impl SharedLane {
         after.wake.into_iter().for_each(wake);
     }
 
-    /// Takes the completions that are there, until none is left or an operation has ended.
+    /// Takes a completion, or has the task woken when there is one.
     fn poll_completions(&self, context: &mut Context<'_>) -> Poll<Result<(), VerbsError>> {
         self.lane.poll_completion(context).map_ok(|completed| self.settle(completed))
     }

@@ -654,10 +654,12 @@ impl Pin {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
         };
-        let (len, offset, file) = (plan.len(), transfer.range.start, &self.file);
-        let doing = || match transfer.direction {
-            Direction::Write => format!("write {len} bytes at byte {offset} of {file}"),
-            Direction::Read => format!("read {len} bytes at byte {offset} of {file}"),
+        let doing = || {
+            let (len, offset, file) = (plan.len(), transfer.range.start, &self.file);
+            match transfer.direction {
+                Direction::Write => format!("write {len} bytes at byte {offset} of {file}"),
+                Direction::Read => format!("read {len} bytes at byte {offset} of {file}"),
+            }
         };
         for requests in plan.requests.chunks(fabric.depth()) {
             let batch = (transfer.direction == Direction::Write)

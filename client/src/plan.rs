@@ -15,7 +15,7 @@ use crate::{Grant, Segment};
 const REQUEST_BYTES_MAX: u64 = 1 << 30;
 
 /// What an atomic changes.
-const ATOMIC_BYTES: usize = 8;
+pub(crate) const ATOMIC_BYTES: usize = 8;
 
 /// A probe that makes sure that earlier writes are in memory has no use for more.
 pub(crate) const PROBE_BYTES: usize = 8;

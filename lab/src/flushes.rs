@@ -1,11 +1,9 @@
 //! Which bytes the soft NIC flushes to the medium for its peers.
 
 use std::ops::Range;
-use std::path::PathBuf;
 
-use crate::shell;
+use crate::trace::{self, Trace};
 
-const TRACING: &str = "/sys/kernel/tracing";
 /// Who answers RDMA FLUSH on memory that is registered on demand (drivers/infiniband/sw/rxe/rxe_odp.c),
 /// with address and length; and who writes lines of the processor's caches back
 /// (arch/x86/lib/usercopy_64.c), with a length.
@@ -14,9 +12,7 @@ const PROBES: &str = "p:pinfold_flush rxe_odp_flush_pmem_iova at=%si:u64 len=%dx
 
 /// Notes what is flushed, by probes in the kernel, until it is dropped.
 #[derive(Debug)]
-pub struct Flushes {
-    instance: PathBuf,
-}
+pub struct Flushes(Trace);
 
 /// What was flushed since the last look.
 #[derive(Debug, Default)]
@@ -30,28 +26,17 @@ pub struct Flushed {
 impl Flushes {
     /// From now on.
     pub fn start() -> Self {
-        shell(&format!("mountpoint -q {TRACING} || mount -t tracefs tracefs {TRACING}"));
-        let tracing = PathBuf::from(TRACING);
+        let tracing = trace::tracing();
         // Once for all tests of a guest (Documentation/trace/kprobetrace.rst).
         if !tracing.join("events/kprobes/pinfold_flush").exists() {
             std::fs::write(tracing.join("kprobe_events"), PROBES).unwrap();
         }
-        let instance = tracing.join("instances/pinfold-flushes");
-        std::fs::create_dir(&instance).unwrap();
-        let this = Self { instance };
-        for probe in ["pinfold_flush", "pinfold_written_back"] {
-            let enable = format!("events/kprobes/{probe}/enable");
-            std::fs::write(this.instance.join(enable), "1").unwrap();
-        }
-        this
+        Self(Trace::start("flushes", &["kprobes/pinfold_flush", "kprobes/pinfold_written_back"]))
     }
 
     /// What has been flushed since the last time.
     pub fn take(&self) -> Flushed {
-        let file = self.instance.join("trace");
-        let trace = std::fs::read_to_string(&file).unwrap();
-        // Opening it for writing empties it.
-        std::fs::write(&file, "").unwrap();
+        let trace = self.0.take();
         let mut flushed = Flushed::default();
         for line in trace.lines() {
             let number = |key| {
@@ -65,13 +50,6 @@ impl Flushes {
             }
         }
         flushed
-    }
-}
-
-impl Drop for Flushes {
-    fn drop(&mut self) {
-        // Fails only while somebody else looks at it; the guest ends with the tests.
-        let _ = std::fs::remove_dir(&self.instance);
     }
 }
 

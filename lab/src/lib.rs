@@ -25,6 +25,7 @@ mod random;
 mod screen;
 mod story;
 pub mod torture;
+mod trace;
 mod write_backs;
 
 pub use answer::Answer;

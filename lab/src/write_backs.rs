@@ -3,40 +3,31 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::shell;
+use crate::trace::Trace;
 
-const TRACING: &str = "/sys/kernel/tracing";
 const EVENT: &str = "dax_writeback_one";
 
 /// Notes each page of one file that is written back, from `dax_writeback_one` in `fs/dax.c`, by its
 /// tracepoint; until it is dropped.
 #[derive(Debug)]
 pub struct WriteBacks {
-    instance: PathBuf,
+    trace: Trace,
     inode: String,
 }
 
 impl WriteBacks {
     /// Of this file.
     pub fn of(file: &Path) -> Self {
-        shell(&format!("mountpoint -q {TRACING} || mount -t tracefs tracefs {TRACING}"));
         let number = std::fs::metadata(file).unwrap().ino();
-        // A buffer of its own (Documentation/trace/ftrace.rst, instances).
-        let instance = Path::new(TRACING).join(format!("instances/pinfold-{number}"));
-        std::fs::create_dir(&instance).unwrap();
-        let this = Self { instance, inode: format!("ino {number:#x}") };
-        std::fs::write(this.instance.join(format!("events/fs_dax/{EVENT}/enable")), "1").unwrap();
-        this
+        let trace = Trace::start(&number.to_string(), &[&format!("fs_dax/{EVENT}")]);
+        Self { trace, inode: format!("ino {number:#x}") }
     }
 
     /// The pages since the last time, by their number in the file.
     pub fn take(&self) -> BTreeSet<u64> {
-        let file = self.instance.join("trace");
-        let trace = std::fs::read_to_string(&file).unwrap();
-        // Opening it for writing empties it.
-        std::fs::write(&file, "").unwrap();
+        let trace = self.trace.take();
         let ours = trace.lines().filter(|line| {
             line.contains(EVENT) && line.split_once(&self.inode).is_some_and(is_whole_word)
         });
@@ -45,13 +36,6 @@ impl WriteBacks {
             first..first + count
         })
         .collect()
-    }
-}
-
-impl Drop for WriteBacks {
-    fn drop(&mut self) {
-        // Fails only while somebody else looks at it; the guest ends with the tests.
-        let _ = std::fs::remove_dir(&self.instance);
     }
 }
 

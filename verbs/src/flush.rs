@@ -12,13 +12,13 @@ use std::ptr::NonNull;
 use crate::buffer::Buffer;
 use crate::device::{Capabilities, Device, DeviceName};
 use crate::error::Error;
-use crate::lane::{Lane, PostError, RemoteSlice};
+use crate::lane::{Lane, PostError, RemoteSlice, check_remote};
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, QueuePair};
 use crate::sys::{self, ffi};
 
 /// Bytes of one request: its length has 32 bits in the packet, and what is beyond is lost silently.
-const FLUSH_BYTES_MAX: usize = 1 << 30;
+const FLUSH_BYTES_MAX: u32 = 1 << 30;
 
 /// Why there is no RDMA FLUSH to persistent memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -158,21 +158,21 @@ impl QueuePair<Connected> {
 }
 
 fn no_flush(device: &Device) -> Error {
-    let why = NoFlush::of_driver(device.capabilities()).unwrap_or(NoFlush::Library);
-    Error::NoFlush { device: device.device_name(), why }
+    Error::NoFlush { device: device.device_name(), why: why_no_flush(device) }
+}
+
+/// Of a queue pair on it that was made for FLUSH, and can't.
+fn why_no_flush(device: &Device) -> NoFlush {
+    NoFlush::of_driver(device.capabilities()).unwrap_or(NoFlush::Library)
 }
 
 impl<T: Send> Lane<T> {
     /// Why [`post_flush`](Self::post_flush) is not for this lane, if so.
     #[must_use]
     pub fn no_flush_because(&self) -> Option<NoFlush> {
-        match self.queue_pair().extended() {
-            Some(_) => None,
-            None => match no_flush(self.queue_pair().protection_domain().device()) {
-                Error::NoFlush { why, .. } => Some(why),
-                _ => Some(NoFlush::Library),
-            },
-        }
+        let pair = self.queue_pair();
+        let lacks = pair.extended().is_none();
+        lacks.then(|| why_no_flush(pair.protection_domain().device()))
     }
 
     /// Starts to make ranges of the peer's memory persistent (RDMA FLUSH, placement type
@@ -207,19 +207,8 @@ fn check_ranges(ranges: &[RemoteSlice]) -> Result<(), Error> {
     if ranges.is_empty() {
         return Err(Error::NoPieces);
     }
-    for (piece, range) in ranges.iter().enumerate() {
-        if range.len == 0 {
-            return Err(Error::EmptyPiece { piece });
-        }
-        if range.len > FLUSH_BYTES_MAX {
-            let limit = FLUSH_BYTES_MAX as u32;
-            return Err(Error::PieceTooLong { piece, len: range.len, limit });
-        }
-        if range.address.checked_add(range.len as u64).is_none() {
-            return Err(Error::RemoteOverflow { piece });
-        }
-    }
-    Ok(())
+    let mut each = ranges.iter().enumerate();
+    each.try_for_each(|(piece, range)| check_remote(piece, range, FLUSH_BYTES_MAX))
 }
 
 #[cfg(test)]

@@ -607,15 +607,23 @@ fn check_pieces(pieces: &[Piece], len: usize, limit: u32) -> Result<(), Error> {
         if bytes != remote.len {
             return Err(Error::PieceLengthsDiffer { piece, local: bytes, remote: remote.len });
         }
-        if bytes == 0 {
-            return Err(Error::EmptyPiece { piece });
-        }
-        if bytes > limit as usize {
-            return Err(Error::PieceTooLong { piece, len: bytes, limit });
-        }
-        if remote.address.checked_add(bytes as u64).is_none() {
-            return Err(Error::RemoteOverflow { piece });
-        }
+        check_remote(piece, remote, limit)?;
+    }
+    Ok(())
+}
+
+/// What holds for every range of the peer: it has bytes, no more than one request may have, and all of
+/// them have addresses.
+pub(crate) fn check_remote(piece: usize, remote: &RemoteSlice, limit: u32) -> Result<(), Error> {
+    let len = remote.len;
+    if len == 0 {
+        return Err(Error::EmptyPiece { piece });
+    }
+    if len > limit as usize {
+        return Err(Error::PieceTooLong { piece, len, limit });
+    }
+    if remote.address.checked_add(len as u64).is_none() {
+        return Err(Error::RemoteOverflow { piece });
     }
     Ok(())
 }

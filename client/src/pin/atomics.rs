@@ -6,11 +6,8 @@ use super::{Batch, Pin};
 use crate::Error;
 use crate::fabric::Operation;
 use crate::lane::{Asked, Direction};
-use crate::plan::Part;
+use crate::plan::{ATOMIC_BYTES, Part};
 use crate::transfer::Transfer;
-
-/// What an atomic changes.
-const WIDTH: usize = 8;
 
 impl Pin {
     /// Adds to the eight bytes at `offset`, and returns what was there; it wraps around. They are a number
@@ -51,7 +48,7 @@ impl Pin {
         let piece = self.reach().atomic(offset);
         let piece =
             piece.map_err(|refusal| Error::from_refusal(refusal, &self.file, self.reach()))?;
-        let part = Part { offset, bytes: 0..WIDTH };
+        let part = Part { offset, bytes: 0..ATOMIC_BYTES };
         let entry = self.enter(std::slice::from_ref(&part));
         self.cell.settled(&part.stretch()).await;
         let transfer = Transfer::new(&self.cell, Direction::Write, part.stretch());
@@ -72,8 +69,8 @@ impl Pin {
             }
             error => error,
         })?;
-        let mut there = [0; WIDTH];
-        there.copy_from_slice(&buffer.as_slice()[..WIDTH]);
+        let mut there = [0; ATOMIC_BYTES];
+        there.copy_from_slice(&buffer.as_slice()[..ATOMIC_BYTES]);
         fabric.return_small_buffer(buffer);
         if let Some(entry) = entry {
             entry.succeed();

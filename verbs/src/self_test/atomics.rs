@@ -1,12 +1,12 @@
 //! Whether atomics may be used: a device that misplaces writes may misplace them too, or not.
 
+use std::sync::Arc;
+
 use super::rig::{Pair, Rig, Target};
-use super::{Check, Outcome, SelfTestError, rules};
+use super::{Check, Outcome, SelfTestError, must_be_refused, rules};
 use crate::lane::Atomic;
 use crate::queue_pair::Mtu;
 use crate::region::{Access, MemoryRegion, RegistrationMode};
-
-use std::sync::Arc;
 
 /// What a region on which atomics work is made with.
 const CHANGEABLE: Access = Access { remote_atomic: true, ..Access::REMOTE_READ_WRITE };
@@ -84,9 +84,6 @@ fn refused(
     region: &MemoryRegion<Arc<Target>>,
     what: &str,
 ) -> Result<(), SelfTestError> {
-    if !pair.atomic(rig, region, OFFSET, Atomic::FetchAdd(1))?.0.is_success() {
-        return Ok(());
-    }
-    let what = format!("{what} succeeded");
-    Err(SelfTestError::NotProtected { device: rig.device_name(), mode: rig.mode, what })
+    let (status, _) = pair.atomic(rig, region, OFFSET, Atomic::FetchAdd(1))?;
+    must_be_refused(rig, status, what)
 }

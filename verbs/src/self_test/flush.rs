@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::rig::{Pair, Rig, Target, Transfer};
 use super::rules::Direction;
-use super::{SelfTestError, page_of};
+use super::{SelfTestError, must_be_refused, page_of};
 use crate::device::Device;
 use crate::flush::NoFlush;
 use crate::region::{Access, RegistrationMode};
@@ -58,9 +58,5 @@ fn fence(rig: &Rig, target: &Arc<Target>, pair: Pair, page: Transfer) -> Result<
 }
 
 fn refused(rig: &Rig, mut pair: Pair, range: Transfer, what: &str) -> Result<(), SelfTestError> {
-    if !pair.flush(rig, range)?.is_success() {
-        return Ok(());
-    }
-    let what = format!("{what} succeeded");
-    Err(SelfTestError::NotProtected { device: rig.device_name(), mode: rig.mode, what })
+    must_be_refused(rig, pair.flush(rig, range)?, what)
 }
