@@ -74,7 +74,9 @@ pub(crate) struct Operation<'a> {
 pub(crate) enum Failure {
     /// The pin takes none.
     Gone(Gone),
-    /// It was never posted, or its completion can't be had.
+    /// Its completion can't be had, and the buffer is gone with it.
+    Lost,
+    /// It was never posted.
     Error(Error),
 }
 
@@ -190,7 +192,7 @@ impl Fabric {
         }
         let lane = self.connect(control).await?;
         *self.kept_lane() = lane.clone();
-        lane.upgrade().ok_or_else(lost)
+        lane.upgrade().ok_or_else(|| lost("connect a queue pair".to_owned()))
     }
 
     fn open_lane(&self) -> Option<Arc<SharedLane>> {
@@ -234,7 +236,7 @@ impl Fabric {
                 }
             };
             drop(lane);
-            return in_flight.await.map_err(|Lost| (Failure::Error(lost()), None));
+            return in_flight.await.map_err(|Lost| (Failure::Lost, None));
         }
         Ok((buffer, CompletionStatus::Flushed))
     }
@@ -258,8 +260,9 @@ impl Fabric {
     }
 }
 
-fn lost() -> Error {
-    Error::LaneLost { doing: "transfer".to_owned(), status: CompletionStatus::Flushed }
+/// Nobody knows how it ended.
+pub(crate) fn lost(doing: String) -> Error {
+    Error::LaneLost { doing, status: CompletionStatus::Flushed }
 }
 
 /// Verbs make system calls that can take a while: registering pins pages, connecting resolves the

@@ -12,7 +12,7 @@ use std::time::Duration;
 use pinfold_proto::v1;
 use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
 
-use crate::fabric::{Fabric, Failure, Operation};
+use crate::fabric::{self, Fabric, Failure, Operation};
 use crate::file::FileName;
 use crate::lane::{Asked, Direction};
 use crate::ledger::{Commit, Ledger, Write};
@@ -692,6 +692,7 @@ impl Pin {
             Ok((buffer, status)) if status.is_success() => Ok(buffer),
             Ok((buffer, status)) => Err((failed(status, doing()), Some(buffer))),
             Err((Failure::Gone(gone), buffer)) => Err((self.gone(gone), buffer)),
+            Err((Failure::Lost, buffer)) => Err((fabric::lost(doing()), buffer)),
             Err((Failure::Error(error), buffer)) => Err((error, buffer)),
         }
     }

@@ -18,7 +18,7 @@ use tonic::{Status, Streaming};
 
 use crate::control::Control;
 use crate::event::Events;
-use crate::fabric::{Fabric, Failure, LocalDevice, Operation};
+use crate::fabric::{self, Fabric, Failure, LocalDevice, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::lane::{Asked, Direction};
@@ -592,6 +592,10 @@ impl Session {
             Ok((buffer, status)) => Ok((own(buffer), status)),
             Err((Failure::Error(error), buffer)) => {
                 Err(TransferError { error, buffer: buffer.map(own) })
+            }
+            Err((Failure::Lost, _)) => {
+                let error = fabric::lost("make a raw request".to_owned());
+                Err(TransferError { error, buffer: None })
             }
             Err((Failure::Gone(_), _)) => unreachable!("a raw request goes to no pin"),
         }

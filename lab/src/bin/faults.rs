@@ -1,7 +1,7 @@
-//! Each call to the kernel, or to libibverbs, fails once in a server that goes on:
+//! Each call to the kernel, or to libibverbs, fails once in a server that goes on, or in its client:
 //! `cargo xtask vm faults` runs it in the lab.
 //!
-//! `faults FILE-SYSTEM leases|verbs` ends with 0 if nothing was left behind.
+//! `faults FILE-SYSTEM leases|verbs|own-verbs` ends with 0 if nothing was left behind.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pinfold_client::{Code, Error, Event, Events, IfExists, PinRequest, Session};
 use pinfold_lab::torture::leaks::{descriptors, leases, rdma};
 use pinfold_lab::{DEADLINE, EXPORT, FileSystem, Lab, Pattern, Truncation, device_name};
-use pinfold_leases::fault::{Control, reserved_pieces};
+use pinfold_leases::fault::{Control, VERBS, reserved_pieces};
 use pinfold_verbs::with_causes;
 
 const PAGE: usize = 4096;
@@ -27,8 +27,72 @@ fn main() {
         Some("xfs") => FileSystem::Xfs,
         other => panic!("ext4 or xfs, not {other:?}"),
     };
-    let whose = words.get(1).expect("leases or verbs").clone();
+    let whose = Whose::of(words.get(1).expect("leases, verbs or own-verbs"));
     Lab::run_long(file_system, LIMIT, |lab| every_call_fails_once(lab, whose));
+}
+
+/// Whose calls fail.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Whose {
+    ServersLeases,
+    ServersVerbs,
+    /// The client's, which is this process.
+    OwnVerbs,
+}
+
+impl Whose {
+    fn of(word: &str) -> Self {
+        match word {
+            "leases" => Self::ServersLeases,
+            "verbs" => Self::ServersVerbs,
+            "own-verbs" => Self::OwnVerbs,
+            other => panic!("leases, verbs or own-verbs, not {other}"),
+        }
+    }
+
+    fn arm(self, server: &mut Control, n: u64) {
+        match self {
+            Self::ServersLeases => server.arm("leases", n).unwrap(),
+            Self::ServersVerbs => server.arm("verbs", n).unwrap(),
+            Self::OwnVerbs => VERBS.arm(n),
+        }
+    }
+
+    /// Which call has failed, if one has.
+    fn disarm(self, server: &mut Control) -> Option<String> {
+        match self {
+            Self::ServersLeases => server.disarm("leases").expect("the server is there"),
+            Self::ServersVerbs => server.disarm("verbs").expect("the server is there"),
+            Self::OwnVerbs => VERBS.disarm().map(str::to_owned),
+        }
+    }
+
+    /// Calls without which the run has shown nothing.
+    fn wanted(self) -> &'static [&'static str] {
+        match self {
+            Self::ServersLeases => &[
+                "fcntl(F_SETDELEG)",
+                "mmap",
+                "munmap",
+                "mprotect",
+                "madvise",
+                "msync",
+                "fallocate",
+            ],
+            Self::ServersVerbs => {
+                &["ibv_reg_mr", "ibv_dereg_mr", "ibv_create_qp", "ibv_destroy_qp", "ibv_dealloc_pd"]
+            }
+            Self::OwnVerbs => &[
+                "ibv_reg_mr",
+                "ibv_create_cq",
+                "ibv_create_qp",
+                "ibv_modify_qp",
+                "ibv_post_send",
+                "ibv_req_notify_cq",
+                "ibv_destroy_qp",
+            ],
+        }
+    }
 }
 
 /// What server, client and machine hold while no client is there.
@@ -57,7 +121,7 @@ impl Held {
     }
 }
 
-async fn every_call_fails_once(mut lab: Lab, whose: String) {
+async fn every_call_fails_once(mut lab: Lab, whose: Whose) {
     lab.make_file("file", LEN);
     let mut calls = Control::connect().unwrap();
     // What is made once and kept is there then.
@@ -65,13 +129,13 @@ async fn every_call_fails_once(mut lab: Lab, whose: String) {
         life(&lab).await.unwrap();
     }
     let before = settled(&lab).await;
-    println!("faults: {whose}: {before:?}");
+    println!("faults: {whose:?}: {before:?}");
     let began = Instant::now();
     let mut made = BTreeMap::<String, u32>::new();
     for n in 1.. {
-        calls.arm(&whose, n).unwrap();
+        whose.arm(&mut calls, n);
         let ended = tokio::time::timeout(DEADLINE / 2, life(&lab)).await;
-        let failed = calls.disarm(&whose).expect("the server is there");
+        let failed = whose.disarm(&mut calls);
         let ended = ended.unwrap_or_else(|_| panic!("a life hangs after call {n}, {failed:?}"));
         let Some(call) = failed else {
             ended.unwrap();
@@ -91,17 +155,11 @@ async fn every_call_fails_once(mut lab: Lab, whose: String) {
         is_as(&lab, &before, &about).await;
     }
     println!(
-        "faults: {whose}: {} calls in {:?}: {made:?}",
+        "faults: {whose:?}: {} calls in {:?}: {made:?}",
         made.values().sum::<u32>(),
         began.elapsed()
     );
-    let wanted: &[&str] = match whose.as_str() {
-        "leases" => {
-            &["fcntl(F_SETDELEG)", "mmap", "munmap", "mprotect", "madvise", "msync", "fallocate"]
-        }
-        _ => &["ibv_reg_mr", "ibv_dereg_mr", "ibv_create_qp", "ibv_destroy_qp", "ibv_dealloc_pd"],
-    };
-    for call in wanted {
+    for call in whose.wanted() {
         assert!(made.contains_key(*call), "{call} was never made");
     }
     assert!(lab.daemon.terminate().success());
@@ -169,7 +227,10 @@ async fn is_revoked_by_us(events: &mut Events) -> bool {
 /// Whoever reads it must know where to look.
 fn tells_what_to_look_at(error: &Error, lab: &Lab) {
     let text = with_causes(error);
-    let names = [lab.folder().to_str().unwrap().to_owned(), device_name()];
+    let folder = lab.folder().to_str().unwrap().to_owned();
+    // To list the devices is about none of them.
+    let all_devices = "/sys/class/infiniband".to_owned();
+    let names = [folder, format!("{EXPORT}/"), device_name(), all_devices];
     let names_it = names.iter().any(|name| text.contains(name));
     let is_plain = matches!(error, Error::Refused { code, .. } if *code != Code::Internal);
     assert!(names_it || is_plain, "neither file nor device is named: {text}");
