@@ -25,8 +25,8 @@ use std::sync::Arc;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{
-    Buffer, BufferPool, CommitReport, ConnectOptions, Created, Error, FileStat, Grant, IfExists,
-    Part, PinRequest, ReadReport, TransferError, WriteReport,
+    Buffer, BufferPool, CommitReport, ConnectOptions, Created, DurableReport, Error, FileStat,
+    Grant, IfExists, Part, PinRequest, ReadReport, TransferError, WriteReport,
 };
 
 /// A [session](crate::Session) whose calls wait.
@@ -196,6 +196,20 @@ impl Pin {
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
         self.background.block_on(self.pin.read_vectored(parts, buffer))
+    }
+
+    /// As [`crate::Pin::write_durable`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Pin::write_durable`].
+    pub fn write_durable(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        len: usize,
+    ) -> Result<(Buffer, DurableReport), TransferError> {
+        self.background.block_on(self.pin.write_durable(offset, buffer, len))
     }
 
     /// As [`crate::Pin::commit`].

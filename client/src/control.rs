@@ -47,12 +47,14 @@ impl Control {
         &self,
         client: v1::Endpoint,
         server_device: &str,
+        number: u32,
     ) -> Result<(v1::Endpoint, u32), Error> {
         let doing = || "connect a queue pair".to_owned();
         let request = v1::ConnectQueuePairRequest {
             session_id: self.session_id.clone(),
             client: Some(client),
             server_device: server_device.to_owned(),
+            number,
         };
         let answer = self
             .call(doing, |mut client| async move { client.connect_queue_pair(request).await })

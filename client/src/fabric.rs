@@ -1,5 +1,5 @@
-//! This host's RDMA device, which can outlive a session, and a session's use of it: a lane that is
-//! made anew when it breaks.
+//! This host's RDMA device, which can outlive a session, and a session's use of it: lanes that are
+//! made anew when they break.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{self, Arc, MutexGuard, PoisonError, Weak};
@@ -35,12 +35,18 @@ pub(crate) struct LocalDevice {
     small_buffers: sync::Mutex<Vec<Buffer>>,
 }
 
-/// A device, and a session's lane on it.
+/// A session's lanes, at least one. All are on the same device.
+#[derive(Debug)]
+pub(crate) struct Fabrics(Vec<Arc<Fabric>>);
+
+/// A device, and one of a session's lanes on it.
 #[derive(Debug)]
 pub(crate) struct Fabric {
     device: Arc<LocalDevice>,
     /// Which of the server's devices to connect to; empty: its first.
     server_device: String,
+    /// Of the lane in its session.
+    number: u32,
     lane: sync::Mutex<Weak<SharedLane>>,
     /// Held by who connects.
     connecting: Mutex<()>,
@@ -136,17 +142,40 @@ impl LocalDevice {
     }
 }
 
-impl Fabric {
-    /// A session's use of a device.
+impl Fabrics {
+    /// A session's use of a device, by so many lanes.
     pub(crate) fn new(
-        device: Arc<LocalDevice>,
-        server_device: String,
-        urges: watch::Receiver<()>,
+        device: &Arc<LocalDevice>,
+        server_device: &str,
+        lanes: u32,
+        urges: &watch::Receiver<()>,
     ) -> Self {
-        let (lane, connecting) = (sync::Mutex::default(), Mutex::default());
-        Self { device, server_device, lane, connecting, urges }
+        let fabric = |number| {
+            Arc::new(Fabric {
+                device: device.clone(),
+                server_device: server_device.to_owned(),
+                number,
+                lane: sync::Mutex::default(),
+                connecting: Mutex::default(),
+                urges: urges.clone(),
+            })
+        };
+        Self((0..lanes.max(1)).map(fabric).collect())
     }
 
+    /// For what goes to no pin.
+    pub(crate) fn first(&self) -> &Arc<Fabric> {
+        &self.0[0]
+    }
+
+    /// The one with the fewest pins.
+    pub(crate) fn emptiest(&self) -> Arc<Fabric> {
+        let pins = |fabric: &&Arc<Fabric>| Arc::strong_count(fabric);
+        self.0.iter().min_by_key(pins).unwrap_or(self.first()).clone()
+    }
+}
+
+impl Fabric {
     /// What it is a use of.
     pub(crate) fn device(&self) -> &Arc<LocalDevice> {
         &self.device
@@ -160,6 +189,11 @@ impl Fabric {
     /// How many requests fit in the send queue.
     pub(crate) fn depth(&self) -> usize {
         self.device.depth as usize
+    }
+
+    /// Whether this host can ask for RDMA FLUSH; false also while there is no lane.
+    pub(crate) fn can_flush(&self) -> bool {
+        self.open_lane().is_some_and(|lane| lane.can_flush())
     }
 
     /// A buffer for a few bytes: for [`Reach::probe`](crate::plan::Reach::probe), or an atomic.
@@ -246,15 +280,16 @@ impl Fabric {
         let lane = blocking(move || UnconnectedLane::new(&domain, depth))
             .await
             .map_err(|source| Error::Verbs { doing: "create a queue pair", source })?;
-        let (server, path_mtu_bytes) =
-            control.connect_queue_pair(to_wire(&lane.endpoint()), &self.server_device).await?;
+        let ours = to_wire(&lane.endpoint());
+        let connected = control.connect_queue_pair(ours, &self.server_device, self.number);
+        let (server, path_mtu_bytes) = connected.await?;
         let unusable = |what| Error::Protocol { doing: "connect a queue pair".to_owned(), what };
         let server = from_wire(&server).ok_or_else(|| unusable("an unusable endpoint"))?;
         let path_mtu = Mtu::from_bytes(path_mtu_bytes).ok_or_else(|| unusable("no path MTU"))?;
         let lane = blocking(move || lane.connect(&server, path_mtu)).await.map_err(|failed| {
             Error::Verbs { doing: "connect a queue pair", source: failed.into() }
         })?;
-        tracing::debug!(path_mtu_bytes, "lane connected");
+        tracing::debug!(number = self.number, path_mtu_bytes, "lane connected");
         let patience = Patience::new(self.device.poll_at_most);
         Ok(SharedLane::start(lane, patience, control.clone(), self.urges.clone()).await)
     }

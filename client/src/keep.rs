@@ -19,9 +19,9 @@ use crate::kept_state::{Gap, KeptState, Stopped, View};
 use crate::pin_state::Gone;
 use crate::retry::passes;
 use crate::{
-    Buffer, CommitReport, ConnectOptions, Error, FileChange, FileIdentity, FlushReport, Grant,
-    Interruption, InterruptionCause, KeepPolicy, Loss, Part, Pin, PinRequest, ReadReport, Reason,
-    Session, TransferError, WriteFate, WriteReport,
+    Buffer, CommitReport, ConnectOptions, DurableReport, Error, FileChange, FileIdentity,
+    FlushReport, Grant, Interruption, InterruptionCause, KeepPolicy, Loss, Part, Pin, PinRequest,
+    ReadReport, Reason, Session, TransferError, WriteFate, WriteReport,
 };
 
 /// How long a failed call waits for the notice that explains it: the two come on different streams.
@@ -339,6 +339,21 @@ impl KeptPin {
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
         self.transfer(buffer, async |pin, buffer| pin.read_vectored(parts, buffer).await).await
+    }
+
+    /// As [`Pin::write_durable`].
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write) and [`commit`](Self::commit).
+    pub async fn write_durable(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        len: usize,
+    ) -> Result<(Buffer, DurableReport), TransferError> {
+        self.transfer(buffer, async |pin, buffer| pin.write_durable(offset, buffer, len).await)
+            .await
     }
 
     /// As [`Pin::fetch_add`].

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use pinfold_verbs::{
     Atomic, Buffer, Completed, CompletionStatus, Error as VerbsError, Lane, Piece, PostError,
+    RemoteSlice,
 };
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
 
@@ -36,6 +37,17 @@ pub(crate) enum Asked {
     Flush,
     /// On the remote end of the only piece; what was there comes into the buffer.
     Atomic(Atomic),
+    /// To write the first so many pieces; of the others only the remote ends count.
+    WriteThen(Then, usize),
+}
+
+/// What goes out behind a write with the same call.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Then {
+    /// A read of the one piece that is left, for nobody: the write is in memory when it ends.
+    Probe,
+    /// To make the pieces that are left durable.
+    Flush,
 }
 
 /// A lane that is shared. Its task has it for good; everybody else for a moment.
@@ -110,6 +122,11 @@ impl SharedLane {
         self.book().is_open()
     }
 
+    /// Whether it takes [`Asked::Flush`].
+    pub(crate) fn can_flush(&self) -> bool {
+        self.lane.no_flush_because().is_none()
+    }
+
     /// Waits for room in the send queue.
     pub(crate) async fn room(&self, requests: u32) -> Result<SemaphorePermit<'_>, Closed> {
         self.room.acquire_many(requests).await.map_err(|_| Closed)
@@ -132,9 +149,17 @@ impl SharedLane {
         let posted = match asked {
             Asked::Transfer(Direction::Write) => self.lane.post_write(buffer, pieces, slot),
             Asked::Transfer(Direction::Read) => self.lane.post_read(buffer, pieces, slot),
-            Asked::Flush => {
-                let ranges: Vec<_> = pieces.iter().map(|piece| piece.remote).collect();
-                self.lane.post_flush(buffer, &ranges, slot)
+            Asked::Flush => self.lane.post_flush(buffer, &remote_ends(pieces), slot),
+            Asked::WriteThen(then, writes) => {
+                let (writes, behind) = pieces.split_at(writes);
+                match then {
+                    Then::Probe => {
+                        self.lane.post_write_proven(buffer, writes, behind[0].remote, slot)
+                    }
+                    Then::Flush => {
+                        self.lane.post_write_flushed(buffer, writes, &remote_ends(behind), slot)
+                    }
+                }
             }
             Asked::Atomic(atomic) => self.lane.post_atomic(buffer, pieces[0].remote, atomic, slot),
         };
@@ -344,6 +369,10 @@ impl Drop for InFlight {
             lane.conclude(after);
         }
     }
+}
+
+fn remote_ends(pieces: &[Piece]) -> Vec<RemoteSlice> {
+    pieces.iter().map(|piece| piece.remote).collect()
 }
 
 fn wake(waker: Option<Waker>) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 /// The server cuts nothing off itself: it refuses a longer name.
 const CLIENT_NAME_BYTES_MAX: usize = 256;
 
+const DEFAULT_LANES: u32 = 1;
 const DEFAULT_SEND_WINDOW: u32 = 64;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -16,6 +17,7 @@ pub struct ConnectOptions {
     pub(crate) client_name: String,
     pub(crate) rdma_device: RdmaDevice,
     pub(crate) server_device: String,
+    pub(crate) lanes: u32,
     pub(crate) send_window: u32,
     pub(crate) poll_at_most: Duration,
     pub(crate) drain_policy: DrainPolicy,
@@ -58,6 +60,7 @@ impl ConnectOptions {
             client_name: default_client_name(),
             rdma_device: RdmaDevice::Auto,
             server_device: String::new(),
+            lanes: DEFAULT_LANES,
             send_window: DEFAULT_SEND_WINDOW,
             poll_at_most: Duration::ZERO,
             drain_policy: DrainPolicy::Automatic,
@@ -92,7 +95,17 @@ impl ConnectOptions {
         self
     }
 
-    /// How many requests may be in flight; more wait for their turn. Default: 64.
+    /// Over how many lanes (queue pairs) the session's pins are spread; as many as the server allows (64),
+    /// if that is less. Each pin gets the lane with the fewest others, and stays on it: so its transfers
+    /// keep their order, and a commit has one lane to look after. A file that several threads write at full
+    /// rate is pinned once for each. Default: 1.
+    #[must_use]
+    pub fn lanes(mut self, lanes: u32) -> Self {
+        self.lanes = lanes.max(1);
+        self
+    }
+
+    /// How many requests may be in flight on each lane; more wait for their turn. Default: 64.
     #[must_use]
     pub fn send_window(mut self, requests: u32) -> Self {
         self.send_window = requests.max(1);

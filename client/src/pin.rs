@@ -2,6 +2,7 @@
 
 mod atomics;
 mod digest;
+mod durable;
 mod flush;
 
 use std::ops::Range;
@@ -26,6 +27,7 @@ use crate::{
     Access, Buffer, Error, FileIdentity, Grant, Life, Reason, TransferError, Transport, WriteFate,
 };
 
+pub use durable::DurableReport;
 pub use flush::FlushReport;
 
 /// How long a refusal waits for the notice that explains it: the two come on different streams, a
@@ -453,13 +455,14 @@ impl Pin {
 
     pub(crate) fn new(
         core: Arc<Core>,
+        fabric: Option<Arc<Fabric>>,
         request: &PinRequest,
         file: FileName,
         grant: Grant,
         cell: Arc<PinCell>,
     ) -> Self {
         Self {
-            fabric: core.rdma.fabric().filter(|_| !grant.segments.is_empty()).cloned(),
+            fabric: fabric.filter(|_| !grant.segments.is_empty()),
             core,
             rdma_only: request.transport == Transport::Rdma,
             file,
@@ -761,6 +764,22 @@ impl Pin {
         let streamed = self.streamed.load(Ordering::Acquire);
         let entry = self.enter_commit(range.clone());
         self.prove_writes().await?;
+        self.commit_entered(range, streamed, entry).await
+    }
+
+    /// Where the writes that count are in the server's memory already.
+    async fn commit_proven(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
+        let streamed = self.streamed.load(Ordering::Acquire);
+        let entry = self.enter_commit(range.clone());
+        self.commit_entered(range, streamed, entry).await
+    }
+
+    async fn commit_entered(
+        &self,
+        range: Option<Range<u64>>,
+        streamed: u64,
+        entry: Option<CommitEntry<'_>>,
+    ) -> Result<CommitReport, Error> {
         let request = v1::CommitRequest {
             session_id: self.core.control.session_id.clone(),
             pin_id: self.grant.pin_id,

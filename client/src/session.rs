@@ -18,7 +18,7 @@ use tonic::{Status, Streaming};
 
 use crate::control::Control;
 use crate::event::Events;
-use crate::fabric::{self, Fabric, Failure, LocalDevice, Operation};
+use crate::fabric::{self, Fabric, Fabrics, Failure, LocalDevice, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::lane::{Asked, Direction};
@@ -65,14 +65,32 @@ pub(crate) struct Core {
 /// Whether a session can do RDMA.
 #[derive(Debug)]
 pub(crate) enum Rdma {
-    On(Arc<Fabric>),
+    On(Fabrics),
     /// By the stream path only, for this reason.
     Off(String),
+}
+
+/// How a pin's bytes are to travel.
+struct Way {
+    /// What to ask the server for.
+    transport: Transport,
+    /// The pin's lane, if there is one.
+    fabric: Option<Arc<Fabric>>,
+    /// If that is less than what was wished: why.
+    no_rdma: Option<String>,
+}
+
+impl Way {
+    fn stream(no_rdma: Option<String>) -> Self {
+        Self { transport: Transport::Stream, fabric: None, no_rdma }
+    }
 }
 
 /// What is there as soon as the server has said `Welcome`. Dropping it ends the session.
 struct Kept {
     control: Control,
+    /// Lanes that the server allows.
+    lanes_max: u32,
     pins: Arc<PinTable>,
     events: EventHub,
     closing: watch::Sender<bool>,
@@ -80,9 +98,10 @@ struct Kept {
 }
 
 impl Rdma {
-    pub(crate) fn fabric(&self) -> Option<&Arc<Fabric>> {
+    /// Where what goes to no pin goes.
+    fn first(&self) -> Option<&Arc<Fabric>> {
         match self {
-            Self::On(fabric) => Some(fabric),
+            Self::On(fabrics) => Some(fabrics.first()),
             Self::Off(_) => None,
         }
     }
@@ -138,7 +157,7 @@ impl Session {
         let server_version = welcome.server_version.clone();
         let kept = Kept::start(client, opened, &options);
         let rdma = connect_device(device, &kept, &options).await?;
-        let Kept { control, pins, events, closing, keeper } = kept;
+        let Kept { control, pins, events, closing, keeper, .. } = kept;
         let runtime = Handle::current();
         let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
         Ok(Self { core: Arc::new(core), server_version, closing, keeper })
@@ -146,7 +165,7 @@ impl Session {
 
     /// Whether pins of this session can go by RDMA.
     pub fn has_rdma(&self) -> bool {
-        self.core.rdma.fabric().is_some()
+        matches!(self.core.rdma, Rdma::On(_))
     }
 
     /// Why the session goes by the stream path only, for people; absent if it has RDMA.
@@ -416,7 +435,7 @@ impl Session {
     pub async fn pin(&self, request: PinRequest) -> Result<Pin, Error> {
         let file = FileName::new(&request.export, &request.path);
         let doing = || format!("pin {file}");
-        let (transport, no_rdma) = self.transport(request.transport, doing).await?;
+        let Way { transport, fabric, no_rdma } = self.way(request.transport, doing).await?;
         let expected = self.core.pins.expect();
         let wire = request.to_wire(self.core.control.session_id.clone(), transport);
         let answer =
@@ -434,32 +453,28 @@ impl Session {
         if no_rdma.is_some() && grant.segments.is_empty() {
             grant.no_rdma_because = no_rdma;
         }
-        let pin = Pin::new(self.core.clone(), &request, file, grant, cell);
+        let pin = Pin::new(self.core.clone(), fabric, &request, file, grant, cell);
         pin.check()?;
         Ok(pin)
     }
 
-    /// What to ask the server for, and if that is less than what was wished, why.
-    async fn transport(
-        &self,
-        wish: Transport,
-        doing: impl FnOnce() -> String,
-    ) -> Result<(Transport, Option<String>), Error> {
+    /// How a new pin's bytes are to travel.
+    async fn way(&self, wish: Transport, doing: impl FnOnce() -> String) -> Result<Way, Error> {
         let fabric = match (&self.core.rdma, wish) {
-            (_, Transport::Stream) => return Ok((Transport::Stream, None)),
+            (_, Transport::Stream) => return Ok(Way::stream(None)),
             (Rdma::Off(because), Transport::Rdma) => {
                 return Err(Error::StreamOnly { doing: doing(), because: because.clone() });
             }
             (Rdma::Off(because), Transport::Auto) => {
-                return Ok((Transport::Stream, Some(because.clone())));
+                return Ok(Way::stream(Some(because.clone())));
             }
-            (Rdma::On(fabric), Transport::Auto | Transport::Rdma) => fabric,
+            (Rdma::On(fabrics), Transport::Auto | Transport::Rdma) => fabrics.emptiest(),
         };
         // The server grants no key to a session without a queue pair.
         match fabric.ensure_lane(&self.core.control).await {
-            Ok(()) => Ok((wish, None)),
+            Ok(()) => Ok(Way { transport: wish, fabric: Some(fabric), no_rdma: None }),
             Err(error) if wish == Transport::Auto && stream_survives(&error) => {
-                Ok((Transport::Stream, Some(with_causes(&error))))
+                Ok(Way::stream(Some(with_causes(&error))))
             }
             Err(error) => Err(error),
         }
@@ -473,7 +488,7 @@ impl Session {
     /// [`Error::Verbs`], as a rule for want of lockable memory; [`Error::NoMemory`].
     pub async fn buffer(&self, capacity: usize) -> Result<Buffer, Error> {
         match &self.core.rdma {
-            Rdma::On(fabric) => fabric.device().buffer(capacity).await,
+            Rdma::On(fabrics) => fabrics.first().device().buffer(capacity).await,
             Rdma::Off(_) => Buffer::plain(capacity),
         }
     }
@@ -485,7 +500,7 @@ impl Session {
     /// [`Error::Verbs`], as a rule for want of lockable memory.
     pub async fn buffer_pool(&self, count: usize, capacity: usize) -> Result<BufferPool, Error> {
         match &self.core.rdma {
-            Rdma::On(fabric) => fabric.device().buffer_pool(count, capacity).await,
+            Rdma::On(fabrics) => fabrics.first().device().buffer_pool(count, capacity).await,
             Rdma::Off(_) => Ok(BufferPool::plain(count, capacity)),
         }
     }
@@ -507,7 +522,7 @@ impl Session {
 
     /// The device that it uses, for a session after this one.
     pub(crate) fn device(&self) -> Option<Arc<LocalDevice>> {
-        self.core.rdma.fabric().map(|fabric| fabric.device().clone())
+        self.core.rdma.first().map(|fabric| fabric.device().clone())
     }
 
     /// As [`close`](Self::close), while others may hold the session too.
@@ -570,7 +585,7 @@ impl Session {
         buffer: Buffer,
     ) -> Result<(Buffer, CompletionStatus), TransferError> {
         let fabric = match &self.core.rdma {
-            Rdma::On(fabric) => fabric,
+            Rdma::On(fabrics) => fabrics.first(),
             Rdma::Off(because) => {
                 let doing = "post a raw request".to_owned();
                 let error = Error::StreamOnly { doing, because: because.clone() };
@@ -620,9 +635,11 @@ impl Kept {
             closing: closing_receiver,
             loss: loss_sender,
         };
+        // A server from before there were several says nothing of them.
+        let lanes_max = opened.welcome.queue_pairs_max.max(1);
         let session_id = opened.welcome.session_id;
         let control = Control { client, endpoint: options.endpoint.clone(), session_id, loss };
-        Self { control, pins, events, closing, keeper: tokio::spawn(stream.run()) }
+        Self { control, lanes_max, pins, events, closing, keeper: tokio::spawn(stream.run()) }
     }
 }
 
@@ -691,12 +708,14 @@ async fn connect_device(
     kept: &Kept,
     options: &ConnectOptions,
 ) -> Result<Rdma, Error> {
-    let fabric = match device {
-        Ok(device) => Fabric::new(device, options.server_device.clone(), kept.pins.urges()),
+    let device = match device {
+        Ok(device) => device,
         Err(because) => return Ok(Rdma::Off(because)),
     };
-    match fabric.ensure_lane(&kept.control).await {
-        Ok(()) => Ok(Rdma::On(Arc::new(fabric))),
+    let lanes = options.lanes.min(kept.lanes_max);
+    let fabrics = Fabrics::new(&device, &options.server_device, lanes, &kept.pins.urges());
+    match fabrics.first().ensure_lane(&kept.control).await {
+        Ok(()) => Ok(Rdma::On(fabrics)),
         Err(error) if may_do_without(options) && stream_survives(&error) => {
             let because = with_causes(&error);
             tracing::info!(because, "going on without RDMA");

@@ -99,27 +99,33 @@ impl ForeignClient {
 
     /// Connects a queue pair.
     pub async fn connect(&mut self) -> ForeignLane {
+        self.connect_number(0).await
+    }
+
+    /// Connects a queue pair under this number.
+    pub async fn connect_number(&mut self, number: u32) -> ForeignLane {
         let domain = ProtectionDomain::new(&Device::open(&device_name()).unwrap()).unwrap();
         let lane = UnconnectedLane::new(&domain, 4).unwrap();
         let client = to_wire(&lane.endpoint());
-        let answer = self.connect_end(client).await.unwrap();
+        let answer = self.connect_end(number, client).await.unwrap();
         let server = answer.server.unwrap();
-        let number = server.queue_pair_number;
+        let server_queue_pair = server.queue_pair_number;
         let path_mtu = Mtu::from_bytes(answer.path_mtu_bytes).unwrap();
         let connect = move || lane.connect(&from_wire(&server), path_mtu).unwrap();
         let lane = tokio::task::spawn_blocking(connect).await.unwrap();
-        ForeignLane { lane, domain, server_queue_pair: number }
+        ForeignLane { lane, domain, server_queue_pair }
     }
 
     /// Asks the server to connect to this end, whatever it is.
     pub async fn connect_end(
         &mut self,
+        number: u32,
         client: v1::Endpoint,
     ) -> Result<v1::ConnectQueuePairResponse, Status> {
         let session_id = self.session_id();
         let server_device = String::new();
         let request =
-            v1::ConnectQueuePairRequest { session_id, client: Some(client), server_device };
+            v1::ConnectQueuePairRequest { session_id, client: Some(client), server_device, number };
         Ok(self.stub.connect_queue_pair(request).await?.into_inner())
     }
 

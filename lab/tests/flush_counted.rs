@@ -64,6 +64,28 @@ on_each_file_system! {
         assert_eq!(write_backs.take(), pages((0..4).chain(7..16)));
     }
 
+    async fn a_durable_write_commits_what_it_wrote(lab in Lab) {
+        let session = lab.session().await;
+        let (pin, write_backs) = pinned(&lab, &session, Transport::Auto).await;
+        write(&session, &pin, 20 * PAGE..22 * PAGE).await;
+        // By RDMA; and, as soft-RoCE would misplace it, by the stream path.
+        for bytes in [3 * PAGE..5 * PAGE, 7 * PAGE..7 * PAGE + 8, 9 * PAGE + 100..9 * PAGE + 200] {
+            let len = (bytes.end - bytes.start) as usize;
+            let mut buffer = session.buffer(len).await.unwrap();
+            Pattern(7).fill(bytes.start, buffer.as_mut_slice());
+            let (buffer, report) = pin.write_durable(bytes.start, buffer, len).await.unwrap();
+            assert_eq!(buffer.len(), len);
+            assert!(report.commit.is_some());
+            let by_rdma = bytes.start.is_multiple_of(PAGE);
+            assert_eq!(report.write.rdma_bytes > 0, by_rdma, "{report:?}");
+            if by_rdma {
+                assert_eq!(write_backs.take(), pages(bytes.start / PAGE..bytes.end.div_ceil(PAGE)));
+            }
+        }
+        pin.commit().await.unwrap();
+        assert!(write_backs.take().is_superset(&pages([20, 21])), "that was no part of it");
+    }
+
     async fn what_came_by_the_stream_path_needs_none(lab in Lab) {
         let session = lab.session().await;
         let (pin, write_backs) = pinned(&lab, &session, Transport::Stream).await;

@@ -193,7 +193,7 @@ fn an_endpoint_that_can_not_be_right_is_refused() {
             ),
             (v1::Endpoint { lid: 1 << 16, ..good.clone() }, malformed, "lid is beyond 16 bits"),
         ] {
-            let refused = client.connect_end(end.clone()).await.unwrap_err();
+            let refused = client.connect_end(0, end.clone()).await.unwrap_err();
             println!("{end:?}: {}", refused.message());
             check(&refused, code, reason, &[word]);
         }

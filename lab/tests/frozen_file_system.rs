@@ -22,6 +22,11 @@ fn reader(lab: &Lab, name: &str) -> tokio::task::JoinHandle<Opener> {
     tokio::task::spawn_blocking(move || Opener::reading(&path))
 }
 
+/// Ends of queue pairs that take requests.
+fn ready() -> usize {
+    queue_pairs().values().filter(|state| *state == "RTS").count()
+}
+
 async fn write_to(lab: &Lab, session: &Session, name: &str, byte: u8) {
     let pin = session.pin(PinRequest::read_write(EXPORT, name)).await.unwrap();
     let mut buffer = session.buffer(PAGE).await.unwrap();
@@ -39,9 +44,14 @@ on_each_file_system! {
         for name in ["stuck", "other"] {
             lab.make_file(name, PAGE as u64);
         }
-        let deaf = lab.session_with(lab.options().drain_policy(DrainPolicy::Ignore)).await;
+        let deaf = lab.options().drain_policy(DrainPolicy::Ignore).lanes(3);
+        let deaf = lab.session_with(deaf).await;
         let mut told_deaf = deaf.events();
         let stuck = deaf.pin(PinRequest::read_write(EXPORT, "stuck")).await.unwrap();
+        let beside = [
+            deaf.pin(PinRequest::read_write(EXPORT, "stuck")).await.unwrap(),
+            deaf.pin(PinRequest::read_write(EXPORT, "stuck")).await.unwrap(),
+        ];
         let session = lab.session().await;
         let mut told = session.events();
         let other = session.pin(PinRequest::read_write(EXPORT, "other")).await.unwrap();
@@ -49,6 +59,7 @@ on_each_file_system! {
         other.write(0, buffer, PAGE).await.unwrap();
 
         let connected = queue_pairs();
+        assert_eq!(ready(), 8, "both ends of three lanes and of one: {connected:?}");
 
         let frozen = Frozen::start(lab.file_system.mount_point());
         let buffer = deaf.buffer(PAGE).await.unwrap();
@@ -71,6 +82,8 @@ on_each_file_system! {
             assert!(matches!(told_deaf.next().await, Some(Event::Draining { .. })));
             let error = lab.daemon.logged_of(&lab.path("stuck"), "regions hang too");
             assert_eq!(error["level"], "ERROR");
+            // Of its three queue pairs one hangs, and the others do not wait for that.
+            eventually("all three of them take nothing more", async || ready() == 5).await;
             assert!(remote_fault_hangs() && !reader.is_finished());
             frozen.thaw();
             let opened = reader.await.unwrap();
@@ -89,8 +102,9 @@ on_each_file_system! {
             () = hanging => unreachable!(),
         }
 
-        let cut_off = async || queue_pairs().len() < connected.len();
-        eventually("the server has destroyed its queue pair", cut_off).await;
+        let cut_off = async || queue_pairs().len() <= connected.len() - 3;
+        eventually("the server has destroyed its queue pairs", cut_off).await;
+        drop(beside);
         for name in ["stuck", "other"] {
             let record = lab.daemon.audit_record(&lab.path(name));
             assert_eq!(record["failed_regions"], 0, "{record}");

@@ -31,7 +31,7 @@ async fn refuses_rdma_and_serves_by_stream(daemon: &Daemon, says: &[&str]) {
     let refused = foreign.stub.pin(foreign.pin_request("file")).await.unwrap_err();
     answer.check_status(&refused);
     let end = v1::Endpoint { gid: vec![0; 16], max_path_mtu_bytes: 4096, ..Default::default() };
-    answer.check_status(&foreign.connect_end(end).await.unwrap_err());
+    answer.check_status(&foreign.connect_end(0, end).await.unwrap_err());
     let any = v1::PinRequest { transport: 0, ..foreign.pin_request("file") };
     let pin = foreign.stub.pin(any).await.unwrap().into_inner();
     assert_eq!(pin.segments, []);
@@ -106,6 +106,7 @@ async fn a_named_one_that_is_absent() {
         session_id: foreign.session_id(),
         client: Some(v1::Endpoint { gid: vec![0; 16], ..Default::default() }),
         server_device: ABSENT.to_owned(),
+        number: 0,
     };
     let refused = foreign.stub.connect_queue_pair(request).await.unwrap_err();
     let says = [&format!("{ABSENT:?}") as &str, &format!("it uses {}", device_name())];

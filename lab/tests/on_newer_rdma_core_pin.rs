@@ -94,6 +94,37 @@ on_each_file_system! {
         Pattern(5).check(3 * PAGE, &content[3 * PAGE as usize..][..PAGE as usize], "by RDMA");
     }
 
+    async fn a_durable_write_is_flushed_by_the_nic(lab in Lab) {
+        let session = lab.session().await;
+        let pin = pinned(&session).await;
+        let by_server = WriteBacks::of(&lab.path("file"));
+        let flushes = Flushes::start();
+        // One that travels with its request, pages, and more than fits in one call of the device.
+        let narrow = lab.session_with(lab.options().send_window(1)).await;
+        let one_by_one = narrow.pin(PinRequest::read_write(EXPORT, "file")).await.unwrap();
+        for (session, pin, bytes) in [
+            (&session, &pin, 2 * PAGE..2 * PAGE + 8),
+            (&session, &pin, 5 * PAGE..8 * PAGE),
+            (&narrow, &one_by_one, 9 * PAGE..10 * PAGE),
+        ] {
+            let len = (bytes.end - bytes.start) as usize;
+            let mut buffer = session.buffer(len).await.unwrap();
+            Pattern(6).fill(bytes.start, buffer.as_mut_slice());
+            let (_, report) = pin.write_durable(bytes.start, buffer, len).await.unwrap();
+            assert_eq!((report.write.rdma_bytes, report.commit), (len as u64, None));
+            assert_eq!(flushes.take().ranges, [addresses(pin.grant(), &bytes)]);
+        }
+        assert!(pin.write_fate().unwrap().is_all_committed());
+        assert!(by_server.take().is_empty(), "the server's processor had no part in it");
+        pin.unpin().await.unwrap();
+        one_by_one.unpin().await.unwrap();
+        let content = std::fs::read(lab.path("file")).unwrap();
+        for bytes in [2 * PAGE..2 * PAGE + 8, 5 * PAGE..8 * PAGE, 9 * PAGE..10 * PAGE] {
+            let there = &content[bytes.start as usize..bytes.end as usize];
+            Pattern(6).check(bytes.start, there, "by a durable write");
+        }
+    }
+
     async fn what_went_by_the_stream_path_is_committed_by_the_server(lab in Lab) {
         let session = lab.session().await;
         let pin = pinned(&session).await;

@@ -321,7 +321,7 @@ on_each_file_system! {
             (v1::Endpoint { max_path_mtu_bytes: 256, ..end.clone() }, failed),
             (v1::Endpoint { gid: vec![1; 15], ..end }, Answer { says: &["gid"], ..malformed }),
         ] {
-            answer.check_status(&client.connect_end(garbage).await.unwrap_err());
+            answer.check_status(&client.connect_end(0, garbage).await.unwrap_err());
         }
         let bytes = Pattern(4).bytes(0, PAGE);
         assert!(lane.write(&pin.segments[0], 0, &bytes).await.is_success());

@@ -58,7 +58,7 @@ const STREAM_WORK_AT_A_TIME: usize = 32;
 /// Pins that wait for others to close a file.
 const PINS_WAITING_AT_A_TIME: usize = 64;
 
-/// Threads that destroy queue pairs: one hangs with a write that hangs in a fault.
+/// Threads that destroy queue pairs, a session's on one: it hangs with a write that hangs in a fault.
 const SEVERING_THREADS: usize = 8;
 
 /// What a session's stream carries to the client.

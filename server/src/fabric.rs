@@ -1,5 +1,6 @@
 //! The server's RDMA device, tested before it is trusted, and what sessions and pins have on it.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -174,13 +175,17 @@ fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
     }
 }
 
+/// Queue pairs of a session. More than a client has threads that post are of no use to it.
+pub(crate) const QUEUE_PAIRS_MAX: u32 = 64;
+
 /// What a session has on a device: a protection domain of its own, so that its keys work on no
-/// other session's queue pair, and one queue pair at a time.
+/// other session's queue pairs, and some queue pairs.
 #[derive(Debug)]
 pub(crate) struct Link {
     fabric: Arc<Fabric>,
     domain: ProtectionDomain,
-    queue_pair: Option<QueuePair<Connected>>,
+    /// By the client's numbers for them.
+    queue_pairs: BTreeMap<u32, QueuePair<Connected>>,
 }
 
 /// A queue pair on its way into a [`Link`].
@@ -195,12 +200,13 @@ impl Link {
     /// An unconnected one.
     pub(crate) fn new(fabric: Arc<Fabric>) -> Result<Self> {
         let domain = ProtectionDomain::new(&fabric.device)?;
-        Ok(Self { fabric, domain, queue_pair: None })
+        Ok(Self { fabric, domain, queue_pairs: BTreeMap::new() })
     }
 
     /// The same session's without a queue pair, to connect one with while others use this.
     pub(crate) fn beside(&self) -> Self {
-        Self { fabric: Arc::clone(&self.fabric), domain: self.domain.clone(), queue_pair: None }
+        let (fabric, domain) = (Arc::clone(&self.fabric), self.domain.clone());
+        Self { fabric, domain, queue_pairs: BTreeMap::new() }
     }
 
     /// The device that it is on.
@@ -210,7 +216,7 @@ impl Link {
 
     /// The session's protection domain, once it has a queue pair.
     pub(crate) fn domain(&self) -> Option<&ProtectionDomain> {
-        self.queue_pair.as_ref().map(|_| &self.domain)
+        (!self.queue_pairs.is_empty()).then_some(&self.domain)
     }
 
     /// Connects a new queue pair to the client's. Address resolution in the kernel may block for a
@@ -226,29 +232,37 @@ impl Link {
         Ok(Connection { queue_pair: connected, answer: (server, mtu) })
     }
 
-    /// Takes a new queue pair in. The one before is to be destroyed before the client is answered.
-    pub(crate) fn take_in(&mut self, connection: Connection) -> Severed {
-        Severed(self.queue_pair.replace(connection.queue_pair))
+    /// Takes a new queue pair in under a number. The one before is to be destroyed before the client is
+    /// answered.
+    pub(crate) fn take_in(&mut self, number: u32, connection: Connection) -> Severed {
+        Severed(self.queue_pairs.insert(number, connection.queue_pair).into_iter().collect())
     }
 
-    /// Takes the queue pair out, to be destroyed where nobody waits for a lock on this.
+    /// Takes the queue pairs out, to be destroyed where nobody waits for a lock on this.
     pub(crate) fn sever(&mut self) -> Severed {
-        Severed(self.queue_pair.take())
+        Severed(std::mem::take(&mut self.queue_pairs).into_values().collect())
     }
 }
 
-/// A queue pair that belongs to no session any more, if there was one.
+/// Queue pairs that belong to no session any more.
 #[derive(Debug)]
-#[must_use = "it transfers until it is destroyed"]
-pub(crate) struct Severed(Option<QueuePair<Connected>>);
+#[must_use = "they transfer until they are destroyed"]
+pub(crate) struct Severed(Vec<QueuePair<Connected>>);
 
 impl Severed {
-    /// Destroys the queue pair: when this returns, no request of the session lands any more.
+    /// Destroys the queue pairs: when this returns, no request of theirs lands any more.
     pub(crate) fn destroy(self) {
-        let Some(queue_pair) = self.0 else { return };
-        if let Err(error) = queue_pair.destroy() {
-            tracing::error!(error = with_causes(&error), "a queue pair could not be destroyed");
+        if let [_, _, ..] = self.0[..] {
+            // One can hang with a write that hangs in a fault, and the others are not to wait for that.
+            self.0.iter().for_each(|queue_pair| said(queue_pair.fail()));
         }
+        self.0.into_iter().for_each(|queue_pair| said(queue_pair.destroy()));
+    }
+}
+
+fn said(ended: std::result::Result<(), pinfold_verbs::Error>) {
+    if let Err(error) = ended {
+        tracing::error!(error = with_causes(&error), "a queue pair could not be stopped");
     }
 }
 

@@ -55,7 +55,9 @@ impl Pinfold for Service {
         let request = request.into_inner();
         let id = wire::session_id(&request.session_id)?;
         let client = wire::endpoint(request.client)?;
-        let (server, mtu) = self.engine.connect(id, client, request.server_device).await?;
+        let number = wire::queue_pair_number(request.number)?;
+        let connecting = self.engine.connect(id, number, client, request.server_device);
+        let (server, mtu) = connecting.await?;
         Ok(Response::new(v1::ConnectQueuePairResponse {
             server: Some(wire::own_endpoint(&server)),
             path_mtu_bytes: mtu.bytes(),

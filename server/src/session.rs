@@ -10,6 +10,7 @@ use tonic::{Status, Streaming};
 use crate::config::Config;
 use crate::engine::{Engine, WeakOutbox};
 use crate::error::{Error, Result};
+use crate::fabric::QUEUE_PAIRS_MAX;
 use crate::ids::{PinId, SessionId};
 use crate::wire;
 
@@ -88,6 +89,7 @@ fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
         server_version: env!("CARGO_PKG_VERSION").to_owned(),
         stream_piece_bytes_max: wire::count(wire::STREAM_PIECE_BYTES_MAX),
         rdma_devices: devices,
+        queue_pairs_max: QUEUE_PAIRS_MAX,
     }
 }
 

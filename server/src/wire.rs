@@ -16,7 +16,7 @@ use crate::audit::{Teardown, micros};
 use crate::breakers::Broken;
 use crate::engine::{Granted, PageOrder, PinOrder, StreamPiece, TransportWish};
 use crate::error::{Error, Result};
-use crate::fabric::Segment;
+use crate::fabric::{QUEUE_PAIRS_MAX, Segment};
 use crate::held::HeldFile;
 use crate::ids::{Generation, Life, PinId, SessionId};
 use crate::registry::{
@@ -84,6 +84,14 @@ pub(crate) fn endpoint(endpoint: Option<v1::Endpoint>) -> Result<Endpoint> {
         lid: endpoint.lid.try_into().map_err(|_| malformed("lid is beyond 16 bits"))?,
         path_mtu_bytes: endpoint.max_path_mtu_bytes,
     })
+}
+
+/// Which of a session's queue pairs.
+pub(crate) fn queue_pair_number(number: u32) -> Result<u32> {
+    if number >= QUEUE_PAIRS_MAX {
+        return Err(malformed("number is not below queue_pairs_max"));
+    }
+    Ok(number)
 }
 
 /// Our end, for the client.

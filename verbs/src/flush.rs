@@ -5,6 +5,7 @@
 //! that was made for it. Everything else goes through `ibv_post_send` as ever: both put their requests
 //! into the same queue, in the order of the calls.
 
+use std::ffi::c_int;
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
@@ -12,7 +13,7 @@ use std::ptr::NonNull;
 use crate::buffer::Buffer;
 use crate::device::{Capabilities, Device, DeviceName};
 use crate::error::Error;
-use crate::lane::{Lane, PostError, RemoteSlice, check_remote};
+use crate::lane::{Lane, Piece, PostError, RemoteSlice, check_remote};
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, QueuePair};
 use crate::sys::{self, ffi};
@@ -85,12 +86,13 @@ fn create_extended(
     domain: &ProtectionDomain,
     attr: &mut ffi::ibv_qp_init_attr,
 ) -> io::Result<Option<(NonNull<ffi::ibv_qp>, Option<Extended>)>> {
+    use ffi::ibv_qp_create_send_ops_flags as ops;
     use ffi::ibv_qp_init_attr_mask as mask;
     let mut wide: ffi::ibv_qp_init_attr_ex = sys::zeroed();
     (wide.send_cq, wide.recv_cq) = (attr.send_cq, attr.recv_cq);
     (wide.cap, wide.qp_type) = (attr.cap, attr.qp_type);
     wide.pd = domain.as_raw().as_ptr();
-    wide.send_ops_flags = ffi::ibv_qp_create_send_ops_flags::IBV_QP_EX_WITH_FLUSH.0.into();
+    wide.send_ops_flags = (ops::IBV_QP_EX_WITH_FLUSH | ops::IBV_QP_EX_WITH_RDMA_WRITE).0.into();
     wide.comp_mask = (mask::IBV_QP_INIT_ATTR_PD | mask::IBV_QP_INIT_ATTR_SEND_OPS_FLAGS).0;
     let context = domain.device().context().as_ptr();
     let raw = sys::pass("ibv_create_qp_ex").and_then(|()| {
@@ -110,40 +112,70 @@ fn create_extended(
     Ok(Some((raw, extended)))
 }
 
+/// A request of a chain that ends with FLUSH.
+pub(crate) enum Chained {
+    Write { list: ffi::ibv_sge, remote: RemoteSlice },
+    Flush(RemoteSlice),
+}
+
+/// The calls of a queue pair that was made for FLUSH.
+struct Calls {
+    start: unsafe extern "C" fn(*mut ffi::ibv_qp_ex),
+    write: unsafe extern "C" fn(*mut ffi::ibv_qp_ex, u32, u64),
+    set_list: unsafe extern "C" fn(*mut ffi::ibv_qp_ex, u32, u64, u32),
+    flush: unsafe extern "C" fn(*mut ffi::ibv_qp_ex, u32, u64, usize, u8, u8),
+    complete: unsafe extern "C" fn(*mut ffi::ibv_qp_ex) -> c_int,
+}
+
+impl Calls {
+    fn of(extended: &ffi::ibv_qp_ex) -> Option<Self> {
+        Some(Self {
+            start: extended.wr_start?,
+            write: extended.wr_rdma_write?,
+            set_list: extended.wr_set_sge?,
+            flush: extended.wr_flush?,
+            complete: extended.wr_complete?,
+        })
+    }
+}
+
 impl QueuePair<Connected> {
-    /// Posts flushes, all of them or none: of an id and a range each.
-    fn post_flushes(&self, flushes: &[(u64, RemoteSlice)]) -> Result<(), Error> {
+    /// Posts a chain with one call, numbered by `id`; the last request tells of the end of all
+    /// ([`Lane`]). After an error other than [`Error::NoFlush`] nobody knows what the device has taken.
+    ///
+    /// # Safety
+    ///
+    /// The memory that the writes name stays registered, and untouched by others, until the last request has completed or the queue pair is destroyed.
+    pub(crate) unsafe fn post_chain(
+        &self,
+        chain: &[Chained],
+        id: impl Fn(usize) -> u64,
+    ) -> Result<(), Error> {
         let Some(extended) = self.extended() else {
             return Err(no_flush(self.protection_domain().device()));
         };
-        let (start, flush, complete) = {
-            // SAFETY: the queue pair is live: only a lane that is being dropped has none.
-            let face = unsafe { extended.as_ref() };
-            // One that was made for FLUSH has these calls.
-            let (Some(start), Some(flush), Some(complete)) =
-                (face.wr_start, face.wr_flush, face.wr_complete)
-            else {
-                return Err(no_flush(self.protection_domain().device()));
-            };
-            (start, flush, complete)
+        // SAFETY: the queue pair is live: only a lane that is being dropped has none.
+        let calls = Calls::of(unsafe { extended.as_ref() });
+        let Some(calls) = calls else {
+            return Err(no_flush(self.protection_domain().device()));
         };
         let pair = extended.as_ptr();
         let posted = sys::pass("ibv_wr_complete").and_then(|()| {
             // SAFETY: the queue pair is live, and each start is followed by one completion below. The
             // lane's lock keeps other posts out.
-            unsafe { start(pair) };
-            for (id, range) in flushes {
+            unsafe { (calls.start)(pair) };
+            for (index, request) in chain.iter().enumerate() {
+                let last = index + 1 == chain.len();
+                let signalled = ffi::ibv_send_flags::IBV_SEND_SIGNALED.0;
                 // SAFETY: as above; the fields are read by the next call.
-                unsafe { (*pair).wr_id = *id };
+                unsafe { (*pair).wr_id = id(index) };
                 // SAFETY: as above.
-                unsafe { (*pair).wr_flags = ffi::ibv_send_flags::IBV_SEND_SIGNALED.0 };
-                let (key, address) = (range.key.get(), range.address);
-                let (kind, level) = (ffi::IBV_FLUSH_PERSISTENT as u8, ffi::IBV_FLUSH_RANGE as u8);
-                // SAFETY: between start and completion. It names no memory of this process.
-                unsafe { flush(pair, key, address, range.len, kind, level) };
+                unsafe { (*pair).wr_flags = if last { signalled } else { 0 } };
+                // SAFETY: the same, and the caller's promise.
+                unsafe { calls.put(pair, request) };
             }
             // SAFETY: after the start.
-            sys::check(unsafe { complete(pair) })
+            sys::check(unsafe { (calls.complete)(pair) })
         });
         posted.map_err(|source| Error::PostSend {
             device: self.device_name(),
@@ -154,6 +186,31 @@ impl QueuePair<Connected> {
 
     fn device_name(&self) -> DeviceName {
         self.protection_domain().device().device_name()
+    }
+}
+
+impl Calls {
+    /// Adds a request to what was started.
+    ///
+    /// # Safety
+    ///
+    /// The queue pair is live, and between start and completion; the memory that a write names is as
+    /// [`QueuePair::post_chain`] wants it.
+    unsafe fn put(&self, pair: *mut ffi::ibv_qp_ex, request: &Chained) {
+        match request {
+            Chained::Write { list, remote } => {
+                // SAFETY: the caller's promise.
+                unsafe { (self.write)(pair, remote.key.get(), remote.address) };
+                // SAFETY: the caller's promise.
+                unsafe { (self.set_list)(pair, list.lkey, list.addr, list.length) };
+            }
+            Chained::Flush(range) => {
+                let (key, address) = (range.key.get(), range.address);
+                let (kind, level) = (ffi::IBV_FLUSH_PERSISTENT as u8, ffi::IBV_FLUSH_RANGE as u8);
+                // SAFETY: the caller's promise. It names no memory of this process.
+                unsafe { (self.flush)(pair, key, address, range.len, kind, level) };
+            }
+        }
     }
 }
 
@@ -195,9 +252,26 @@ impl<T: Send> Lane<T> {
         tag: T,
     ) -> Result<(), PostError<T>> {
         match check_ranges(ranges) {
-            Ok(()) => self.post_others(buffer, ranges, tag, |requests| {
-                self.queue_pair().post_flushes(requests)
-            }),
+            Ok(()) => self.post_flushing(buffer, &[], ranges, tag),
+            Err(error) => Err(PostError { buffer, tag, error }),
+        }
+    }
+
+    /// As [`post_write`](Self::post_write), and behind it, with the same call, as
+    /// [`post_flush`](Self::post_flush).
+    ///
+    /// # Errors
+    ///
+    /// Those of both.
+    pub fn post_write_flushed(
+        &self,
+        buffer: Buffer,
+        pieces: &[Piece],
+        ranges: &[RemoteSlice],
+        tag: T,
+    ) -> Result<(), PostError<T>> {
+        match self.check(&buffer, pieces).and_then(|()| check_ranges(ranges)) {
+            Ok(()) => self.post_flushing(buffer, pieces, ranges, tag),
             Err(error) => Err(PostError { buffer, tag, error }),
         }
     }

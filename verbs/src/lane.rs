@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use crate::buffer::Buffer;
 use crate::completion::{CompletionQueue, CompletionStatus, WorkCompletion};
 use crate::error::Error;
+use crate::flush::Chained;
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, Endpoint, Init, Mtu, Posted, QueuePair, QueuePairBuilder};
 use crate::region::{Access, RemoteKey};
@@ -85,6 +86,20 @@ impl Request {
     }
 }
 
+/// What an operation asks for.
+struct Ask<'a> {
+    what: Request,
+    pieces: &'a [Piece],
+    /// What is read back behind them.
+    probe: Option<RemoteSlice>,
+}
+
+impl Ask<'_> {
+    fn requests(&self) -> usize {
+        self.pieces.len() + usize::from(self.probe.is_some())
+    }
+}
+
 /// A work request, and the list that it points to.
 struct WorkRequest {
     list: ffi::ibv_sge,
@@ -95,6 +110,28 @@ impl WorkRequest {
     fn empty() -> Self {
         Self { list: sys::zeroed(), raw: sys::zeroed() }
     }
+
+    /// Fills in all but the list and the flags, and returns where it is.
+    fn fill(
+        &mut self,
+        id: u64,
+        what: Request,
+        remote: &RemoteSlice,
+        next: *mut ffi::ibv_send_wr,
+    ) -> *mut ffi::ibv_send_wr {
+        self.raw.wr_id = id;
+        self.raw.sg_list = &raw mut self.list;
+        self.raw.num_sge = 1;
+        self.raw.opcode = what.opcode();
+        self.raw.wr = what.target(remote);
+        self.raw.next = next;
+        &raw mut self.raw
+    }
+}
+
+/// At most `MESSAGE_BYTES_MAX`, as was checked.
+fn length(remote: &RemoteSlice) -> u32 {
+    u32::try_from(remote.len).unwrap_or(u32::MAX)
 }
 
 /// A lane that isn't connected: it has an endpoint to tell the peer, and no way to post.
@@ -110,6 +147,7 @@ pub struct UnconnectedLane {
     queue_pair: QueuePair<Init>,
     completions: CompletionQueue,
     depth: u32,
+    probed: Buffer,
 }
 
 impl UnconnectedLane {
@@ -118,10 +156,11 @@ impl UnconnectedLane {
     ///
     /// # Errors
     ///
-    /// Those of [`CompletionQueue::new`] and [`QueuePairBuilder::build`].
+    /// Those of [`Buffer::new`], [`CompletionQueue::new`] and [`QueuePairBuilder::build`].
     pub fn new(domain: &ProtectionDomain, depth: u32) -> Result<Self, Error> {
         let device = domain.device();
         let depth = depth.min(device.capabilities().max_qp_wr).max(1);
+        let probed = Buffer::new(domain, PROBE_BYTES)?;
         let completions = CompletionQueue::new(device, depth)?;
         let queue_pair = QueuePairBuilder::new(domain)
             .completion_queue(&completions)
@@ -130,7 +169,7 @@ impl UnconnectedLane {
             .flush()
             .remote_access(Access::default())
             .build()?;
-        Ok(Self { queue_pair, completions, depth })
+        Ok(Self { queue_pair, completions, depth, probed })
     }
 
     /// What the peer must know to connect to this end.
@@ -149,7 +188,7 @@ impl UnconnectedLane {
         peer: &Endpoint,
         path_mtu: Mtu,
     ) -> Result<Lane<T>, LaneConnectFailed> {
-        let Self { queue_pair, completions, depth } = self;
+        let Self { queue_pair, completions, depth, probed } = self;
         match queue_pair.connect(peer, path_mtu) {
             Ok(queue_pair) => {
                 let port = queue_pair.protection_domain().device().port();
@@ -159,12 +198,13 @@ impl UnconnectedLane {
                     completions,
                     table: Mutex::new(Table::new(depth)),
                     depth,
+                    probed: Some(probed),
                     max_piece_bytes: port.max_message_bytes.clamp(1, MESSAGE_BYTES_MAX),
                     turn: tokio::sync::Mutex::new(()),
                 })
             }
             Err(failed) => Err(LaneConnectFailed {
-                lane: Box::new(Self { queue_pair: *failed.queue_pair, completions, depth }),
+                lane: Box::new(Self { queue_pair: *failed.queue_pair, completions, depth, probed }),
                 error: failed.error,
             }),
         }
@@ -204,6 +244,8 @@ pub struct Lane<T> {
     completions: CompletionQueue,
     table: Mutex<Table<Buffer, T>>,
     depth: u32,
+    /// Where probes read to: nobody looks at it. Absent only while the lane is dropped.
+    probed: Option<Buffer>,
     max_piece_bytes: u32,
     /// Writes up to this length travel with their request.
     inline_bytes: u32,
@@ -236,7 +278,31 @@ impl<T: Send> Lane<T> {
     /// [`Error::PieceTooLong`], [`Error::RemoteOverflow`], [`Error::ForeignBuffer`] for a mistake
     /// of the caller; [`Error::PostSend`] when the device refuses.
     pub fn post_write(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
-        self.post(Request::Write, buffer, pieces, tag)
+        self.post(buffer, &Ask { what: Request::Write, pieces, probe: None }, tag)
+    }
+
+    /// As [`post_write`](Self::post_write), and then reads 1 to 8 bytes back, with the same call; nobody
+    /// gets them. When it ends well the peer has all pieces in its memory, where its processors find them:
+    /// a write alone is over when the peer's device has it (IBTA 9.7.5.1.1, ordering of READ behind WRITE).
+    ///
+    /// It takes the room of one piece more.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`post_write`](Self::post_write); [`Error::PieceTooLong`] also for a longer probe.
+    pub fn post_write_proven(
+        &self,
+        buffer: Buffer,
+        pieces: &[Piece],
+        probe: RemoteSlice,
+        tag: T,
+    ) -> Result<(), PostError<T>> {
+        match check_remote(pieces.len(), &probe, PROBE_BYTES as u32) {
+            Ok(()) => {
+                self.post(buffer, &Ask { what: Request::Write, pieces, probe: Some(probe) }, tag)
+            }
+            Err(error) => Err(PostError { buffer, tag, error }),
+        }
     }
 
     /// Starts to copy from the peer's memory into pieces of the buffer (RDMA READ).
@@ -245,7 +311,7 @@ impl<T: Send> Lane<T> {
     ///
     /// Those of [`post_write`](Self::post_write).
     pub fn post_read(&self, buffer: Buffer, pieces: &[Piece], tag: T) -> Result<(), PostError<T>> {
-        self.post(Request::Read, buffer, pieces, tag)
+        self.post(buffer, &Ask { what: Request::Read, pieces, probe: None }, tag)
     }
 
     /// Starts an atomic on 8 bytes of the peer. What they were before comes into the buffer's first 8
@@ -268,12 +334,9 @@ impl<T: Send> Lane<T> {
                 Error::NoAtomics { device: device.device_name() }
             }
             0 => {
-                return self.post(
-                    Request::Atomic(atomic),
-                    buffer,
-                    &[Piece { local: 0..ATOMIC_BYTES, remote }],
-                    tag,
-                );
+                let pieces = &[Piece { local: 0..ATOMIC_BYTES, remote }];
+                let ask = Ask { what: Request::Atomic(atomic), pieces, probe: None };
+                return self.post(buffer, &ask, tag);
             }
             _ => Error::MisalignedAtomic { address: remote.address },
         };
@@ -366,71 +429,64 @@ impl<T: Send> Lane<T> {
         &self.queue_pair
     }
 
-    fn post(
-        &self,
-        what: Request,
-        buffer: Buffer,
-        pieces: &[Piece],
-        tag: T,
-    ) -> Result<(), PostError<T>> {
-        let ours = self.queue_pair.protection_domain().is_same(buffer.protection_domain());
-        let checked = if ours {
-            check_pieces(pieces, buffer.len(), self.max_piece_bytes)
-        } else {
-            Err(Error::ForeignBuffer)
-        };
-        if let Err(error) = checked {
+    fn post(&self, buffer: Buffer, ask: &Ask<'_>, tag: T) -> Result<(), PostError<T>> {
+        if let Err(error) = self.check(&buffer, ask.pieces) {
             return Err(PostError { buffer, tag, error });
         }
         // Most operations are of one piece: then nothing is allocated.
-        match pieces {
-            [_] => self.send(what, buffer, pieces, tag, &mut [WorkRequest::empty()]),
-            _ => {
-                let mut requests: Vec<_> = pieces.iter().map(|_| WorkRequest::empty()).collect();
-                self.send(what, buffer, pieces, tag, &mut requests)
+        let empty = WorkRequest::empty;
+        match ask.requests() {
+            1 => self.send(buffer, ask, tag, &mut [empty()]),
+            2 => self.send(buffer, ask, tag, &mut [empty(), empty()]),
+            more => {
+                let mut requests: Vec<_> = (0..more).map(|_| empty()).collect();
+                self.send(buffer, ask, tag, &mut requests)
             }
         }
     }
 
-    /// Fills in a request for each piece, and posts them with one call.
+    /// Whether these pieces can be sent from this buffer, or come into it.
+    pub(crate) fn check(&self, buffer: &Buffer, pieces: &[Piece]) -> Result<(), Error> {
+        if !self.queue_pair.protection_domain().is_same(buffer.protection_domain()) {
+            return Err(Error::ForeignBuffer);
+        }
+        check_pieces(pieces, buffer.len(), self.max_piece_bytes)
+    }
+
+    /// Fills in a request for each piece, and one for the probe, and posts them with one call.
     fn send(
         &self,
-        what: Request,
         buffer: Buffer,
-        pieces: &[Piece],
+        ask: &Ask<'_>,
         tag: T,
         requests: &mut [WorkRequest],
     ) -> Result<(), PostError<T>> {
+        let Ask { what, pieces, probe } = *ask;
         let (address, local_key) = (buffer.address(), buffer.local_key());
 
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
         let bytes = pieces.iter().map(|piece| piece.remote.len).sum();
-        let slot = table.insert(buffer, tag, pieces.len(), bytes, self.depth)?;
+        let slot = table.insert(buffer, tag, requests.len(), bytes, self.depth)?;
         let mut next: *mut ffi::ibv_send_wr = ptr::null_mut();
-        let each = pieces.iter().zip(requests.iter_mut()).enumerate().rev();
-        for (index, (piece, WorkRequest { list, raw: request })) in each {
-            // At most `MESSAGE_BYTES_MAX`, as checked above.
-            let len = u32::try_from(piece.remote.len).unwrap_or(u32::MAX);
-            *list = ffi::ibv_sge {
-                addr: address + piece.local.start as u64,
-                length: len,
-                lkey: local_key,
-            };
-            request.wr_id = request_id(slot, index);
-            request.sg_list = list;
-            request.num_sge = 1;
-            request.opcode = what.opcode();
-            request.send_flags = self.send_flags(what, len, next.is_null());
-            request.wr = what.target(&piece.remote);
-            request.next = next;
-            next = request;
+        let (of_pieces, of_probe) = requests.split_at_mut(pieces.len());
+        if let (Some(remote), Some(into), [request]) = (probe, &self.probed, of_probe) {
+            let (addr, length) = (into.address(), length(&remote));
+            request.list = ffi::ibv_sge { addr, length, lkey: into.local_key() };
+            request.raw.send_flags = self.send_flags(Request::Read, length, true);
+            next = request.fill(request_id(slot, pieces.len()), Request::Read, &remote, next);
+        }
+        for (index, (piece, request)) in pieces.iter().zip(of_pieces).enumerate().rev() {
+            let (addr, length) = (address + piece.local.start as u64, length(&piece.remote));
+            request.list = ffi::ibv_sge { addr, length, lkey: local_key };
+            request.raw.send_flags = self.send_flags(what, length, next.is_null());
+            next = request.fill(request_id(slot, index), what, &piece.remote, next);
         }
 
         // SAFETY: `next` is the first of the requests, which are linked to each other and to their
         // lists, and outlive the call. The buffer is registered, as long as the pieces say, and
         // in the table: it leaves only when the last of its requests has completed, and with it all,
-        // or after the queue pair is destroyed (`Drop`).
+        // or after the queue pair is destroyed (`Drop`). So does what the probe reads into.
         match unsafe { self.queue_pair.post(next) } {
             Posted::All => Ok(()),
             Posted::UpTo { refused, error } => {
@@ -441,7 +497,7 @@ impl<T: Send> Lane<T> {
                 }
                 // Some pieces are with the device, or (without a word from it) all may be. They
                 // come back once the queue pair has failed, and the operation with them.
-                let accepted = accepted.unwrap_or(pieces.len());
+                let accepted = accepted.unwrap_or(requests.len());
                 tracing::warn!(%error, accepted, "an operation was posted in part only");
                 table.give_up(slot, accepted);
                 drop(table);
@@ -480,24 +536,43 @@ impl<T: Send> Lane<T> {
         }
     }
 
-    /// Posts what moves no bytes of the buffer: all of it or nothing, as `post` does.
-    pub(crate) fn post_others(
+    /// Posts writes of the pieces, if there are any, and behind them a FLUSH of each range, with one call.
+    pub(crate) fn post_flushing(
         &self,
         buffer: Buffer,
+        pieces: &[Piece],
         ranges: &[RemoteSlice],
         tag: T,
-        post: impl FnOnce(&[(u64, RemoteSlice)]) -> Result<(), Error>,
     ) -> Result<(), PostError<T>> {
+        let (address, local_key) = (buffer.address(), buffer.local_key());
+        let last = pieces.len() + ranges.len() - 1;
+
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
-        let bytes = ranges.iter().map(|range| range.len).sum();
-        let slot = table.insert(buffer, tag, ranges.len(), bytes, self.depth)?;
-        let numbered = |(index, range): (usize, &RemoteSlice)| (request_id(slot, index), *range);
-        let requests: Vec<_> = ranges.iter().enumerate().map(numbered).collect();
-        post(&requests).map_err(|error| {
+        let bytes = pieces.iter().map(|piece| piece.remote.len).sum();
+        let slot = table.insert(buffer, tag, last + 1, bytes, self.depth)?;
+        let writes = pieces.iter().map(|piece| {
+            let (addr, length) = (address + piece.local.start as u64, length(&piece.remote));
+            let list = ffi::ibv_sge { addr, length, lkey: local_key };
+            Chained::Write { list, remote: piece.remote }
+        });
+        let flushes = ranges.iter().map(|range| Chained::Flush(*range));
+        let chain: Vec<_> = writes.chain(flushes).collect();
+        // SAFETY: the buffer is registered, as long as the pieces say, and in the table: it leaves only when
+        // the last of the requests has completed, and with it all, or after the queue pair is destroyed
+        // (`Drop`).
+        let posted = unsafe { self.queue_pair.post_chain(&chain, |index| request_id(slot, index)) };
+        let Err(error) = posted else { return Ok(()) };
+        if pieces.is_empty() || matches!(error, Error::NoFlush { .. }) {
+            // The device knows nothing of the buffer.
             let (buffer, tag) = table.remove(slot);
-            PostError { buffer, tag, error }
-        })
+            return Err(PostError { buffer, tag, error });
+        }
+        tracing::warn!(%error, "an operation may have been posted in part");
+        table.give_up(slot, last + 1);
+        drop(table);
+        self.mark_the_end(slot, last + 1);
+        Ok(())
     }
 
     fn take(&self) -> Result<Option<Completed<T>>, Error> {
@@ -523,7 +598,7 @@ impl<T> Lane<T> {
 
 impl<T> Drop for Lane<T> {
     /// The order matters: queue pair, then buffers in flight; the fields follow (completion queue,
-    /// channel, protection domain).
+    /// channel, what probes read into, protection domain).
     fn drop(&mut self) {
         if self.queue_pair.release().is_err() {
             // The device may still read and write them, so they stay for good; whoever waits for
@@ -531,6 +606,7 @@ impl<T> Drop for Lane<T> {
             self.table().slots.drain(..).flatten().for_each(|operation| {
                 mem::forget(operation.buffer);
             });
+            mem::forget(self.probed.take());
         }
     }
 }
@@ -584,6 +660,9 @@ const MESSAGE_BYTES_MAX: u32 = 1 << 31;
 
 /// What an atomic works on.
 const ATOMIC_BYTES: usize = 8;
+
+/// A probe has no use for more.
+const PROBE_BYTES: usize = 8;
 
 /// Writes so short are copied into the request, so that the device needs not fetch them: a cache line.
 const INLINE_BYTES: u32 = 64;

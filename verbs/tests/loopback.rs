@@ -322,6 +322,45 @@ fn writes_and_reads_reach_their_bytes() {
 
 #[test]
 #[ignore = "needs an RDMA device: cargo xtask vm run"]
+fn a_write_and_its_proof_are_one_operation() {
+    let target = ProtectionDomain::new(&device()).unwrap();
+    let access = Access::REMOTE_READ_WRITE;
+    let region = target.register_pinned(memory(4 * PAGE), 0..4 * PAGE, access).unwrap();
+    let pair = Pair::new(&target, 3);
+    let probe = slice(&region, 0, 8);
+    let content: Vec<u8> = (0..=255).cycle().take(2 * PAGE).collect();
+    let pieces = |len| {
+        let at = |index| index * PAGE..index * PAGE + len;
+        [0, 1].map(|index| Piece { local: at(index), remote: slice(&region, index * PAGE, len) })
+    };
+    // One that travels with its request, and one that does not.
+    for len in [8, PAGE] {
+        let buffer = pair.buffer(&content);
+        pair.lane.post_write_proven(buffer, &pieces(len), probe, ()).unwrap();
+        let done = pair.wait();
+        assert_eq!((done.status, done.bytes), (CompletionStatus::Success, 2 * len));
+        assert_eq!(done.buffer.as_slice(), content, "the probe reads to another place");
+        assert_eq!(pair.lane.free_slots(), 3);
+        assert!(pair.lane.poll().unwrap().is_none(), "one operation has ended twice");
+        let seen = bytes(region.memory());
+        assert_eq!(seen[..len], content[..len]);
+        assert_eq!(seen[PAGE..PAGE + len], content[PAGE..PAGE + len]);
+    }
+
+    // The proof has to succeed, too.
+    let beyond = slice(&region, 4 * PAGE, 8);
+    let buffer = pair.buffer(&[7; 8]);
+    let piece = [Piece { local: 0..8, remote: slice(&region, 0, 8) }];
+    let nine = slice(&region, 0, 9);
+    let refused = pair.lane.post_write_proven(buffer, &piece, nine, ()).unwrap_err();
+    assert!(matches!(refused.error, Error::PieceTooLong { piece: 1, len: 9, limit: 8 }));
+    pair.lane.post_write_proven(refused.buffer, &piece, beyond, ()).unwrap();
+    let done = pair.wait();
+    assert_eq!((done.status, done.bytes), (CompletionStatus::RemoteAccess, 0));
+}
+
+#[test]
+#[ignore = "needs an RDMA device: cargo xtask vm run"]
 fn one_byte_too_many_is_refused_and_the_lane_is_lost() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access::REMOTE_READ_WRITE;

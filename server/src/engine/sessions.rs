@@ -30,14 +30,14 @@ impl SessionParts {
         Link::new(fabric)
     }
 
-    /// Destroys the queue pair: when this returns, no request of the session lands any more.
+    /// Destroys the queue pairs: when this returns, no request of the session lands any more.
     pub(super) fn disconnect(&self) {
         if let Some(severed) = self.sever() {
             severed.destroy();
         }
     }
 
-    /// Takes the queue pair out: what the client connects later is another one.
+    /// Takes the queue pairs out: what the client connects later are others.
     fn sever(&self) -> Option<Severed> {
         locked(&self.link).as_mut().map(Link::sever)
     }
@@ -58,7 +58,7 @@ impl Engine {
         Ok(id)
     }
 
-    /// Ends a session: its queue pair goes at once, then its pins.
+    /// Ends a session: its queue pairs go at once, then its pins.
     pub(crate) async fn end_session(&self, id: SessionId) {
         let engine = self.arc();
         let ended = tokio::task::spawn_blocking(move || {
@@ -85,7 +85,7 @@ impl Engine {
         self.perform(actions);
     }
 
-    /// Destroys a session's queue pair, on a thread that may block; the session lives on.
+    /// Destroys a session's queue pairs, on a thread that may block; the session lives on.
     pub(crate) fn cut_off(&self, id: SessionId) {
         if let Some(severed) = self.parts(id).and_then(|parts| parts.sever()) {
             // The threads end only with the engine.
@@ -103,11 +103,13 @@ impl Engine {
         locked(&self.sessions).get(&id).cloned()
     }
 
-    /// Connects a new queue pair to the client's end; one that was there before is destroyed. A
-    /// session stays on the device of its first queue pair: its keys are good on that one only.
+    /// Connects a new queue pair to the client's end; one that was there before under its number is
+    /// destroyed. A session stays on the device of its first queue pair: its keys are good on that one
+    /// only.
     pub(crate) async fn connect(
         &self,
         id: SessionId,
+        number: u32,
         client: Endpoint,
         device: String,
     ) -> Result<(Endpoint, Mtu)> {
@@ -124,7 +126,7 @@ impl Engine {
             let answer = connection.answer;
             // The first one that worked: keys are good on that device only.
             let _ = for_link.device.set(link.fabric().device().name().to_owned());
-            let before = locked(&for_link.link).get_or_insert(link).take_in(connection);
+            let before = locked(&for_link.link).get_or_insert(link).take_in(number, connection);
             before.destroy();
             // The session may have ended meanwhile; then nobody would destroy the new queue pair but
             // us.
