@@ -46,11 +46,15 @@ pub(super) fn is_device(path: &Path) -> bool {
 pub(super) fn examine(path: &Path, fabrics: &[Fabric]) -> Vec<Finding> {
     let mode = fs::metadata(path).map_or(0, |found| found.mode());
     let facts = Facts {
-        open_to_others: mode & OTHERS_WRITE != 0,
+        open_to_others: is_open_to_others(mode),
         tried: Tried::by(path, fabrics).map_err(|error| with_causes(&error)),
     };
     let subject = path.display().to_string();
     facts.judge().into_iter().map(|finding| finding.about(&subject)).collect()
+}
+
+fn is_open_to_others(mode: u32) -> bool {
+    mode & OTHERS_WRITE != 0
 }
 
 impl Tried {
@@ -156,7 +160,18 @@ mod tests {
         let small = Tried { page_size: 4096, ..tried() };
         assert_eq!(wrong(false, Ok(small)), [("page_size", Limited)]);
         assert_eq!(wrong(false, Ok(Tried { durable: false, ..tried() })), [("commit", Limited)]);
+        let refused = ("rxe0".to_owned(), Err("no on-demand paging".to_owned()));
+        let registrations = vec![tried().guarded.unwrap().registrations.remove(0), refused];
+        let unregistered = Guarded { registrations, ..tried().guarded.unwrap() };
+        let unregistered = Tried { guarded: Ok(unregistered), ..tried() };
+        assert_eq!(wrong(false, Ok(unregistered)), [("registration", Limited)]);
         let unmapped = Tried { guarded: Err("no memory".to_owned()), ..tried() };
         assert_eq!(wrong(false, Ok(unmapped)), [("guard", Missing)]);
+    }
+
+    #[test]
+    fn only_the_others_right_to_write_opens_a_device_to_them() {
+        assert!(is_open_to_others(0o666) && is_open_to_others(0o002));
+        assert!(!is_open_to_others(0o664) && !is_open_to_others(0o005));
     }
 }

@@ -301,6 +301,24 @@ mod tests {
     #[test]
     fn a_good_directory_has_nothing_to_say() {
         assert_eq!(wrong(&facts(tried())), []);
+        assert_eq!(wrong(&Facts { space: Some((5, 100)), ..facts(tried()) }), [], "a twentieth");
+    }
+
+    #[test]
+    fn one_closed_folder_on_the_way_keeps_others_out() {
+        use std::os::unix::fs::PermissionsExt;
+        // Its parent may be anywhere, so only what is beneath it counts here.
+        let outer = tempfile::tempdir().unwrap();
+        let inner = outer.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        let chmod = |folder: &Path, mode| {
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        chmod(outer.path(), 0o751);
+        chmod(&inner, 0o701);
+        assert_eq!(open_to_others(&inner), open_to_others(&std::env::temp_dir()));
+        chmod(outer.path(), 0o776);
+        assert!(!open_to_others(&inner), "who may list it may not go through it");
     }
 
     #[test]
@@ -310,6 +328,11 @@ mod tests {
         let no_odp = Err("no on-demand paging".to_owned());
         let lacks = [
             (facts(Tried { layout: Ok(layout(4096)), ..tried() }), "page_size", Limited),
+            (
+                facts(Tried { layout: Err("no extents".to_owned()), ..tried() }),
+                "page_size",
+                Limited,
+            ),
             (facts(Tried { guarded: Err("busy".to_owned()), ..tried() }), "guard", Missing),
             (facts(Tried { seal: Err("no flag".to_owned()), ..tried() }), "seal", Limited),
             (but(Guarded { tier: GuardTier::Lease, ..guarded() }), "guard", Limited),
@@ -320,7 +343,7 @@ mod tests {
                 "registration",
                 Limited,
             ),
-            (Facts { space: Some((1, 100)), ..facts(tried()) }, "space", Limited),
+            (Facts { space: Some((4, 100)), ..facts(tried()) }, "space", Limited),
             (Facts { open_to_others: true, ..facts(tried()) }, "access", Limited),
         ];
         for (facts, check, verdict) in lacks {
@@ -330,10 +353,17 @@ mod tests {
 
     #[test]
     fn what_can_not_be_tried_is_missing_under_its_own_name() {
-        for check in ["directory", "temporary_file", "file_system", "guard"] {
+        for (check, helps) in [
+            ("directory", "may search"),
+            ("temporary_file", "write permission"),
+            ("file_system", "ext4, XFS"),
+            ("guard", "memory and threads"),
+        ] {
             let error = TrialError { check, why: "no".to_owned() };
             let facts = Facts { trial: Err(error), ..facts(tried()) };
             assert_eq!(wrong(&facts), [(check, Verdict::Missing)]);
+            let remedy = facts.judge()[0].remedy.clone().unwrap();
+            assert!(remedy.contains(helps), "{check}: {remedy}");
         }
     }
 
@@ -346,6 +376,9 @@ mod tests {
         let lacks = ["dax", "map_sync", "page_size"].map(|check| (check, Verdict::Limited));
         assert_eq!(checks(MappingKind::SharedMemory), lacks);
         assert_eq!(checks(MappingKind::PageCache), lacks);
+        let why = |kind| Tried { kind, ..tried() }.judge_map_sync(false).why.unwrap();
+        assert!(why(MappingKind::SharedMemory).contains("nothing to be durable on"));
+        assert!(why(MappingKind::PageCache).contains("fsync"));
     }
 
     #[test]

@@ -280,6 +280,12 @@ mod tests {
             (Facts { guards: Ok(GuardTier::Lease), ..good() }, "guards", Limited),
             (Facts { guards: Err("no".to_owned()), ..good() }, "guards", Missing),
             (Facts { leases_enable: Some("0".to_owned()), ..good() }, "leases_enable", Missing),
+            (Facts { leases_enable: None, ..good() }, "leases_enable", Limited),
+            (
+                Facts { lease_break_time: Err("not readable".to_owned()), ..good() },
+                "lease_break_time",
+                Limited,
+            ),
             (Facts { lease_break_time: Ok(None), ..good() }, "lease_break_time", Limited),
             (Facts { lease_break_time: seconds(1), ..good() }, "lease_break_time", Limited),
             (Facts { lease_break_time: seconds(600), ..good() }, "lease_break_time", Limited),
@@ -300,6 +306,28 @@ mod tests {
         for (facts, check, verdict) in lacks {
             assert_eq!(wrong(&facts), [(check, verdict)]);
         }
+    }
+
+    #[test]
+    fn what_is_just_enough_is_no_lack() {
+        let seconds = |seconds| Ok(Some(Duration::from_secs(seconds)));
+        let at_the_limit = Facts {
+            release: "6.15.0".to_owned(),
+            lease_break_time: seconds(120),
+            open_files: Some(65_536),
+            signals: Some(1024),
+            ..good()
+        };
+        assert_eq!(wrong(&at_the_limit), []);
+        assert_eq!(wrong(&Facts { lease_break_time: seconds(3), ..good() }), []);
+        let below = Facts {
+            lease_break_time: seconds(2),
+            open_files: Some(65_535),
+            signals: Some(1023),
+            ..good()
+        };
+        let short = ["lease_break_time", "open_files", "pending_signals"];
+        assert_eq!(wrong(&below), short.map(|check| (check, Verdict::Limited)));
     }
 
     #[test]
