@@ -233,6 +233,13 @@ impl Running {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Until it is told to go on; it hears nobody meanwhile.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let status = format!("/proc/{}/status", self.child.id());
+        until("it has stopped", || fs::read_to_string(&status).unwrap().contains("State:\tT"));
+    }
+
     fn finish(mut self) -> Finished {
         self.end()
     }
@@ -947,6 +954,38 @@ fn a_quiesced_export_is_let_go_and_refused_until_it_is_resumed() {
         host.assert_fails(&[verb, "nothing"], 4, &["nothing", "this server exports data"]);
     }
     host.assert_nothing_is_held();
+}
+
+#[test]
+fn a_resume_ends_a_quiesce_that_waits_for_a_client() {
+    let host = Host::start();
+    host.make_file("name", &pattern(4096));
+    let holding = host.hold(&["data/name"]);
+    holding.stop();
+    let quiescing = host.start_command(&["quiesce", "data"]);
+    let quiesced = || host.json(&["ls"])["entries"][0]["quiesced"].clone();
+    until("it is quiesced", || quiesced() != Value::Null);
+    assert_eq!(quiesced()["complete"], false, "the client can't have drained");
+    assert_eq!(host.json(&["resume", "data"])["was_quiesced"], true);
+    let overtaken = quiescing.finish();
+    assert_eq!((overtaken.code, &*overtaken.stdout), (6, ""), "{overtaken:?}");
+    let says = "was resumed before all of it was let go; quiesce it again";
+    assert!(overtaken.stderr.contains(says), "{overtaken:?}");
+
+    assert_eq!(quiesced(), Value::Null, "the later command counts");
+    host.json(&["stat", "data/name"]);
+    // What had begun goes to its end: the pin that was to be drained is gone, and the next one stays.
+    let mut next = host.start_command(&["pin", "data/name", "--wait", "600", "--hold"]);
+    holding.signal(Signal::CONT);
+    let revoked = holding.finish();
+    assert_eq!(revoked.code, 7, "{revoked:?}");
+    assert!(revoked.stderr.contains("an operator quiesces the export"), "{revoked:?}");
+    next.wait_for_stdout("holding the pin");
+    next.signal(Signal::INT);
+    assert_eq!(next.finish().code, 130);
+    host.assert_nothing_is_held();
+    assert_eq!(host.json(&["quiesce", "data"])["revoked_pins"], 0);
+    assert_eq!(host.open_files(), Vec::<PathBuf>::new(), "not even the folder");
 }
 
 #[test]

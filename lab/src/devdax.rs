@@ -67,6 +67,11 @@ impl DevDax {
         format!("echo {} >/sys/bus/dax/drivers/device_dax/unbind", self.name())
     }
 
+    /// The line of a shell that gives it back, as `daxctl reconfigure-device -m devdax` does.
+    pub fn bind_line(&self) -> String {
+        format!("echo {} >/sys/bus/dax/drivers/device_dax/bind", self.name())
+    }
+
     /// Makes the device of its namespace anew, once nobody has it open any more.
     pub fn renew(&self) {
         let driver = "/sys/bus/nd/drivers/dax_pmem";

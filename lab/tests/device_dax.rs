@@ -1,16 +1,18 @@
 //! A DAX device as an export: all that works on a file, without a guard, because nobody can cut it.
 #![forbid(unsafe_code)]
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command};
+use std::time::Duration;
 
 use pinfold_client::{
-    Code, CompletionStatus, ConnectOptions, Durability, EntryKind, GuardTier, IfExists, Pin,
-    PinRequest, RdmaDevice, Reason, Session, Transport,
+    Code, CompletionStatus, ConnectOptions, Durability, EntryKind, GuardTier, IfExists, KeepPolicy,
+    KeptPin, KeptSession, Pin, PinRequest, RdmaDevice, Reason, Session, Transport,
 };
 use pinfold_lab::{
     Answer, DEADLINE, Daemon, DevDax, EXPORT, Finished, Pattern, device_name, doctor, eventually,
-    finding, in_time, remote_slice,
+    finding, in_time, remote_slice, shell,
 };
 use serde_json::Value;
 
@@ -39,10 +41,12 @@ impl Bench {
         Self { device, daemon }
     }
 
+    fn options(&self) -> ConnectOptions {
+        ConnectOptions::new(&self.daemon.url).rdma_device(RdmaDevice::Named(device_name()))
+    }
+
     async fn session(&self) -> Session {
-        let options = ConnectOptions::new(&self.daemon.url);
-        let options = options.rdma_device(RdmaDevice::Named(device_name()));
-        Session::connect(options).await.unwrap()
+        Session::connect(self.options()).await.unwrap()
     }
 
     fn request(&self) -> PinRequest {
@@ -297,6 +301,60 @@ impl Unbinding {
         let ended = self.0.try_wait().unwrap();
         ended.inspect(|status| assert!(status.success(), "{status}")).is_some()
     }
+}
+
+/// The pin is had again, by its client's library, and finds what was written before.
+async fn comes_back(kept: &KeptSession, pin: &KeptPin) {
+    pin.resume().await.unwrap().expect("an interruption");
+    let buffer = kept.buffer(MIB).await.unwrap();
+    let (buffer, _) = pin.read(0, MIB, buffer).await.unwrap();
+    Pattern(8).check(0, &buffer.as_slice()[..MIB], "as it was before");
+}
+
+/// An administrator takes a quiesced device from its driver, gives it back, and has it made anew, which
+/// gives it another node.
+#[test]
+fn a_quiesced_device_is_resumed_as_the_same_one_and_not_without_a_driver() {
+    in_time(DEADLINE, async {
+        let bench = Bench::start();
+        let policy = KeepPolicy::new().longest_delay(Duration::from_millis(200));
+        let kept = KeptSession::connect(bench.options(), policy).await.unwrap();
+        let pin = kept.pin(bench.request().transport(Transport::Rdma)).await.unwrap();
+        let mut buffer = kept.buffer(MIB).await.unwrap();
+        Pattern(8).fill(0, buffer.as_mut_slice());
+        pin.write(0, buffer, MIB).await.unwrap();
+        pin.commit().await.unwrap();
+        let operator = bench.session().await;
+        let node = || std::fs::metadata(bench.device.path()).unwrap().ino();
+        let first_node = node();
+
+        assert_eq!(operator.quiesce(EXPORT).await.unwrap().revoked_pins, 1);
+        let mut unbinding = Unbinding::start(&bench.device);
+        eventually("the kernel has let go of it", async || unbinding.is_done()).await;
+        let (code, reason) = (Code::FailedPrecondition, Reason::UnsupportedFile);
+        let says = [text(bench.device.path()), "no driver has it", "daxctl reconfigure-device"];
+        let driverless = Answer { code, reason, exit: 5, says: &says };
+        driverless.check(operator.resume(EXPORT).await.unwrap_err());
+        let resume = ["resume", EXPORT];
+        driverless.check_finished(&bench.pinfold(&resume).await, &resume);
+        // Its node stays, and works: nobody had it open.
+        shell(&bench.device.bind_line());
+        assert!(operator.resume(EXPORT).await.unwrap());
+        comes_back(&kept, &pin).await;
+
+        assert_eq!(operator.quiesce(EXPORT).await.unwrap().revoked_pins, 1);
+        bench.device.renew();
+        assert_ne!(node(), first_node, "or this test shows nothing");
+        assert!(operator.resume(EXPORT).await.unwrap());
+        comes_back(&kept, &pin).await;
+        let mut buffer = kept.buffer(MIB).await.unwrap();
+        Pattern(9).fill(0, buffer.as_mut_slice());
+        let (_, report) = pin.write(0, buffer, MIB).await.unwrap();
+        assert_eq!(report.rdma_bytes, MIB as u64);
+        pin.commit().await.unwrap();
+        pin.unpin().await.unwrap();
+        Pattern(9).check(0, &bench.device.bytes(0, MIB), "on the device made anew");
+    });
 }
 
 #[test]

@@ -211,7 +211,8 @@ impl Hung {
             assert!(self.operator.resume(EXPORT).await.unwrap());
         };
         let (overtaken, ()) = tokio::join!(self.operator.quiesce(EXPORT), resuming);
-        quiesced(&["was resumed before all of it was let go"]).check(overtaken.unwrap_err());
+        let (code, says) = (Code::Aborted, ["was resumed before all of it was let go"]);
+        Answer { code, ..quiesced(&says) }.check(overtaken.unwrap_err());
     }
 
     async fn quiesce_in_vain(&self) {

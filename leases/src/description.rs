@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::export::{Attributes, Root, denied_or_failed, write_zeroes};
 use crate::lock::RangeLocks;
 
-/// Names one inode for good. Inode numbers are used again, so the birth time belongs to it.
+/// Names one inode for good. Inode numbers are used again, so the birth time belongs to it. Of a DAX
+/// device it names the device, whatever node leads to it: `inode` is a digest then, and the rest is 0.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct FileIdentity {
     /// `st_dev`
@@ -173,7 +174,10 @@ impl Description {
         device: Option<DaxDevice>,
         root: Arc<Root>,
     ) -> Result<Self> {
-        let identity = Attributes::of(fd.as_fd(), &path)?.identity;
+        let identity = match device {
+            Some(device) => device.identity,
+            None => Attributes::of(fd.as_fd(), &path)?.identity,
+        };
         let (armed, range_locks) = (AtomicBool::new(false), Mutex::default());
         let inner = Inner { fd, path, identity, device, armed, range_locks, root };
         Ok(Self { inner: Arc::new(inner) })

@@ -198,8 +198,11 @@ impl Export {
         Leftovers(Arc::downgrade(&self.root.held))
     }
 
-    /// Names the directory for good.
+    /// Names the directory or device for good.
     pub fn identity(&self) -> Result<FileIdentity> {
+        if let Some(device) = &self.device {
+            return Ok(device.identity());
+        }
         Ok(Attributes::of(self.root(), &self.path)?.identity)
     }
 
@@ -636,8 +639,9 @@ impl Attributes {
     fn of_device(device: &Description) -> Result<Self> {
         let size = device.size()?;
         let attributes = Self::of(device.fd(), device.path())?;
+        let identity = device.identity();
         let (dax, times, kind) = (true, FileTimes::OF_DEVICE, FileType::RegularFile);
-        Ok(Self { size, allocated: size, dax, times, kind, ..attributes })
+        Ok(Self { identity, size, allocated: size, dax, times, kind, ..attributes })
     }
 
     fn demand_regular(&self, path: &Path) -> Result<()> {

@@ -31,7 +31,7 @@ impl Description {
     /// elsewhere pages are memory, and [`Layout::page_size`] is the system's. Breaks no guard. To be
     /// asked after the file was flushed: what is not allocated yet has no place.
     pub fn layout(&self) -> Result<Layout> {
-        if let Some(DaxDevice { size, align }) = self.device() {
+        if let Some(DaxDevice { size, align, .. }) = self.device() {
             let huge_bytes = if align == HUGE { size } else { 0 };
             return Ok(Layout { extents: 1, huge_bytes, whole_pieces: size, page_size: align });
         }

@@ -35,9 +35,9 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::File(error) => of_file(error),
         Error::Malformed { .. } => (Code::InvalidArgument, Reason::MalformedRequest),
         Error::ExportNotFound { .. } => (Code::NotFound, Reason::ExportNotFound),
-        Error::Quiesced { .. } | Error::ResumedMeanwhile { .. } => {
-            (Code::Unavailable, Reason::ExportQuiesced)
-        }
+        Error::Quiesced { .. } => (Code::Unavailable, Reason::ExportQuiesced),
+        // Not Unavailable: what tries that again by itself would undo the resume.
+        Error::ResumedMeanwhile { .. } => (Code::Aborted, Reason::ExportQuiesced),
         Error::StillOpen { .. } => (Code::Unavailable, Reason::FileDraining),
         Error::OtherDirectory { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
@@ -101,8 +101,9 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::Busy { .. } | FileError::Sealed { .. } | FileError::ExportLocked { .. } => {
             (Code::FailedPrecondition, Reason::FileBusy)
         }
-        // Only a resume meets it: at the start nobody is there to be told.
+        // Only a resume meets these two: at the start nobody is there to be told.
         FileError::Export { .. } => (Code::NotFound, Reason::FileNotFound),
+        FileError::Device { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
         FileError::FixedSize { .. } => (Code::FailedPrecondition, Reason::FixedSize),
         FileError::MediumLost { .. } => (Code::DataLoss, Reason::MediumLost),
         FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
