@@ -78,6 +78,15 @@ impl Lab {
         Self::run_long(file_system, DEADLINE, test);
     }
 
+    /// As [`Lab::run`], on both DAX file systems at a time: for a test that mostly waits.
+    pub fn run_on_both<F: Future<Output = ()>>(test: impl Fn(Self) -> F) {
+        let both = [FileSystem::Ext4, FileSystem::Xfs].map(Self::start);
+        in_time(DEADLINE, async {
+            let [ext4, xfs] = both.map(test);
+            tokio::join!(ext4, xfs);
+        });
+    }
+
     /// As [`Lab::run`], for a test that has more to do than others.
     pub fn run_long<F: Future<Output = ()>>(
         file_system: FileSystem,

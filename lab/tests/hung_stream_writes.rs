@@ -74,74 +74,79 @@ on_each_file_system! {
         let content = read_by_another_process(&lab.path("file"));
         assert!(content == [b'W'; LEN], "an acknowledged write is in the file");
     }
+}
 
-    async fn one_that_hangs_on_is_left_behind_and_keeps_out_of_the_files_next_life(lab in Lab) {
-        lab.make_file("file", (LEN + PAGE) as u64);
-        let path = lab.path("file");
-        let session = lab.session().await;
-        let mut events = session.events();
-        let pin = session.pin(by_stream()).await.unwrap();
-        let mut buffer = session.buffer(LEN).await.unwrap();
-        buffer.as_mut_slice().fill(b'O');
-        // One whose last call into the kernel is its first.
-        let (client, _, short) = foreign_write(&lab, LEN as u64, b'S', PAGE).await;
-        let frozen = Frozen::start(lab.file_system.mount_point());
-        let mut stub = client.stub.clone();
-        let short = tokio::spawn(async move { stub.write(short).await });
-        let writing = async { pin.write(0, buffer, LEN).await.unwrap_err().error };
-        let breaking = async {
-            stream_writes_hang(&lab, 2).await;
-            let reader = reader(&lab);
-            assert!(matches!(events.next().await, Some(Event::Draining { .. })));
-            // Nobody thaws it: the reader gets through because we let go.
-            let opened = reader.await.unwrap();
-            assert_eq!(lab.daemon.threads_in(SystemCall::Pwrite), 2, "they hang on");
-            let timings = next_revocation(&mut events).await.timings.unwrap();
-            println!("{timings:?}");
-            assert_eq!(timings.drained, None, "the budget ran out");
-            assert!(timings.break_pending_at_release);
-            let record = lab.daemon.audit_record(&path);
-            assert_eq!(record["late_stream_writes"], 2);
-            let error = lab.daemon.logged_error("released with stream writes inside");
-            assert_eq!(error["path"], path.to_str().unwrap());
-            drop(opened);
-            nothing_new_begins(&lab).await;
+#[test]
+fn one_that_hangs_on_is_left_behind_and_keeps_out_of_the_files_next_life() {
+    Lab::run_on_both(hangs_on);
+}
 
-            // One that waits is served when the old one is out.
-            let waiting = session.pin(by_stream());
-            let thawing = async { frozen.thaw() };
-            let (new, ()) = tokio::join!(waiting, thawing);
-            let new = new.unwrap();
-            assert_ne!(new.grant().generation, pin.grant().generation);
-            stream_writes_hang(&lab, 0).await;
-            new
-        };
-        let (refused, new) = tokio::join!(writing, breaking);
-        assert!(matches!(refused, Error::Draining { .. } | Error::Revoked { .. }), "{refused}");
-        // It has landed, but in whose file? So it is not acknowledged.
-        let draining = Answer {
-            code: Code::Unavailable,
-            reason: Reason::FileDraining,
-            exit: 0,
-            says: &["is being taken back"],
-        };
-        draining.check_status(&short.await.unwrap().unwrap_err());
+async fn hangs_on(lab: Lab) {
+    lab.make_file("file", (LEN + PAGE) as u64);
+    let path = lab.path("file");
+    let session = lab.session().await;
+    let mut events = session.events();
+    let pin = session.pin(by_stream()).await.unwrap();
+    let mut buffer = session.buffer(LEN).await.unwrap();
+    buffer.as_mut_slice().fill(b'O');
+    // One whose last call into the kernel is its first.
+    let (client, _, short) = foreign_write(&lab, LEN as u64, b'S', PAGE).await;
+    let frozen = Frozen::start(lab.file_system.mount_point());
+    let mut stub = client.stub.clone();
+    let short = tokio::spawn(async move { stub.write(short).await });
+    let writing = async { pin.write(0, buffer, LEN).await.unwrap_err().error };
+    let breaking = async {
+        stream_writes_hang(&lab, 2).await;
+        let reader = reader(&lab);
+        assert!(matches!(events.next().await, Some(Event::Draining { .. })));
+        // Nobody thaws it: the reader gets through because we let go.
+        let opened = reader.await.unwrap();
+        assert_eq!(lab.daemon.threads_in(SystemCall::Pwrite), 2, "they hang on");
+        let timings = next_revocation(&mut events).await.timings.unwrap();
+        println!("{timings:?}");
+        assert_eq!(timings.drained, None, "the budget ran out");
+        assert!(timings.break_pending_at_release);
+        let record = lab.daemon.audit_record(&path);
+        assert_eq!(record["late_stream_writes"], 2);
+        let error = lab.daemon.logged_error("released with stream writes inside");
+        assert_eq!(error["path"], path.to_str().unwrap());
+        drop(opened);
+        nothing_new_begins(&lab).await;
 
-        let buffer = session.buffer(LEN + PAGE).await.unwrap();
-        let (buffer, _) = new.read(0, LEN + PAGE, buffer).await.unwrap();
-        let late = buffer.as_slice().iter().take_while(|byte| **byte == b'O').count();
-        assert_eq!(late, CALL, "of the old write only what was in the kernel has landed");
-        assert!(buffer.as_slice()[late..LEN].iter().all(|byte| *byte == 0));
+        // One that waits is served when the old one is out.
+        let waiting = session.pin(by_stream());
+        let thawing = async { frozen.thaw() };
+        let (new, ()) = tokio::join!(waiting, thawing);
+        let new = new.unwrap();
+        assert_ne!(new.grant().generation, pin.grant().generation);
+        stream_writes_hang(&lab, 0).await;
+        new
+    };
+    let (refused, new) = tokio::join!(writing, breaking);
+    assert!(matches!(refused, Error::Draining { .. } | Error::Revoked { .. }), "{refused}");
+    // It has landed, but in whose file? So it is not acknowledged.
+    let draining = Answer {
+        code: Code::Unavailable,
+        reason: Reason::FileDraining,
+        exit: 0,
+        says: &["is being taken back"],
+    };
+    draining.check_status(&short.await.unwrap().unwrap_err());
 
-        let mut buffer = buffer;
-        buffer.as_mut_slice().fill(b'N');
-        new.write(0, buffer, LEN + PAGE).await.unwrap();
-        new.commit().await.unwrap();
-        new.unpin().await.unwrap();
-        let content = read_by_another_process(&path);
-        assert!(content == [b'N'; LEN + PAGE], "nothing old over the new");
-        lab.nothing_is_held().await;
-    }
+    let buffer = session.buffer(LEN + PAGE).await.unwrap();
+    let (buffer, _) = new.read(0, LEN + PAGE, buffer).await.unwrap();
+    let late = buffer.as_slice().iter().take_while(|byte| **byte == b'O').count();
+    assert_eq!(late, CALL, "of the old write only what was in the kernel has landed");
+    assert!(buffer.as_slice()[late..LEN].iter().all(|byte| *byte == 0));
+
+    let mut buffer = buffer;
+    buffer.as_mut_slice().fill(b'N');
+    new.write(0, buffer, LEN + PAGE).await.unwrap();
+    new.commit().await.unwrap();
+    new.unpin().await.unwrap();
+    let content = read_by_another_process(&path);
+    assert!(content == [b'N'; LEN + PAGE], "nothing old over the new");
+    lab.nothing_is_held().await;
 }
 
 /// While the old write hangs: no pin, no other size.

@@ -11,7 +11,7 @@ use pinfold_client::{
     Transport,
 };
 use pinfold_lab::{
-    Answer, EXPORT, FileSystem, ForeignClient, ForeignLane, Lab, eventually, on_each_file_system,
+    Answer, EXPORT, FileSystem, ForeignClient, ForeignLane, Lab, eventually,
     read_by_another_process, reason_of,
 };
 use pinfold_leases::{Export, LockKind, RelativePath};
@@ -178,10 +178,9 @@ async fn fight(lab: Lab, by_rdma: bool) {
     assert_eq!(file.len(), PAGES * PAGE);
 }
 
-on_each_file_system! {
-    async fn two_writers_that_fight_by_rdma_never_interleave(lab in Lab) {
-        fight(lab, true).await;
-    }
+#[test]
+fn two_writers_that_fight_by_rdma_never_interleave() {
+    Lab::run_on_both(|lab| fight(lab, true));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -101,10 +101,12 @@ impl fmt::Display for Outcome {
 /// What runs cells, several at a time.
 ///
 /// Between fork and exec a child holds all descriptors of this process, and keeps files open that
-/// other cells believe closed. So nothing is guarded while a process is being started.
+/// other cells believe closed. So nothing is guarded while a process is being started; several are
+/// started at a time.
 #[derive(Debug, Default)]
 pub struct Bench {
-    starting: Mutex<()>,
+    /// Shared by those who start a process, had alone by who guards a file.
+    starting: RwLock<()>,
 }
 
 enum News {
@@ -130,10 +132,6 @@ pub(super) struct Held {
 }
 
 impl Bench {
-    fn alone(&self) -> MutexGuard<'_, ()> {
-        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether a tier is granted on a place: not all kernels have delegations, and not all file
     /// systems can be sealed.
     pub(super) fn grants(&self, place: &Place, tier: GuardTier) -> bool {
@@ -209,7 +207,7 @@ impl Bench {
 
     /// Guards and maps a file.
     pub(super) fn hold(&self, path: &Path, tier: GuardTier) -> Result<Held, Error> {
-        let _alone = self.alone();
+        let _alone = self.starting.write().unwrap_or_else(PoisonError::into_inner);
         let export = Export::open(path.parent().unwrap())?;
         let name = RelativePath::parse(path.file_name().unwrap().to_str().unwrap())?;
         let file = export.locate(&name)?.open()?;
@@ -233,7 +231,7 @@ impl Bench {
 
     /// Starts the breaker, which has closed what it inherited when it says that it is ready.
     pub(super) fn start(&self, words: &[&str], path: &Path) -> Process {
-        let _alone = self.alone();
+        let _no_guard = self.starting.read().unwrap_or_else(PoisonError::into_inner);
         let mut command = Command::new(tool("examples/breaker"));
         command.arg("--wait").args(words).arg(path);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -348,7 +346,7 @@ impl Held {
         let mut content = vec![0; LEN as usize];
         self.file.size().is_ok_and(|size| size == LEN)
             && self.file.read_at(&mut content, 0).is_ok()
-            && content == self::content()
+            && content == *CONTENT
     }
 
     pub(super) fn release(self) {
@@ -375,14 +373,12 @@ pub(super) fn make(mount_point: &Path) -> (tempfile::TempDir, PathBuf) {
     let path = folder.path().join("file");
     for path in [&path, &path.with_extension("other"), &path.with_extension("same")] {
         let other = path.extension().is_some_and(|extension| extension == "other");
-        let content = if other { Pattern(4).bytes(0, LEN as usize) } else { content() };
-        fs::write(path, content).unwrap();
+        fs::write(path, if other { &*OTHER_CONTENT } else { &*CONTENT }).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
         fs::File::open(path).unwrap().sync_all().unwrap();
     }
     (folder, path)
 }
 
-fn content() -> Vec<u8> {
-    Pattern(3).bytes(0, LEN as usize)
-}
+static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| Pattern(3).bytes(0, LEN as usize));
+static OTHER_CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| Pattern(4).bytes(0, LEN as usize));
