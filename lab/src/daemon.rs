@@ -79,6 +79,15 @@ impl Daemon {
         Self::started(on_storage_host(prefix, 0), exports, &["--rdma-device", &device_name()])
     }
 
+    /// As [`start_as`](Self::start_as), with these arguments; or what became of it.
+    pub fn try_start_as(
+        prefix: &[&str],
+        exports: &[(&str, &Path)],
+        arguments: &[&str],
+    ) -> Result<Self, Finished> {
+        Self::try_started(on_storage_host(prefix, 0), exports, arguments)
+    }
+
     /// Starts one that exports a folder with a policy, `guard=none` or so, run by a command that runs
     /// it, `["setpriv", …]` or nothing.
     pub fn start_with_policy(by: &[&str], folder: &Path, policy: &str) -> Self {
@@ -97,7 +106,16 @@ impl Daemon {
         Finished { code, stdout: text(output.stdout), stderr: text(output.stderr) }
     }
 
-    fn started(mut command: Command, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
+    fn started(command: Command, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
+        let started = Self::try_started(command, exports, arguments);
+        started.unwrap_or_else(|ended| panic!("pinfoldd did not start: {ended:?}"))
+    }
+
+    fn try_started(
+        mut command: Command,
+        exports: &[(&str, &Path)],
+        arguments: &[&str],
+    ) -> Result<Self, Finished> {
         configure(&mut command, exports, arguments);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
@@ -110,10 +128,13 @@ impl Daemon {
         });
         let mut first = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
-        let url = first.trim().strip_prefix("pinfoldd: listening on ");
-        let url =
-            url.unwrap_or_else(|| panic!("pinfoldd did not start: {}", log.text())).to_owned();
-        Self { url, child, log, reader: Some(reader) }
+        let Some(url) = first.trim().strip_prefix("pinfoldd: listening on ") else {
+            let status = child.wait().unwrap();
+            reader.join().unwrap();
+            let code = status.code().unwrap_or_else(|| panic!("it died: {status}; {}", log.text()));
+            return Err(Finished { code, stdout: first, stderr: log.text() });
+        };
+        Ok(Self { url: url.to_owned(), child, log, reader: Some(reader) })
     }
 
     /// Its process id.
@@ -180,9 +201,14 @@ impl Daemon {
 
     /// Asks it to go (SIGTERM), and waits until it has.
     pub fn terminate(&mut self) -> ExitStatus {
+        self.ask_to_go();
+        self.child.wait().unwrap()
+    }
+
+    /// Asks it to go, and does not wait.
+    pub fn ask_to_go(&self) {
         let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
-        self.child.wait().unwrap()
     }
 
     /// How many files of this folder it has open or mapped.
@@ -259,6 +285,7 @@ impl Log {
 
     fn text(&self) -> String {
         let lines = self.lines.lock().unwrap();
-        lines.iter().map(|line| format!("  {line}\n")).collect()
+        let plain = |line: &Value| line.as_str().map_or_else(|| line.to_string(), str::to_owned);
+        lines.iter().map(|line| plain(line) + "\n").collect()
     }
 }

@@ -4,13 +4,18 @@
 use std::cell::Cell;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::mapping::HUGE_PAGE;
 
 /// The variable that names the socket for [`obey`] and [`Control`].
-const VARIABLE: &str = "PINFOLD_FAULTS";
+pub const VARIABLE: &str = "PINFOLD_FAULTS";
+/// The variable that has a call fail before there is anybody to ask for it, as [`obey`] begins: `leases 3`.
+pub const AT_START: &str = "PINFOLD_FAULTS_AT_START";
+/// What is said of a call when it fails.
+const TOLD: &str = "fault: no ";
 
 /// The calls of this crate.
 pub static LEASES: Seam = Seam::new();
@@ -23,6 +28,15 @@ pub struct Seam {
     /// How many more calls until one fails, that one included; 0: none will.
     left: AtomicU64,
     failed: Mutex<Option<&'static str>>,
+}
+
+/// Whether standard error is told of a call that fails: by a process that may have ended before anybody
+/// can [`disarm`](Seam::disarm).
+static ALOUD: AtomicBool = AtomicBool::new(false);
+
+/// The call that a line of standard error is about.
+pub fn told_in(line: &str) -> Option<&str> {
+    line.strip_prefix(TOLD)
 }
 
 impl Seam {
@@ -58,6 +72,9 @@ impl Seam {
             return Ok(());
         }
         *self.failed() = Some(call);
+        if ALOUD.load(Ordering::SeqCst) {
+            eprintln!("{TOLD}{call}");
+        }
         Err(E::of_errno(errno(call)))
     }
 }
@@ -73,8 +90,12 @@ pub(crate) fn spare_this_thread() {
 }
 
 /// Obeys a test in another process: makes the socket that `PINFOLD_FAULTS` names, if it does, and takes
-/// lines there, on a thread of its own. See [`Control`].
+/// lines there, on a thread of its own. See [`Control`], and [`AT_START`].
 pub fn obey() -> io::Result<()> {
+    ALOUD.store(true, Ordering::SeqCst);
+    if let Ok(line) = std::env::var(AT_START) {
+        obey_line(&line);
+    }
     let Some(path) = std::env::var_os(VARIABLE) else { return Ok(()) };
     let listener = UnixListener::bind(path)?;
     std::thread::spawn(move || {
@@ -89,19 +110,22 @@ pub fn obey() -> io::Result<()> {
 fn obey_lines(mut stream: UnixStream) -> io::Result<()> {
     let lines = BufReader::new(stream.try_clone()?).lines();
     for line in lines {
-        let line = line?;
-        let (name, n) = line.split_once(' ').unwrap_or((&line, ""));
-        let seam = if name == "verbs" { &VERBS } else { &LEASES };
-        let failed = match n.parse() {
-            Ok(n) => {
-                seam.arm(n);
-                None
-            }
-            Err(_) => seam.disarm(),
-        };
-        writeln!(stream, "{}", failed.unwrap_or_default())?;
+        writeln!(stream, "{}", obey_line(&line?).unwrap_or_default())?;
     }
     Ok(())
+}
+
+/// With a number a seam is armed, without one disarmed: then which call has failed.
+fn obey_line(line: &str) -> Option<&'static str> {
+    let (name, n) = line.split_once(' ').unwrap_or((line, ""));
+    let seam = if name == "verbs" { &VERBS } else { &LEASES };
+    match n.parse() {
+        Ok(n) => {
+            seam.arm(n);
+            None
+        }
+        Err(_) => seam.disarm(),
+    }
 }
 
 /// A server's seams, as a test in another process has them in hand.
@@ -112,6 +136,11 @@ impl Control {
     /// Of the server that was started last with this process's `PINFOLD_FAULTS`.
     pub fn connect() -> io::Result<Self> {
         let path = std::env::var_os(VARIABLE).ok_or(io::ErrorKind::NotFound)?;
+        Self::connect_to(path.as_ref())
+    }
+
+    /// Of the server that was started with this path as its `PINFOLD_FAULTS`.
+    pub fn connect_to(path: &Path) -> io::Result<Self> {
         UnixStream::connect(path).map(|stream| Self(BufReader::new(stream)))
     }
 

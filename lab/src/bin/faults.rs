@@ -1,15 +1,18 @@
-//! Each call to the kernel, or to libibverbs, fails once in a server that goes on, or in its client:
-//! `cargo xtask vm faults` runs it in the lab.
+//! Each call to the kernel, or to libibverbs, fails once in a server that goes on, in its client, or in
+//! one that starts or goes down: `cargo xtask vm faults` runs it in the lab.
 //!
-//! `faults FILE-SYSTEM leases|verbs|own-verbs` ends with 0 if nothing was left behind.
+//! `faults FILE-SYSTEM [start-|end-]leases|[end-|own-]verbs` ends with 0 if nothing was left behind.
 #![forbid(unsafe_code)]
+
+#[path = "faults/ends.rs"]
+mod ends;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use pinfold_client::{Code, Error, Event, Events, IfExists, PinRequest, Session};
 use pinfold_lab::torture::leaks::{descriptors, leases, rdma};
-use pinfold_lab::{DEADLINE, EXPORT, FileSystem, Lab, Pattern, Truncation, device_name};
+use pinfold_lab::{DEADLINE, EXPORT, FileSystem, Lab, Pattern, Truncation, device_name, in_time};
 use pinfold_leases::fault::{Control, VERBS, reserved_pieces};
 use pinfold_verbs::with_causes;
 
@@ -27,7 +30,11 @@ fn main() {
         Some("xfs") => FileSystem::Xfs,
         other => panic!("ext4 or xfs, not {other:?}"),
     };
-    let whose = Whose::of(words.get(1).expect("leases, verbs or own-verbs"));
+    let what = words.get(1).expect("whose calls");
+    if let Some(run) = ends::Run::of(what) {
+        return in_time(LIMIT, ends::run(file_system, run));
+    }
+    let whose = Whose::of(what);
     Lab::run_long(file_system, LIMIT, |lab| every_call_fails_once(lab, whose));
 }
 
