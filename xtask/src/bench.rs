@@ -38,7 +38,7 @@ pub(crate) fn run(options: &Options, wishes: &Wishes) -> Result<End> {
     let program = cargo::bench_programs()?.join("pinfold-bench").into_os_string();
     let peers = compile_peers()?;
     let mut argv =
-        vec![program, "--peers".into(), peers.into(), "--commit".into(), commit()?.into()];
+        vec![program, "--peers".into(), peers.into(), "--commit".into(), paths::commit()?.into()];
     if wishes.quick {
         argv.push("--quick".into());
     }
@@ -88,11 +88,4 @@ fn compile_peers() -> Result<PathBuf> {
 
 fn folder() -> Result<PathBuf> {
     Ok(paths::target_dir()?.join("bench"))
-}
-
-/// With a mark where the tree has what no commit has.
-fn commit() -> Result<String> {
-    let commit = paths::git(&["rev-parse", "--short=12", "HEAD"])?;
-    let changed = !paths::git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
-    Ok(if changed { format!("{commit}, changed") } else { commit })
 }

@@ -58,11 +58,8 @@ struct Cell {
 
 /// Boots each kernel, collects, writes.
 pub(crate) fn run(options: &Options, limit: Duration) -> Result<()> {
-    let mut results = Results {
-        kernels: BTreeMap::new(),
-        commit: paths::git(&["rev-parse", "--short", "HEAD"])?,
-        rows: Vec::new(),
-    };
+    let mut results =
+        Results { kernels: BTreeMap::new(), commit: paths::commit()?, rows: Vec::new() };
     for suite in SUITES {
         let options = Options { kernel: suite, ..options.clone() };
         let lines = test::collect(&options, TEST, limit)?;

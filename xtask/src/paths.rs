@@ -55,7 +55,28 @@ pub(crate) fn git(args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+/// What results are of: the commit, with a mark where the tree has what no commit has.
+pub(crate) fn commit() -> Result<String> {
+    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
+    Ok(marked(commit, &git(&["status", "--porcelain", "--untracked-files=no"])?))
+}
+
+fn marked(commit: String, changes: &str) -> String {
+    if changes.is_empty() { commit } else { format!("{commit}, changed") }
+}
+
 fn made(dir: PathBuf) -> Result<PathBuf> {
     std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     Ok(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_a_changed_tree_are_marked() {
+        assert_eq!(marked("abc".to_owned(), ""), "abc");
+        assert_eq!(marked("abc".to_owned(), " M README.md"), "abc, changed");
+    }
 }

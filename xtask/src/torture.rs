@@ -131,7 +131,7 @@ fn record(results: Vec<Value>) -> Result<()> {
     let kernel = kernel.context("the rig named no kernel")?.to_owned();
     let folder = paths::root().join("docs/results");
     fs::create_dir_all(&folder)?;
-    let commit = paths::git(&["describe", "--always", "--dirty"])?;
+    let commit = paths::commit()?;
     let path = folder.join(format!("torture-{kernel}.json"));
     let before: Value = match fs::read_to_string(&path) {
         Ok(text) => serde_json::from_str(&text)?,
