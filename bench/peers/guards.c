@@ -11,7 +11,6 @@
  */
 #include "common.h"
 
-#include <fcntl.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -115,7 +114,7 @@ static int pinning(const char *device, const char *path)
         uint64_t started = now_ns();
         for (uint64_t i = 0; i < count; i++) {
             demand(madvise(map, bytes, MADV_POPULATE_WRITE) == 0, "MADV_POPULATE_WRITE");
-            demand(ibv_dereg_mr(register_on_demand(domain, map, bytes)) == 0, "ibv_dereg_mr");
+            demand(ibv_dereg_mr(register_on_demand(domain, map, bytes, 0)) == 0, "ibv_dereg_mr");
         }
         answer(now_ns() - started);
     }
@@ -130,7 +129,7 @@ static void hold(struct ibv_pd *domain, const char *path, size_t bytes, size_t c
     struct ibv_mr **regions = calloc(count + 1, sizeof *regions);
     demand(regions != NULL, "calloc");
     for (size_t i = 0; i < count; i++)
-        regions[i] = register_on_demand(domain, map + i * PAGE % bytes, PAGE);
+        regions[i] = register_on_demand(domain, map + i * PAGE % bytes, PAGE, 0);
     sigset_t signals;
     sigemptyset(&signals);
     sigaddset(&signals, SIGRTMIN);

@@ -2,18 +2,28 @@
  * The peer of Pinfold's client: plain libibverbs, with the same memory, registration mode, queue pair
  * attributes, depth and signalling. `one_sided target DEVICE FILE` maps a file on fs-DAX and registers it
  * with on-demand paging; `one_sided initiator DEVICE` writes to it and reads from it. They speak to who
- * started them, line by line, so that rounds of theirs can stand between rounds of somebody else's.
+ * started them, line by line, so that rounds of theirs can stand between rounds of somebody else's. With
+ * a last word `flush`, both can flush: `write_and_flush`, one at a time.
  */
 #include "common.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-enum { DEPTH_MAX = 64, OPERATION_MAX = 1 << 20, HUGE_PAGE_BYTES = 2 << 20 };
+enum { DEPTH_MAX = 64, OPERATION_MAX = 1 << 20 };
 
 /* As in verbs/src/queue_pair.rs. */
 enum { TIMEOUT = 19, RETRY_COUNT = 6, MIN_RNR_TIMER = 12, READS_IN_FLIGHT = 16, HOP_LIMIT = 64 };
+
+/* What rdma-core has since 45 (verbs.h). Older headers do, so that whatever is there compiles it. */
+enum {
+    FLUSH_GLOBAL_ACCESS = 1 << 8,
+    FLUSH_PERSISTENT_ACCESS = 1 << 9,
+    WITH_FLUSH = 1 << 11,
+    PERSISTENT = 1 << 1,
+    RANGE = 0,
+};
+typedef void (*flush_call)(struct ibv_qp_ex *pair, uint32_t key, uint64_t address, size_t len, uint8_t type,
+                           uint8_t level);
 
 struct connection {
     struct ibv_context *context;
@@ -45,7 +55,26 @@ static void choose_gid(struct connection *c)
     c->gid_index = 0;
 }
 
-static void create(struct connection *c, const char *device)
+static int access_of(int with_flush)
+{
+    return with_flush ? FLUSH_GLOBAL_ACCESS | FLUSH_PERSISTENT_ACCESS : 0;
+}
+
+static struct ibv_qp *create_with_flush(struct connection *c, const struct ibv_qp_init_attr *wanted)
+{
+    struct ibv_qp_init_attr_ex wide = {
+        .send_cq = wanted->send_cq,
+        .recv_cq = wanted->recv_cq,
+        .cap = wanted->cap,
+        .qp_type = wanted->qp_type,
+        .comp_mask = IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS,
+        .pd = c->domain,
+        .send_ops_flags = IBV_QP_EX_WITH_RDMA_WRITE | WITH_FLUSH,
+    };
+    return ibv_create_qp_ex(c->context, &wide);
+}
+
+static void create(struct connection *c, const char *device, int with_flush)
 {
     c->context = open_device(device);
     demand((c->domain = ibv_alloc_pd(c->context)) != NULL, "ibv_alloc_pd");
@@ -58,11 +87,13 @@ static void create(struct connection *c, const char *device)
         .cap = { .max_send_wr = DEPTH_MAX, .max_recv_wr = 1, .max_send_sge = 1, .max_recv_sge = 1 },
         .qp_type = IBV_QPT_RC,
     };
-    demand((c->queue_pair = ibv_create_qp(c->domain, &wanted)) != NULL, "ibv_create_qp");
+    c->queue_pair = with_flush ? create_with_flush(c, &wanted) : ibv_create_qp(c->domain, &wanted);
+    demand(c->queue_pair != NULL, "no queue pair");
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_INIT,
         .port_num = 1,
-        .qp_access_flags = IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE,
+        .qp_access_flags =
+            (unsigned)(IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE | access_of(with_flush)),
     };
     int mask = IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS;
     demand(ibv_modify_qp(c->queue_pair, &attr, mask) == 0, "to INIT");
@@ -103,31 +134,13 @@ static void connect_to(struct connection *c, uint32_t number, uint32_t packet, c
     demand(ibv_modify_qp(c->queue_pair, &attr, mask) == 0, "to RTS");
 }
 
-static void *map_file(const char *path, size_t *len)
-{
-    int file = open(path, O_RDWR | O_CLOEXEC);
-    demand(file >= 0, path);
-    struct stat stat;
-    demand(fstat(file, &stat) == 0, path);
-    *len = (size_t)stat.st_size;
-    /* Aligned as Pinfold does it, so that huge pages are as likely. */
-    char *room = mmap(NULL, *len + HUGE_PAGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    demand(room != MAP_FAILED, "mmap");
-    room += (HUGE_PAGE_BYTES - (uintptr_t)room % HUGE_PAGE_BYTES) % HUGE_PAGE_BYTES;
-    void *map = mmap(room, *len, PROT_READ | PROT_WRITE, MAP_SHARED_VALIDATE | MAP_SYNC | MAP_FIXED,
-                     file, 0);
-    demand(map != MAP_FAILED, "mmap with MAP_SYNC");
-    demand(madvise(map, *len, MADV_POPULATE_WRITE) == 0, "MADV_POPULATE_WRITE");
-    return map;
-}
-
-static int target(const char *device, const char *path)
+static int target(const char *device, const char *path, int with_flush)
 {
     struct connection c;
-    create(&c, device);
+    create(&c, device, with_flush);
     size_t len;
-    void *map = map_file(path, &len);
-    struct ibv_mr *region = register_on_demand(c.domain, map, len);
+    void *map = map_whole_file(path, &len);
+    struct ibv_mr *region = register_on_demand(c.domain, map, len, access_of(with_flush));
     printf("memory %" PRIu64 " %u\n", (uint64_t)(uintptr_t)map, region->rkey);
     fflush(stdout);
     uint32_t number, packet;
@@ -183,6 +196,44 @@ static int take(struct connection *c, struct ibv_wc *done, int asleep)
     }
 }
 
+static void check(const struct ibv_wc *done)
+{
+    if (done->status == IBV_WC_SUCCESS)
+        return;
+    fprintf(stderr, "one_sided: %s\n", ibv_wc_status_str(done->status));
+    exit(1);
+}
+
+static void post_write_and_flush(struct connection *c, struct ibv_mr *own, size_t size, uint64_t offset)
+{
+    struct ibv_qp_ex *pair = ibv_qp_to_qp_ex(c->queue_pair);
+    /* Behind the last call that older headers know come wr_atomic_write and wr_flush. */
+    flush_call flush;
+    memcpy(&flush, (char *)&pair->wr_abort + 2 * sizeof pair->wr_abort, sizeof flush);
+    ibv_wr_start(pair);
+    pair->wr_id = 0;
+    pair->wr_flags = 0;
+    ibv_wr_rdma_write(pair, c->remote_key, c->remote_address + offset);
+    ibv_wr_set_sge(pair, own->lkey, (uint64_t)(uintptr_t)own->addr, (uint32_t)size);
+    pair->wr_id = 1;
+    pair->wr_flags = IBV_SEND_SIGNALED;
+    flush(pair, c->remote_key, c->remote_address + offset, size, PERSISTENT, RANGE);
+    demand(ibv_wr_complete(pair) == 0, "ibv_wr_complete");
+}
+
+static uint64_t write_and_flush(struct connection *c, struct ibv_mr *own, size_t size, uint64_t count,
+                                uint64_t stride, uint64_t places, int asleep)
+{
+    uint64_t started = now_ns();
+    for (uint64_t i = 0; i < count; i++) {
+        struct ibv_wc done[16];
+        post_write_and_flush(c, own, size, i % places * stride);
+        take(c, done, asleep);
+        check(done);
+    }
+    return now_ns() - started;
+}
+
 static uint64_t transfer(struct connection *c, struct ibv_mr *own, enum ibv_wr_opcode opcode,
                          size_t size, unsigned depth, uint64_t count, uint64_t stride, uint64_t places,
                          int asleep)
@@ -196,10 +247,7 @@ static uint64_t transfer(struct connection *c, struct ibv_mr *own, enum ibv_wr_o
         struct ibv_wc done[16];
         int taken = take(c, done, asleep);
         for (int i = 0; i < taken; i++) {
-            if (done[i].status != IBV_WC_SUCCESS) {
-                fprintf(stderr, "one_sided: %s\n", ibv_wc_status_str(done[i].status));
-                exit(1);
-            }
+            check(&done[i]);
             ended++;
             if (posted < count) {
                 post(c, own, opcode, size, (unsigned)done[i].wr_id, posted % places * stride);
@@ -210,10 +258,10 @@ static uint64_t transfer(struct connection *c, struct ibv_mr *own, enum ibv_wr_o
     return now_ns() - started;
 }
 
-static int initiator(const char *device)
+static int initiator(const char *device, int with_flush)
 {
     struct connection c;
-    create(&c, device);
+    create(&c, device, with_flush);
     uint32_t number, packet;
     char gid[33];
     int read = scanf("connect %u %u %32s %" SCNu64 " %u", &number, &packet, gid, &c.remote_address,
@@ -227,17 +275,21 @@ static int initiator(const char *device)
     demand(own != NULL, "ibv_reg_mr");
     printf("ready\n");
     fflush(stdout);
-    char what[8], how[8];
+    char what[16], how[8];
     size_t size;
     unsigned depth;
     uint64_t count, stride, places;
-    while (scanf("%7s %zu %u %" SCNu64 " %" SCNu64 " %" SCNu64 " %7s", what, &size, &depth, &count,
+    while (scanf("%15s %zu %u %" SCNu64 " %" SCNu64 " %" SCNu64 " %7s", what, &size, &depth, &count,
                  &stride, &places, how) == 7) {
         errno = EINVAL;
         demand(depth >= 1 && depth <= DEPTH_MAX && size * depth <= len && places > 0, "bad request");
         enum ibv_wr_opcode opcode = strcmp(what, "read") ? IBV_WR_RDMA_WRITE : IBV_WR_RDMA_READ;
         int asleep = strcmp(how, "poll") != 0;
-        uint64_t took = transfer(&c, own, opcode, size, depth, count, stride, places, asleep);
+        int flushed = strcmp(what, "write_and_flush") == 0;
+        demand(with_flush || !flushed, "started without `flush`");
+        uint64_t took = flushed
+                            ? write_and_flush(&c, own, size, count, stride, places, asleep)
+                            : transfer(&c, own, opcode, size, depth, count, stride, places, asleep);
         printf("took %" PRIu64 "\n", took);
         fflush(stdout);
     }
@@ -246,10 +298,13 @@ static int initiator(const char *device)
 
 int main(int argc, char **argv)
 {
+    int with_flush = argc > 3 && strcmp(argv[argc - 1], "flush") == 0;
+    if (with_flush)
+        argc--;
     if (argc == 4 && strcmp(argv[1], "target") == 0)
-        return target(argv[2], argv[3]);
+        return target(argv[2], argv[3], with_flush);
     if (argc == 3 && strcmp(argv[1], "initiator") == 0)
-        return initiator(argv[2]);
-    fprintf(stderr, "usage: one_sided target DEVICE FILE | one_sided initiator DEVICE\n");
+        return initiator(argv[2], with_flush);
+    fprintf(stderr, "usage: one_sided target DEVICE FILE [flush] | one_sided initiator DEVICE [flush]\n");
     return 2;
 }

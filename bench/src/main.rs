@@ -4,7 +4,10 @@
 #![forbid(unsafe_code)]
 
 mod fence;
+mod flush;
 mod guard;
+mod job;
+mod librpma;
 mod one_sided;
 mod peer;
 mod perftest;
@@ -18,6 +21,7 @@ mod truncate;
 mod turns;
 
 use std::num::NonZeroUsize;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
@@ -35,7 +39,7 @@ const QUICK_ROUNDS: usize = 11;
 #[derive(Parser)]
 #[command(
     bin_name = "pinfold-bench",
-    after_help = "Example:\n  pinfold-bench --dax /mnt/pmem0 --device mlx5_0 --peers target/bench/peers one-sided"
+    after_help = "Example:\n  pinfold-bench --dax /mnt/pmem0 --device mlx5_0 --address 192.0.2.1 --peers target/bench/peers one-sided"
 )]
 struct Cli {
     #[command(flatten)]
@@ -58,6 +62,10 @@ struct Cli {
 enum Name {
     /// Bandwidth and latency of one-sided writes and reads, beside C on libibverbs
     OneSided,
+    /// Writes that are known to have arrived, beside librpma
+    Librpma,
+    /// Writes made durable by RDMA FLUSH, beside C and a commit (rdma-core 45 or newer, and a device that can)
+    Flush,
     /// The stream path, beside a plain gRPC stream
     Stream,
     /// A guard taken and let go, beside C on fcntl(2)
@@ -105,6 +113,8 @@ impl Name {
     fn run(self, run: &mut Run<'_>) -> Result<()> {
         match self {
             Self::OneSided => one_sided::run(run),
+            Self::Librpma => librpma::run(run),
+            Self::Flush => flush::run(run),
             Self::Stream => stream::run(run),
             Self::Guard => guard::run(run),
             Self::Pin => pins::run_alone(run),
@@ -127,8 +137,10 @@ fn main() -> Result<()> {
     eprintln!("{}", report::heading());
     for name in Name::value_variants() {
         if names.is_empty() || names.contains(name) {
+            let started = Instant::now();
             name.run(&mut run)
                 .with_context(|| format!("pinfoldd said:\n{}", storage.last_words()))?;
+            eprintln!("{name:?} took {} s", started.elapsed().as_secs());
         }
     }
     println!("{}", serde_json::to_string_pretty(&Report::new(head, run.rows))?);

@@ -14,60 +14,31 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
 use crate::Run;
+use crate::job::{DEPTH, FILE_BYTES, Job, KIB, PAGE, What, compare};
 use crate::peer::Peer;
-use crate::perftest;
+use crate::perftest::{self, Program};
 use crate::place::{Storage, several_threads, text};
 use crate::report::Goal;
 use crate::turns::alternate;
 
-/// Of each file; bandwidths go round in it.
-const FILE_BYTES: usize = 16 << 20;
-
-/// Transfers in flight where bandwidth is measured.
-const DEPTH: usize = 16;
-
-/// What a round of a bandwidth carries, or more. Rounds are short: what disturbs the machine disturbs
-/// few of them, and of those the median knows nothing.
-const ROUND_BYTES: usize = 1 << 20;
-
-/// Transfers in a round, one after the other.
-const ROUND_TRANSFERS: u64 = 50;
-
 /// Each is two processes.
 const PERFTEST_ROUNDS_MAX: usize = 11;
 
-const PAGE: usize = 4096;
-
-const KIB: usize = 1 << 10;
+/// The read that proves that what was written before is in memory.
+const PROOF_BYTES: usize = 8;
 
 const C_ASLEEP: &str = "C on libibverbs, asleep between completions, as we are";
 const C_POLLS: &str = "C on libibverbs, polls without end";
-const IB_WRITE_BW: &str = "ib_write_bw --odp --mmap, polls without end";
-
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum What {
-    Write,
-    Read,
-}
 
 /// How the C program waits for completions.
 #[derive(Clone, Copy, Debug)]
-enum How {
+pub(crate) enum How {
     Asleep,
     Polls,
 }
 
-/// The transfers of a round, the same on both sides.
-#[derive(Clone, Copy, Debug)]
-struct Job {
-    what: What,
-    bytes: usize,
-    depth: usize,
-    count: u64,
-}
-
 /// The client library, with a pin.
-struct Ours {
+pub(crate) struct Ours {
     // Dropped in this order: the pin goes with its session, the session with the runtime.
     pin: Arc<Pin>,
     buffers: Vec<Buffer>,
@@ -76,7 +47,7 @@ struct Ours {
 }
 
 /// A C program, and the one that it writes to.
-struct Theirs {
+pub(crate) struct Theirs {
     initiator: Peer,
     _target: Peer,
 }
@@ -106,45 +77,51 @@ fn through_the_library(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
     for what in [What::Write, What::Read] {
         for bytes in run.pick(&sizes, &[4 * KIB, 64 * KIB]) {
             let job = Job::bandwidth(what, *bytes);
-            let name = format!("{}_bandwidth/{}", what.word(), size(*bytes));
-            let pairs = alternate(
-                run.rounds,
-                || Ok(job.mb_per_s(ours.time(job)?)),
-                || Ok(job.mb_per_s(theirs.time(job, How::Asleep)?)),
-            )?;
-            run.add(name, C_ASLEEP, "MB/s", &pairs, Goal::AtLeast(0.98));
+            beside_c(run, job, "", job.goal(), |job| ours.time(job), theirs)?;
         }
         for bytes in latency_sizes(run) {
             let job = Job::latency(what, *bytes);
-            let name = format!("{}_latency/{}", what.word(), size(*bytes));
-            let sides =
-                [(C_ASLEEP, How::Asleep, Goal::AtMost(1.05)), (C_POLLS, How::Polls, Goal::None)];
-            for (peer, how, goal) in sides {
-                let pairs = alternate(
-                    run.rounds,
-                    || Ok(job.microseconds(ours.time(job)?)),
-                    || Ok(job.microseconds(theirs.time(job, how)?)),
-                )?;
-                run.add(name.clone(), peer, "us", &pairs, goal);
-            }
+            beside_c(run, job, "", job.goal(), |job| ours.time(job), theirs)?;
+            let peer = (C_POLLS, Goal::None);
+            let polls = |job| theirs.time(job, How::Polls);
+            compare(run, job, "", peer, |job| ours.time(job), polls)?;
         }
     }
     Ok(())
 }
 
-/// What everybody measures with. It polls, which the library does not yet.
+fn beside_c(
+    run: &mut Run<'_>,
+    job: Job,
+    way: &str,
+    goal: Goal,
+    ours: impl FnMut(Job) -> Result<Duration>,
+    theirs: &mut Theirs,
+) -> Result<()> {
+    compare(run, job, way, (C_ASLEEP, goal), ours, |job| theirs.time(job, How::Asleep))
+}
+
+/// What everybody measures with.
 fn beside_perftest(run: &mut Run<'_>) -> Result<()> {
     let mut ours = Ours::start(run.storage, several_threads()?, "beside-perftest")?;
-    run.storage.foreign_file("perftest", FILE_BYTES)?;
-    for bytes in run.pick(&[4 * KIB, 64 * KIB, 1024 * KIB], &[64 * KIB]) {
-        let job = Job::bandwidth(What::Write, *bytes);
+    run.storage.foreign_file(perftest::FILE, FILE_BYTES)?;
+    let bandwidths = run.pick(&[4 * KIB, 64 * KIB, 1024 * KIB], &[64 * KIB]);
+    let latencies = run.pick(&[8, 64 * KIB], &[8]);
+    let jobs = |job: fn(What, usize) -> Job, what, sizes: &[usize], program| {
+        sizes.iter().map(move |bytes| (job(what, *bytes), program)).collect::<Vec<_>>()
+    };
+    let jobs = [
+        jobs(Job::bandwidth, What::Write, bandwidths, Program::WriteBandwidth),
+        jobs(Job::bandwidth, What::Read, bandwidths, Program::ReadBandwidth),
+        jobs(Job::latency, What::Read, latencies, Program::ReadLatency),
+    ];
+    for (job, program) in jobs.concat() {
         let pairs = alternate(
             run.rounds.min(PERFTEST_ROUNDS_MAX),
-            || Ok(job.mb_per_s(ours.time(job)?)),
-            || perftest::write_bandwidth(run.storage, *bytes, DEPTH),
+            || Ok(job.figure(ours.time(job)?)),
+            || program.measure(run.storage, job),
         )?;
-        let name = format!("write_bandwidth/{}", size(*bytes));
-        run.add(name, IB_WRITE_BW, "MB/s", &pairs, Goal::AtLeast(0.98));
+        run.add(job.row(""), program.words(), job.unit(), &pairs, job.goal());
     }
     Ok(())
 }
@@ -152,28 +129,10 @@ fn beside_perftest(run: &mut Run<'_>) -> Result<()> {
 /// The library where the application has a runtime of one thread: what waking other threads costs.
 fn by_one_thread(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
     let mut ours = Ours::start(run.storage, one_thread()?, "one")?;
-    for bytes in latency_sizes(run) {
-        let job = Job::latency(What::Write, *bytes);
-        let pairs = alternate(
-            run.rounds,
-            || Ok(job.microseconds(ours.time(job)?)),
-            || Ok(job.microseconds(theirs.time(job, How::Asleep)?)),
-        )?;
-        run.add(
-            format!("write_latency_one_thread/{}", size(*bytes)),
-            C_ASLEEP,
-            "us",
-            &pairs,
-            Goal::None,
-        );
+    let latencies = latency_sizes(run).iter().map(|bytes| Job::latency(What::Write, *bytes));
+    for job in latencies.chain([Job::bandwidth(What::Write, 4 * KIB)]) {
+        beside_c(run, job, "_one_thread", Goal::None, |job| ours.time(job), theirs)?;
     }
-    let job = Job::bandwidth(What::Write, 4 * KIB);
-    let pairs = alternate(
-        run.rounds,
-        || Ok(job.mb_per_s(ours.time(job)?)),
-        || Ok(job.mb_per_s(theirs.time(job, How::Asleep)?)),
-    )?;
-    run.add("write_bandwidth_one_thread/4 KiB".to_owned(), C_ASLEEP, "MB/s", &pairs, Goal::None);
     Ok(())
 }
 
@@ -182,18 +141,7 @@ fn without_the_library(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
     let mut bare = Bare::start(run.storage)?;
     for bytes in latency_sizes(run) {
         let job = Job::latency(What::Write, *bytes);
-        let pairs = alternate(
-            run.rounds,
-            || Ok(job.microseconds(bare.time(job)?)),
-            || Ok(job.microseconds(theirs.time(job, How::Asleep)?)),
-        )?;
-        run.add(
-            format!("write_latency_bare_lane/{}", size(*bytes)),
-            C_ASLEEP,
-            "us",
-            &pairs,
-            Goal::None,
-        );
+        beside_c(run, job, "_bare_lane", Goal::None, |job| bare.time(job), theirs)?;
     }
     Ok(())
 }
@@ -206,58 +154,8 @@ fn one_thread() -> Result<Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
-/// For people.
-fn size(bytes: usize) -> String {
-    match bytes {
-        0..KIB => format!("{bytes} B"),
-        _ => format!("{} KiB", bytes / KIB),
-    }
-}
-
-impl What {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Write => "write",
-            Self::Read => "read",
-        }
-    }
-}
-
-impl Job {
-    fn bandwidth(what: What, bytes: usize) -> Self {
-        let count = (ROUND_BYTES / bytes).max(DEPTH) as u64;
-        Self { what, bytes, depth: DEPTH, count }
-    }
-
-    fn latency(what: What, bytes: usize) -> Self {
-        Self { what, bytes, depth: 1, count: ROUND_TRANSFERS }
-    }
-
-    /// Each begins on a page, as soft-RoCE needs it.
-    fn stride(self) -> usize {
-        self.bytes.next_multiple_of(PAGE)
-    }
-
-    fn places(self) -> usize {
-        FILE_BYTES / self.stride()
-    }
-
-    fn offset(self, number: u64) -> u64 {
-        number % self.places() as u64 * self.stride() as u64
-    }
-
-    fn mb_per_s(self, took: Duration) -> f64 {
-        (self.bytes as u64 * self.count) as f64 / 1e6 / took.as_secs_f64()
-    }
-
-    /// For one of them.
-    fn microseconds(self, took: Duration) -> f64 {
-        took.as_secs_f64() * 1e6 / self.count as f64
-    }
-}
-
 impl Ours {
-    fn start(storage: &Storage, runtime: Runtime, name: &str) -> Result<Self> {
+    pub(crate) fn start(storage: &Storage, runtime: Runtime, name: &str) -> Result<Self> {
         let (session, pin, buffers) = runtime.block_on(async {
             let session = storage.connect().await?;
             let pin = storage.pin(&session, name, FILE_BYTES as u64, Transport::Rdma).await?;
@@ -272,7 +170,7 @@ impl Ours {
 
     /// In tasks of the runtime, as an application would: each has a buffer, and begins the next
     /// transfer when its last has ended.
-    fn time(&mut self, job: Job) -> Result<Duration> {
+    pub(crate) fn time(&mut self, job: Job) -> Result<Duration> {
         let next = Arc::new(AtomicU64::new(0));
         let buffers: Vec<Buffer> = self.buffers.drain(..job.depth).collect();
         let (took, back) = self.runtime.block_on(async {
@@ -298,26 +196,46 @@ async fn work(pin: Arc<Pin>, job: Job, next: Arc<AtomicU64>, mut buffer: Buffer)
         if number >= job.count {
             return Ok(buffer);
         }
-        let offset = job.offset(number);
-        let (back, by_rdma) = match job.what {
-            What::Write => {
-                let (back, report) = pin.write(offset, buffer, job.bytes).await?;
-                (back, report.rdma_bytes)
-            }
-            What::Read => {
-                let (back, report) = pin.read(offset, job.bytes, buffer).await?;
-                (back, report.rdma_bytes)
-            }
-        };
-        ensure!(by_rdma == job.bytes as u64, "only {by_rdma} of {} bytes by RDMA", job.bytes);
-        buffer = back;
+        buffer = transfer(&pin, job, job.offset(number), buffer).await?;
     }
 }
 
+async fn transfer(pin: &Pin, job: Job, offset: u64, buffer: Buffer) -> Result<Buffer> {
+    let end = offset + job.bytes as u64;
+    if job.what == What::Read {
+        return read(pin, offset, job.bytes, buffer).await;
+    }
+    let (buffer, report) = pin.write(offset, buffer, job.bytes).await?;
+    by_rdma(report.rdma_bytes, job.bytes)?;
+    match job.what {
+        What::Write | What::Read => {}
+        What::WriteAndRead => return read(pin, offset, PROOF_BYTES, buffer).await,
+        What::WriteAndFlush => {
+            let report = pin.flush(offset..end).await?;
+            ensure!(report.commit.is_none(), "a commit took the flush's place: {report:?}");
+        }
+        What::WriteAndCommit => {
+            pin.commit_range(offset..end).await?;
+        }
+    }
+    Ok(buffer)
+}
+
+async fn read(pin: &Pin, offset: u64, bytes: usize, buffer: Buffer) -> Result<Buffer> {
+    let (buffer, report) = pin.read(offset, bytes, buffer).await?;
+    by_rdma(report.rdma_bytes, bytes)?;
+    Ok(buffer)
+}
+
+fn by_rdma(done: u64, of: usize) -> Result<()> {
+    ensure!(done == of as u64, "only {done} of {of} bytes by RDMA");
+    Ok(())
+}
+
 /// A target in C, and what it told of itself: endpoint and memory.
-fn start_target(storage: &Storage, name: &str) -> Result<(Peer, String, String)> {
+fn start_target(storage: &Storage, name: &str, also: &[&str]) -> Result<(Peer, String, String)> {
     let file = storage.foreign_file(name, FILE_BYTES)?;
-    let arguments = ["target", &storage.places.device, text(&file)?];
+    let arguments = [&["target", &storage.places.device, text(&file)?], also].concat();
     let mut target = Peer::start(&storage.peer("one_sided"), &arguments)?;
     let endpoint = target.hear("endpoint")?;
     let memory = target.hear("memory")?;
@@ -326,8 +244,17 @@ fn start_target(storage: &Storage, name: &str) -> Result<(Peer, String, String)>
 
 impl Theirs {
     fn start(storage: &Storage) -> Result<Self> {
-        let (mut target, endpoint, memory) = start_target(storage, "theirs")?;
-        let arguments = ["initiator", &storage.places.device];
+        Self::start_as(storage, "theirs", &[])
+    }
+
+    /// One that can flush.
+    pub(crate) fn start_with_flush(storage: &Storage) -> Result<Self> {
+        Self::start_as(storage, "theirs-flushed", &["flush"])
+    }
+
+    fn start_as(storage: &Storage, file: &str, also: &[&str]) -> Result<Self> {
+        let (mut target, endpoint, memory) = start_target(storage, file, also)?;
+        let arguments = [&["initiator", storage.places.device.as_str()], also].concat();
         let mut initiator = Peer::start(&storage.peer("one_sided"), &arguments)?;
         let own = initiator.hear("endpoint")?;
         target.say(&format!("connect {own}"))?;
@@ -337,8 +264,8 @@ impl Theirs {
         Ok(Self { initiator, _target: target })
     }
 
-    fn time(&mut self, job: Job, how: How) -> Result<Duration> {
-        let Job { what, bytes, depth, count } = job;
+    pub(crate) fn time(&mut self, job: Job, how: How) -> Result<Duration> {
+        let Job { what, bytes, depth, count, .. } = job;
         let (stride, places) = (job.stride(), job.places());
         let how = match how {
             How::Asleep => "sleep",
@@ -352,7 +279,7 @@ impl Theirs {
 impl Bare {
     fn start(storage: &Storage) -> Result<Self> {
         let runtime = one_thread()?;
-        let (mut target, endpoint, memory) = start_target(storage, "bare")?;
+        let (mut target, endpoint, memory) = start_target(storage, "bare", &[])?;
         let device = Device::open(&storage.places.device)?;
         let domain = ProtectionDomain::new(&device)?;
         let lane = UnconnectedLane::new(&domain, DEPTH as u32)?;
@@ -411,27 +338,6 @@ fn parse_endpoint(words: &str) -> Option<Endpoint> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_round_stays_within_the_file_and_starts_on_pages() {
-        for bytes in [8, 4 * KIB, 5000, 1024 * KIB] {
-            let job = Job::bandwidth(What::Write, bytes);
-            for number in [0, 1, job.count - 1, u64::MAX] {
-                let offset = job.offset(number) as usize;
-                assert!(
-                    offset.is_multiple_of(PAGE) && offset + bytes <= FILE_BYTES,
-                    "{bytes} at {offset}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn bandwidth_and_latency_are_of_the_whole_round() {
-        let job = Job { what: What::Read, bytes: 1000, depth: 4, count: 2000 };
-        let took = Duration::from_millis(500);
-        assert_eq!((job.mb_per_s(took), job.microseconds(took)), (4.0, 250.0));
-    }
 
     #[test]
     fn an_endpoint_in_c_is_one_of_ours() {

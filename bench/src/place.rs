@@ -1,5 +1,6 @@
 //! Where things are, and the daemon on it.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,7 +27,10 @@ pub(crate) struct Places {
     /// The RDMA device
     #[arg(long, value_name = "NAME", env = "PINFOLD_LAB_RDMA_DEVICE")]
     pub(crate) device: String,
-    /// The index of the device's GID by which ib_write_bw connects (RoCE: an IPv4 one; show_gids(8))
+    /// An IP address of the device, by which librpma connects
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) address: IpAddr,
+    /// The index of the device's GID by which perftest connects (RoCE: an IPv4 one; show_gids(8))
     #[arg(long, value_name = "INDEX", default_value = "1")]
     pub(crate) gid_index: u8,
     /// Where the compiled peers are, of bench/peers

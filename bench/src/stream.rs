@@ -1,13 +1,13 @@
 //! The stream path beside a plain gRPC stream: same frames, same flow control, same kind of file.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use pinfold_client::Transport;
+use anyhow::{Context, Result, ensure};
+use pinfold_client::{Buffer, Pin, Session, Transport};
 
 use crate::Run;
-use crate::place::several_threads;
+use crate::place::{Storage, several_threads};
 use crate::plain::Plain;
 use crate::report::Goal;
 use crate::turns::alternate;
@@ -15,57 +15,100 @@ use crate::turns::alternate;
 /// What a transfer carries: several pieces.
 const BYTES: usize = 8 << 20;
 
+#[derive(Clone, Copy)]
+enum What {
+    Write,
+    Read,
+}
+
 const PEER: &str = "one plain tonic stream of 1 MiB frames";
+
+impl What {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Write => "write",
+            Self::Read => "read",
+        }
+    }
+}
+
+struct Ours {
+    // Dropped in this order: the pin goes with its session.
+    pin: Arc<Pin>,
+    buffer: Option<Buffer>,
+    session: Session,
+}
+
+struct Theirs {
+    plain: Plain,
+    bytes: Arc<[u8]>,
+    place: Vec<u8>,
+}
 
 /// Writes and reads of several MiB.
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let runtime = several_threads()?;
-    let file = run.storage.foreign_file("plain", BYTES)?;
-    let (session, pin, buffer, mut plain) = runtime.block_on(async {
-        let session = run.storage.connect().await?;
-        let pin = run.storage.pin(&session, "stream", BYTES as u64, Transport::Stream).await?;
-        let buffer = session.buffer(BYTES).await?;
-        anyhow::Ok((session, pin, buffer, Plain::start(&file).await?))
-    })?;
-    let mb_per_s = |started: Instant| BYTES as f64 / 1e6 / started.elapsed().as_secs_f64();
-    let bytes: Arc<[u8]> = vec![7; BYTES].into();
-    let mut place = vec![0; BYTES];
-    let mut buffer = Some(buffer);
-    let pairs = alternate(
-        run.rounds,
-        || {
-            let own = buffer.take().context("no buffer left")?;
-            let started = Instant::now();
-            let (back, report) = runtime.block_on(pin.write(0, own, BYTES))?;
-            buffer = Some(back);
-            anyhow::ensure!(report.stream_bytes == BYTES as u64, "{report:?}");
-            Ok(mb_per_s(started))
-        },
-        || {
-            let started = Instant::now();
-            runtime.block_on(plain.write(bytes.clone()))?;
-            Ok(mb_per_s(started))
-        },
-    )?;
-    run.add("stream_write/8 MiB".to_owned(), PEER, "MB/s", &pairs, Goal::AtLeast(0.9));
-    let pairs = alternate(
-        run.rounds,
-        || {
-            let own = buffer.take().context("no buffer left")?;
-            let started = Instant::now();
-            let (back, report) = runtime.block_on(pin.read(0, BYTES, own))?;
-            buffer = Some(back);
-            anyhow::ensure!(report.stream_bytes == BYTES as u64, "{report:?}");
-            Ok(mb_per_s(started))
-        },
-        || {
-            let started = Instant::now();
-            runtime.block_on(plain.read(&mut place))?;
-            Ok(mb_per_s(started))
-        },
-    )?;
-    run.add("stream_read/8 MiB".to_owned(), PEER, "MB/s", &pairs, Goal::AtLeast(0.9));
+    let mut ours = runtime.block_on(Ours::start(run.storage))?;
+    let mut theirs = runtime.block_on(Theirs::start(run.storage))?;
+    for what in [What::Write, What::Read] {
+        let pairs = alternate(
+            run.rounds,
+            || runtime.block_on(ours.time(what)).map(mb_per_s),
+            || runtime.block_on(theirs.time(what)).map(mb_per_s),
+        )?;
+        let name = format!("stream_{}/8 MiB", what.word());
+        run.add(name, PEER, "MB/s", &pairs, Goal::AtLeast(0.9));
+    }
+    let Ours { pin, session, .. } = ours;
     drop(pin);
     runtime.block_on(session.close());
     Ok(())
+}
+
+fn mb_per_s(took: Duration) -> f64 {
+    BYTES as f64 / 1e6 / took.as_secs_f64()
+}
+
+impl Ours {
+    async fn start(storage: &Storage) -> Result<Self> {
+        let session = storage.connect().await?;
+        let pin = storage.pin(&session, "stream", BYTES as u64, Transport::Stream).await?;
+        let buffer = Some(session.buffer(BYTES).await?);
+        Ok(Self { pin, buffer, session })
+    }
+
+    async fn time(&mut self, what: What) -> Result<Duration> {
+        let buffer = self.buffer.take().context("no buffer left")?;
+        let started = Instant::now();
+        let (back, streamed) = match what {
+            What::Write => {
+                let (back, report) = self.pin.write(0, buffer, BYTES).await?;
+                (back, report.stream_bytes)
+            }
+            What::Read => {
+                let (back, report) = self.pin.read(0, BYTES, buffer).await?;
+                (back, report.stream_bytes)
+            }
+        };
+        let took = started.elapsed();
+        ensure!(streamed == BYTES as u64, "only {streamed} of {BYTES} bytes by the stream path");
+        self.buffer = Some(back);
+        Ok(took)
+    }
+}
+
+impl Theirs {
+    async fn start(storage: &Storage) -> Result<Self> {
+        let plain = Plain::start(&storage.foreign_file("plain", BYTES)?).await?;
+        Ok(Self { plain, bytes: vec![7; BYTES].into(), place: vec![0; BYTES] })
+    }
+
+    async fn time(&mut self, what: What) -> Result<Duration> {
+        let started = Instant::now();
+        match what {
+            What::Write => self.plain.write(self.bytes.clone()).await?,
+            What::Read => self.plain.read(&mut self.place).await?,
+        }
+        Ok(started.elapsed())
+    }
 }

@@ -67,14 +67,15 @@ const LAB: [Need; 16] = [
 ];
 
 /// What bench/peers is compiled against, and what else stands beside us.
-const BENCH: [Need; 3] = [
+const BENCH: [Need; 4] = [
     need("gcc", "the bench's peers", Sign::Program("cc")),
     need(
         "libibverbs-dev",
         "the bench's peers",
         Sign::File(&["/usr/include/infiniband"], "verbs.h"),
     ),
-    need("perftest", "ib_write_bw", Sign::Program("ib_write_bw")),
+    need("librpma-dev", "a peer of the bench", Sign::File(&["/usr/include"], "librpma.h")),
+    need("perftest", "ib_write_bw and its like", Sign::Program("ib_write_bw")),
 ];
 
 const fn need(package: &'static str, purpose: &'static str, sign: Sign) -> Need {
