@@ -25,11 +25,12 @@ const THREADS: usize = 16;
 
 /// Each round registers thousands of regions, and what is compared differs by factors.
 const ROUNDS_MAX: usize = 9;
+const QUICK_ROUNDS_MAX: usize = 5;
 
 /// Fence and deregistration.
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let bench = Bench::new(&run.storage.places)?;
-    let rounds = run.rounds.min(ROUNDS_MAX);
+    let rounds = run.few_rounds(ROUNDS_MAX, QUICK_ROUNDS_MAX);
     let ms = |took: Duration| took.as_secs_f64() * 1e3;
     let pairs = alternate(
         rounds,

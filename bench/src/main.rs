@@ -94,6 +94,11 @@ impl Run<'_> {
         if self.quick { quick } else { full }
     }
 
+    /// Of what takes long: so many at the most, and fewer in a quick run.
+    pub(crate) fn few_rounds(&self, full: usize, quick: usize) -> usize {
+        self.rounds.min(if self.quick { quick } else { full })
+    }
+
     /// Notes a measurement, and shows it.
     pub(crate) fn add(
         &mut self,

@@ -23,6 +23,7 @@ use crate::turns::alternate;
 
 /// Each is two processes.
 const PERFTEST_ROUNDS_MAX: usize = 11;
+const QUICK_PERFTEST_ROUNDS_MAX: usize = 5;
 
 /// The read that proves that what was written before is in memory.
 const PROOF_BYTES: usize = 8;
@@ -117,7 +118,7 @@ fn beside_perftest(run: &mut Run<'_>) -> Result<()> {
     ];
     for (job, program) in jobs.concat() {
         let pairs = alternate(
-            run.rounds.min(PERFTEST_ROUNDS_MAX),
+            run.few_rounds(PERFTEST_ROUNDS_MAX, QUICK_PERFTEST_ROUNDS_MAX),
             || Ok(job.figure(ours.time(job)?)),
             || program.measure(run.storage, job),
         )?;

@@ -14,6 +14,7 @@ use crate::place::{EXPORT, Storage, several_threads, text};
 use crate::plain::Plain;
 use crate::report::Goal;
 use crate::statistics::Pairs;
+use crate::truncate;
 use crate::turns::alternate;
 
 const PAGE: u64 = 4096;
@@ -23,6 +24,9 @@ const FILE_BYTES: u64 = 16 << 20;
 
 /// Pins of a session, a page each: what the server allows, and one more that is measured.
 const PINS_PER_SESSION: u64 = 4000;
+
+/// The file that the many pins are on.
+const CROWDED: &str = "crowd";
 
 /// Calls under way at a time while many pins are made.
 const SIDE_BY_SIDE: u64 = 8;
@@ -78,7 +82,16 @@ pub(crate) fn run_alone(run: &mut Run<'_>) -> Result<()> {
 pub(crate) fn run_many(run: &mut Run<'_>) -> Result<()> {
     let runtime = several_threads()?;
     let alone = runtime.block_on(Pinner::start(run.storage, "alone"))?;
-    for pins in run.pick(&[1000, 3000], &[1000]) {
+    for sessions in run.pick(&[20, 200], &[20]) {
+        let crowded = Storage::start(&run.storage.places)?;
+        let busy = runtime.block_on(Pinner::start(&crowded, "busy"))?;
+        let crowd = runtime.block_on(connect_many(&crowded, *sessions))?;
+        let pairs = beside(run, &runtime, &busy, &alone)?;
+        let name = format!("pin_and_unpin_beside_sessions/{sessions}");
+        run.add(name, "the same beside one session", "us", &pairs, Goal::AtMost(1.25));
+        drop(crowd);
+    }
+    for pins in run.pick(&[1000, truncate::MOST], &[1000]) {
         let crowded = Storage::start(&run.storage.places)?;
         let busy = runtime.block_on(Pinner::start(&crowded, "busy"))?;
         let before = resident_bytes(&crowded)?;
@@ -91,15 +104,9 @@ pub(crate) fn run_many(run: &mut Run<'_>) -> Result<()> {
         let pairs = beside(run, &runtime, &busy, &alone)?;
         let name = format!("pin_and_unpin_beside_pins/{pins}");
         run.add(name, "the same beside one pin", "us", &pairs, Goal::AtMost(1.25));
-        drop(crowd);
-    }
-    for sessions in run.pick(&[20, 200], &[20]) {
-        let crowded = Storage::start(&run.storage.places)?;
-        let busy = runtime.block_on(Pinner::start(&crowded, "busy"))?;
-        let crowd = runtime.block_on(connect_many(&crowded, *sessions))?;
-        let pairs = beside(run, &runtime, &busy, &alone)?;
-        let name = format!("pin_and_unpin_beside_sessions/{sessions}");
-        run.add(name, "the same beside one session", "us", &pairs, Goal::AtMost(1.25));
+        if *pins == truncate::MOST {
+            truncate::run_once(run, &crowded.path(CROWDED))?;
+        }
         drop(crowd);
     }
     Ok(())
@@ -139,9 +146,9 @@ async fn pin_many(storage: &Storage, pins: u64) -> Result<Vec<(Arc<Session>, Vec
         let own = left.min(PINS_PER_SESSION);
         let session = Arc::new(storage.connect().await?);
         if crowd.is_empty() {
-            session.create(EXPORT, "crowd", FILE_BYTES, IfExists::Resize).await?;
+            session.create(EXPORT, CROWDED, FILE_BYTES, IfExists::Resize).await?;
         }
-        let pins = pin_pages(&session, "crowd", own).await?;
+        let pins = pin_pages(&session, CROWDED, own).await?;
         crowd.push((session, pins));
         left -= own;
     }

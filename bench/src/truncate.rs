@@ -15,6 +15,7 @@ use crate::peer::Peer;
 use crate::pins::pin_pages;
 use crate::place::{EXPORT, Storage, several_threads, text};
 use crate::report::Goal;
+use crate::statistics::Pairs;
 use crate::turns::alternate;
 
 const PAGE: u64 = 4096;
@@ -24,6 +25,12 @@ const MANY: u64 = 4096;
 
 /// To take so many takes half a minute.
 const ROUNDS_OF_MANY: usize = 5;
+
+/// More than a session can have, on as many pages as [`MANY`] have. To take so many takes minutes, so who
+/// has them lets the file be truncated once.
+pub(crate) const MOST: u64 = 10_000;
+
+const PEER: &str = "C: holds as many regions, one mprotect, lets go";
 
 const NAME: &str = "truncated";
 
@@ -51,8 +58,8 @@ struct Theirs {
 /// With clients that drain, and without.
 pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let mut sides = (Ours::start(run.storage)?, Theirs::start(run.storage)?);
-    for pins in [0, 1, 64] {
-        waits(run, &mut sides, "truncate_wait_with_drain", Goal::None, pins)?;
+    for pins in run.pick(&[0, 1, 64], &[64]) {
+        waits(run, &mut sides, "truncate_wait_with_drain", Goal::None, *pins)?;
     }
     let _at_once = BreakTime::set(NO_TIME)?;
     for pins in run.pick(&[1, 64, MANY], &[1, 64]) {
@@ -68,16 +75,28 @@ fn waits(
     goal: Goal,
     pins: u64,
 ) -> Result<()> {
-    let ms = |took: Duration| took.as_secs_f64() * 1e3;
     let rounds = if pins < MANY { run.rounds } else { run.rounds.min(ROUNDS_OF_MANY) };
     let pairs = alternate(rounds, || ours.time(pins).map(ms), || theirs.time(pins).map(ms))?;
-    let peer = "C: holds as many regions, one mprotect, lets go";
-    run.add(format!("{name}/{pins}"), peer, "ms", &pairs, goal);
+    run.add(format!("{name}/{pins}"), PEER, "ms", &pairs, goal);
     Ok(())
 }
 
+/// One truncate of a file with [`MOST`] pins. Theirs goes first: its regions are gone by then.
+pub(crate) fn run_once(run: &mut Run<'_>, file: &Path) -> Result<()> {
+    let _at_once = BreakTime::set(NO_TIME)?;
+    let theirs = ms(Theirs::start(run.storage)?.time(MOST)?);
+    let mut pairs = Pairs::default();
+    pairs.add(ms(truncate(file)?), theirs);
+    run.add(format!("truncate_wait/{MOST}"), PEER, "ms", &pairs, Goal::AtMost(2.0));
+    Ok(())
+}
+
+fn ms(took: Duration) -> f64 {
+    took.as_secs_f64() * 1e3
+}
+
 fn length(pins: u64) -> u64 {
-    pins.max(1) * PAGE
+    pins.clamp(1, MANY) * PAGE
 }
 
 /// By this process, which holds nothing of the file.
