@@ -105,20 +105,16 @@ static int initiator(const char *address, const char *port)
     demand_rpma(rpma_conn_get_cq(connection, &completions), "rpma_conn_get_cq");
     printf("ready\n");
     fflush(stdout);
-    char how[8];
     size_t size;
     uint64_t count, stride, places;
-    while (scanf("%7s %zu %" SCNu64 " %" SCNu64 " %" SCNu64, how, &size, &count, &stride, &places) == 5) {
+    while (scanf("%zu %" SCNu64 " %" SCNu64 " %" SCNu64, &size, &count, &stride, &places) == 4) {
         errno = EINVAL;
         demand(size <= OPERATION_MAX && places > 0, "bad request");
-        int one_by_one = strcmp(how, "chain") != 0;
-        int flags = one_by_one ? RPMA_F_COMPLETION_ALWAYS : RPMA_F_COMPLETION_ON_ERROR;
         uint64_t started = now_ns();
         for (uint64_t i = 0; i < count; i++) {
             size_t offset = i % places * stride;
-            demand_rpma(rpma_write(connection, memory, offset, own, 0, size, flags, NULL), "rpma_write");
-            if (one_by_one)
-                await_completion(completions);
+            demand_rpma(rpma_write(connection, memory, offset, own, 0, size, RPMA_F_COMPLETION_ON_ERROR,
+                                   NULL), "rpma_write");
             demand_rpma(rpma_flush(connection, memory, offset, size, RPMA_FLUSH_TYPE_VISIBILITY,
                                    RPMA_F_COMPLETION_ALWAYS, NULL), "rpma_flush");
             await_completion(completions);

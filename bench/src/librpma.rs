@@ -15,10 +15,7 @@ use crate::report::Goal;
 /// Where its target listens.
 const PORT: &str = "7204";
 
-/// As it is meant to be used.
-const CHAIN: &str = "librpma: rpma_write, rpma_flush behind it, one completion; asleep, as we are";
-/// As our public calls do it.
-const ONE_BY_ONE: &str = "librpma, which waits for the write before it flushes, as we do";
+const PEER: &str = "librpma: rpma_write, rpma_flush behind it, one completion; asleep, as we are";
 
 struct Theirs {
     initiator: Peer,
@@ -31,11 +28,8 @@ pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
     let mut theirs = Theirs::start(run.storage)?;
     for bytes in run.pick(&[8, 4 * KIB, 64 * KIB], &[4 * KIB]) {
         let job = Job::latency(What::WriteAndRead, *bytes);
-        for (how, peer) in
-            [("chain", (CHAIN, Goal::AtMost(1.0))), ("single", (ONE_BY_ONE, Goal::None))]
-        {
-            compare(run, job, "", peer, |job| ours.time(job), |job| theirs.time(job, how))?;
-        }
+        let peer = (PEER, Goal::AtMost(1.0));
+        compare(run, job, "", peer, |job| ours.time(job), |job| theirs.time(job))?;
     }
     Ok(())
 }
@@ -52,8 +46,8 @@ impl Theirs {
         Ok(Self { initiator, _target: target })
     }
 
-    fn time(&mut self, job: Job, how: &str) -> Result<Duration> {
+    fn time(&mut self, job: Job) -> Result<Duration> {
         let (stride, places) = (job.stride(), job.places());
-        self.initiator.time(&format!("{how} {} {} {stride} {places}", job.bytes, job.count))
+        self.initiator.time(&format!("{} {} {stride} {places}", job.bytes, job.count))
     }
 }

@@ -25,9 +25,6 @@ use crate::turns::alternate;
 const PERFTEST_ROUNDS_MAX: usize = 11;
 const QUICK_PERFTEST_ROUNDS_MAX: usize = 5;
 
-/// The read that proves that what was written before is in memory.
-const PROOF_BYTES: usize = 8;
-
 const C_ASLEEP: &str = "C on libibverbs, asleep between completions, as we are";
 const C_POLLS: &str = "C on libibverbs, polls without end";
 
@@ -206,18 +203,20 @@ async fn transfer(pin: &Pin, job: Job, offset: u64, buffer: Buffer) -> Result<Bu
     if job.what == What::Read {
         return read(pin, offset, job.bytes, buffer).await;
     }
-    let (buffer, report) = pin.write(offset, buffer, job.bytes).await?;
-    by_rdma(report.rdma_bytes, job.bytes)?;
-    match job.what {
-        What::Write | What::Read => {}
-        What::WriteAndRead => return read(pin, offset, PROOF_BYTES, buffer).await,
+    let (buffer, report) = match job.what {
+        What::WriteAndRead => pin.write_visible(offset, buffer, job.bytes).await?,
         What::WriteAndFlush => {
-            let report = pin.flush(offset..end).await?;
+            let (buffer, report) = pin.write_durable(offset, buffer, job.bytes).await?;
             ensure!(report.commit.is_none(), "a commit took the flush's place: {report:?}");
+            (buffer, report.write)
         }
-        What::WriteAndCommit => {
-            pin.commit_range(offset..end).await?;
+        What::Write | What::Read | What::WriteAndCommit => {
+            pin.write(offset, buffer, job.bytes).await?
         }
+    };
+    by_rdma(report.rdma_bytes, job.bytes)?;
+    if job.what == What::WriteAndCommit {
+        pin.commit_range(offset..end).await?;
     }
     Ok(buffer)
 }

@@ -198,6 +198,20 @@ impl Pin {
         self.background.block_on(self.pin.read_vectored(parts, buffer))
     }
 
+    /// As [`crate::Pin::write_visible`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`crate::Pin::write_visible`].
+    pub fn write_visible(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        len: usize,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        self.background.block_on(self.pin.write_visible(offset, buffer, len))
+    }
+
     /// As [`crate::Pin::write_durable`].
     ///
     /// # Errors

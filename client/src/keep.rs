@@ -341,6 +341,21 @@ impl KeptPin {
         self.transfer(buffer, async |pin, buffer| pin.read_vectored(parts, buffer).await).await
     }
 
+    /// As [`Pin::write_visible`].
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub async fn write_visible(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        len: usize,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        self.transfer(buffer, async |pin, buffer| pin.write_visible(offset, buffer, len).await)
+            .await
+    }
+
     /// As [`Pin::write_durable`].
     ///
     /// # Errors

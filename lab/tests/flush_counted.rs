@@ -86,6 +86,29 @@ on_each_file_system! {
         assert!(write_backs.take().is_superset(&pages([20, 21])), "that was no part of it");
     }
 
+    async fn a_visible_write_is_there_and_not_yet_durable(lab in Lab) {
+        let session = lab.session().await;
+        let (_pin, write_backs) = pinned(&lab, &session, Transport::Auto).await;
+        let request = PinRequest::read_write(EXPORT, "file").track_writes();
+        let pin = session.pin(request).await.unwrap();
+        // By RDMA; and, as soft-RoCE would misplace it, by the stream path.
+        for bytes in [3 * PAGE..5 * PAGE, 9 * PAGE + 100..9 * PAGE + 200] {
+            let len = (bytes.end - bytes.start) as usize;
+            let mut buffer = session.buffer(len).await.unwrap();
+            Pattern(8).fill(bytes.start, buffer.as_mut_slice());
+            let (buffer, report) = pin.write_visible(bytes.start, buffer, len).await.unwrap();
+            assert_eq!(report.rdma_bytes > 0, bytes.start.is_multiple_of(PAGE), "{report:?}");
+            let back = session.buffer(len).await.unwrap();
+            let (back, _) = pin.read(bytes.start, len, back).await.unwrap();
+            assert_eq!(back.as_slice(), buffer.as_slice());
+            assert_eq!(write_backs.take(), pages([]));
+            let fate = pin.write_fate().unwrap();
+            assert_eq!((fate.acknowledged.last(), fate.committed.len()), (Some(&bytes), 0));
+        }
+        pin.commit().await.unwrap();
+        assert!(pin.write_fate().unwrap().is_all_committed());
+    }
+
     async fn what_came_by_the_stream_path_needs_none(lab in Lab) {
         let session = lab.session().await;
         let (pin, write_backs) = pinned(&lab, &session, Transport::Stream).await;

@@ -1,4 +1,4 @@
-//! A write and what makes it durable, as one.
+//! A write and what proves it, or makes it durable, as one.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -37,7 +37,55 @@ struct Returned {
     streamed: u64,
 }
 
+impl Chain {
+    /// What goes out in one call must fit in the send queue; and what is to prove the writes must be there.
+    fn fits(&self, fabric: &Fabric) -> bool {
+        self.requests.len() > self.writes && self.requests.len() <= fabric.depth()
+    }
+
+    fn new(writes: Vec<Piece>, then: Then, behind: impl IntoIterator<Item = Piece>) -> Self {
+        let (count, mut requests) = (writes.len(), writes);
+        requests.extend(behind);
+        Self { requests, writes: count, then }
+    }
+}
+
 impl Pin {
+    /// Writes the buffer's first `len` bytes at `offset` in the file, and makes sure that they are in the
+    /// server's memory, where its processors and every reader find them: [`write`](Self::write) alone returns
+    /// when the server's NIC has them. A small READ goes out behind the write with the same call of the device,
+    /// so it takes one way to the server and back. Where the server's caches survive power loss (eADR) that is
+    /// all that durability takes; elsewhere see [`write_durable`](Self::write_durable).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`write`](Self::write).
+    pub async fn write_visible(
+        &self,
+        offset: u64,
+        buffer: Buffer,
+        len: usize,
+    ) -> Result<(Buffer, WriteReport), TransferError> {
+        let part = Part { offset, bytes: 0..len };
+        let plan = match self.plan_of(&part, &buffer) {
+            Ok(plan) => plan,
+            Err(error) => return Err(TransferError::new(error, buffer)),
+        };
+        let chain = self.in_one_call(plan).map(|(fabric, writes)| {
+            let chain = Chain::new(writes, Then::Probe, self.reach().probe());
+            (fabric, chain)
+        });
+        if let Some((fabric, chain)) = chain.filter(|(fabric, chain)| chain.fits(fabric)) {
+            let (buffer, write, _) = self.run_chain(fabric, &chain, &part, buffer).await?;
+            return Ok((buffer, write));
+        }
+        let (buffer, write) = self.write(offset, buffer, len).await?;
+        match self.prove_writes().await {
+            Ok(()) => Ok((buffer, write)),
+            Err(error) => Err(TransferError::new(error, buffer)),
+        }
+    }
+
     /// Writes the buffer's first `len` bytes at `offset` in the file, and makes them survive power loss: as
     /// [`write`](Self::write) with [`flush`](Self::flush) where the server and this host have that, else with
     /// [`commit_range`](Self::commit_range); but in one way to the server and back, or in two, instead of two,
@@ -53,45 +101,50 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, DurableReport), TransferError> {
-        let plan = |ways| self.reach().write(ways, offset, len);
-        let plan = match self.check_writable().and_then(|()| self.prepare(plan, &buffer)) {
+        let part = Part { offset, bytes: 0..len };
+        let plan = match self.plan_of(&part, &buffer) {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let part = Part { offset, bytes: 0..len };
-        let chain = self.fabric.as_ref().and_then(|fabric| {
-            let chain = self.chain(fabric, plan, part.stretch())?;
-            Some((fabric, chain))
+        let chain = self.in_one_call(plan).and_then(|(fabric, writes)| {
+            let chain = if self.may_flush(fabric) {
+                Chain::new(writes, Then::Flush, self.reach().flush(part.stretch()).ok()?)
+            } else {
+                Chain::new(writes, Then::Probe, self.reach().probe())
+            };
+            chain.fits(fabric).then_some((fabric, chain))
         });
-        match chain {
-            Some((fabric, chain)) => self.write_chain(fabric, &chain, &part, buffer).await,
-            None => self.write_and_then(&part, buffer).await,
-        }
-    }
-
-    /// `None`: one call can't do it.
-    fn chain(&self, fabric: &Fabric, plan: Plan, range: Range<u64>) -> Option<Chain> {
-        let writes = plan.requests.len();
-        if writes == 0 || !plan.pieces.is_empty() {
-            return None;
-        }
-        let (then, behind) = if self.may_flush(fabric) {
-            (Then::Flush, self.reach().flush(range).ok()?)
-        } else {
-            (Then::Probe, vec![self.reach().probe()?])
+        let Some((fabric, chain)) = chain else {
+            return self.write_and_then(&part, buffer).await;
         };
-        let mut requests = plan.requests;
-        requests.extend(behind);
-        (requests.len() <= fabric.depth()).then_some(Chain { requests, writes, then })
+        let (buffer, write, alone) = self.run_chain(fabric, &chain, &part, buffer).await?;
+        let enough = alone || self.ledger.is_none();
+        match self.after_chain(chain.then, part.stretch(), enough).await {
+            Ok(commit) => Ok((buffer, DurableReport { write, commit })),
+            Err(error) => Err(TransferError::new(error, buffer)),
+        }
     }
 
-    async fn write_chain(
+    fn plan_of(&self, part: &Part, buffer: &Buffer) -> Result<Plan, Error> {
+        self.check_writable()?;
+        self.prepare(|ways| self.reach().write(ways, part.offset, part.bytes.len()), buffer)
+    }
+
+    /// The requests of a write that goes by RDMA as a whole.
+    fn in_one_call(&self, plan: Plan) -> Option<(&Arc<Fabric>, Vec<Piece>)> {
+        let whole = plan.pieces.is_empty() && !plan.requests.is_empty();
+        self.fabric.as_ref().filter(|_| whole).map(|fabric| (fabric, plan.requests))
+    }
+
+    /// True: no other write has returned on this pin meanwhile. What is behind the write stands behind none
+    /// that has; and a pin that keeps account of its writes would count that one, too.
+    async fn run_chain(
         &self,
         fabric: &Arc<Fabric>,
         chain: &Chain,
         part: &Part,
         buffer: Buffer,
-    ) -> Result<(Buffer, DurableReport), TransferError> {
+    ) -> Result<(Buffer, WriteReport, bool), TransferError> {
         let buffer = match buffer.into_registered(fabric.id()) {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
@@ -100,7 +153,7 @@ impl Pin {
         let entry = self.enter(std::slice::from_ref(part));
         self.cell.settled(&range).await;
         let before = self.returned();
-        let transfer = Transfer::new(&self.cell, Direction::Write, range.clone());
+        let transfer = Transfer::new(&self.cell, Direction::Write, range);
         let batch = Batch { pin: self, returned: false };
         let operation = Operation {
             asked: Asked::WriteThen(chain.then, chain.writes),
@@ -108,25 +161,25 @@ impl Pin {
             buffer,
             transfer: Some(&transfer),
         };
-        let doing = || format!("write {len} bytes at byte {offset} of {}, durably", self.file);
+        let doing = || format!("write {len} bytes at byte {offset} of {}, and prove it", self.file);
         let ran = self.run(fabric, operation, doing).await;
         batch.returned();
         transfer.end();
         let own = |buffer| Buffer::registered(buffer, fabric.id());
-        let buffer =
-            own(ran.map_err(|(error, buffer)| TransferError { error, buffer: buffer.map(own) })?);
+        let buffer = match ran {
+            Ok(buffer) => own(buffer),
+            Err((error, buffer)) => return Err(TransferError { error, buffer: buffer.map(own) }),
+        };
         if let Some(entry) = entry {
             entry.succeed();
         }
-        // What is behind the write stands behind no other that has returned meanwhile; and a pin that keeps
-        // account of its writes would count that one, too.
-        let alone = self.returned() == Returned { batches: before.batches + 1, ..before };
-        let done = self.after_chain(chain.then, range, alone || self.ledger.is_none()).await;
-        let write = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
-        match done {
-            Ok(commit) => Ok((buffer, DurableReport { write, commit })),
-            Err(error) => Err(TransferError::new(error, buffer)),
+        let after = Returned { batches: before.batches + 1, ..before };
+        let alone = self.returned() == after;
+        if alone {
+            self.proven.fetch_max(after.batches, Ordering::Release);
         }
+        let write = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
+        Ok((buffer, write, alone))
     }
 
     /// What is left to do when a chain has ended well. `enough`: it stands for all that counts.
