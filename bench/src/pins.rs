@@ -82,7 +82,7 @@ pub(crate) fn run_alone(run: &mut Run<'_>) -> Result<()> {
 pub(crate) fn run_many(run: &mut Run<'_>) -> Result<()> {
     let runtime = several_threads()?;
     let alone = runtime.block_on(Pinner::start(run.storage, "alone"))?;
-    for sessions in run.pick(&[20, 200], &[20]) {
+    for sessions in run.pick(&[20, 200, 1000], &[20]) {
         let crowded = Storage::start(&run.storage.places)?;
         let busy = runtime.block_on(Pinner::start(&crowded, "busy"))?;
         let crowd = runtime.block_on(connect_many(&crowded, *sessions))?;
@@ -91,7 +91,7 @@ pub(crate) fn run_many(run: &mut Run<'_>) -> Result<()> {
         run.add(name, "the same beside one session", "us", &pairs, Goal::AtMost(1.25));
         drop(crowd);
     }
-    for pins in run.pick(&[1000, truncate::MOST], &[1000]) {
+    for pins in run.pick(&[1000, 10_000, truncate::MOST], &[1000]) {
         let crowded = Storage::start(&run.storage.places)?;
         let busy = runtime.block_on(Pinner::start(&crowded, "busy"))?;
         let before = resident_bytes(&crowded)?;

@@ -28,7 +28,7 @@ const ROUNDS_OF_MANY: usize = 5;
 
 /// More than a session can have, on as many pages as [`MANY`] have. To take so many takes minutes, so who
 /// has them lets the file be truncated once.
-pub(crate) const MOST: u64 = 10_000;
+pub(crate) const MOST: u64 = 100_000;
 
 const PEER: &str = "C: holds as many regions, one mprotect, lets go";
 
