@@ -21,6 +21,8 @@ const PROGRAMS: [&str; 6] = ["build", "--workspace", "--bins", "--locked", "--ex
 /// which would then be compiled twice.
 const TESTS: [&str; 2] = ["--tests", "--message-format=json-render-diagnostics"];
 
+/// Test files of this name need what the lab has, whichever package they are of.
+const IN_THE_LAB: &str = "in_the_lab_";
 /// Test files of this name are about the kernel: they run on each, whichever package they are of.
 pub(crate) const ON_EACH_KERNEL: &str = "on_each_kernel_";
 
@@ -116,15 +118,16 @@ pub(crate) fn programs_and_lab_tests() -> Result<(PathBuf, Vec<TestBinary>)> {
     Ok((paths::target_dir()?.join("debug"), found))
 }
 
-/// An integration test for the lab in one of cargo's JSON messages: one of the package `lab`, or one
-/// about the kernel that lies with what relies on it.
+/// An integration test for the lab in one of cargo's JSON messages: one of the package `lab`, or one that
+/// lies with what it is about.
 fn test_binary(message: &str, root: &Path) -> Option<TestBinary> {
     let message: Value = serde_json::from_str(message).ok()?;
     let target = message.get("target")?;
     let manifest = Path::new(message.get("manifest_path")?.as_str()?);
     let package = manifest.strip_prefix(root).ok()?.parent()?;
     let name = target.get("name")?.as_str()?.to_owned();
-    let is_for_the_lab = package == Path::new("lab") || name.starts_with(ON_EACH_KERNEL);
+    let is_named_so = [IN_THE_LAB, ON_EACH_KERNEL].iter().any(|prefix| name.starts_with(prefix));
+    let is_for_the_lab = package == Path::new("lab") || is_named_so;
     if !is_for_the_lab || target.get("kind")?.get(0)?.as_str()? != "test" {
         return None;
     }
@@ -168,6 +171,7 @@ mod tests {
         assert!(find(&message("/c/lab", "lib", "truncate")).is_none());
         assert!(find(&message("/c/verbs", "test", "truncate")).is_none());
         assert!(find(&message("/c/leases", "test", "on_each_kernel_x")).is_some());
+        assert!(find(&message("/c/verbs", "test", "in_the_lab_x")).is_some());
         assert!(find(&message("/other/lab", "test", "truncate")).is_none());
         assert!(find(r#"{"reason":"build-finished","success":true}"#).is_none());
     }

@@ -127,7 +127,7 @@ fn slice<M: Memory>(region: &MemoryRegion<M>, offset: usize, len: usize) -> Remo
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn the_device_says_what_it_is() {
     let device = device();
     assert!(devices().unwrap().iter().any(|name| name.as_str() == device.name()));
@@ -147,14 +147,14 @@ fn the_device_says_what_it_is() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn an_absent_device_is_answered_with_those_present() {
     let error = Device::open("rxe_of_nobody").unwrap_err();
     assert!(error.to_string().contains(device().name()), "{error}");
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn the_self_test_finds_no_quirk_in_pinned_memory() {
     let report = self_test(&device(), RegistrationMode::Pinned).unwrap();
     println!("{report:#?}");
@@ -164,7 +164,7 @@ fn the_self_test_finds_no_quirk_in_pinned_memory() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn the_self_test_finds_the_quirks_of_rxe_on_demand() {
     let device = device();
     let found = self_test(&device, RegistrationMode::OnDemand);
@@ -186,7 +186,7 @@ fn the_self_test_finds_the_quirks_of_rxe_on_demand() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn atomics_change_eight_bytes_as_one_step_and_bring_what_was_there() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access { remote_atomic: true, ..Access::REMOTE_READ_WRITE };
@@ -234,7 +234,7 @@ impl Drop for LoopbackMtu {
 
 /// Which rdma-core this runs on, the lab says: with that of Debian 12, 44, there is none.
 #[test]
-#[ignore = "needs an RDMA device and an old rdma-core: cargo xtask vm run"]
+#[ignore = "needs an RDMA device and an old rdma-core: cargo xtask vm test loopback"]
 fn an_old_rdma_core_has_no_flush_and_that_is_said() {
     let device = device();
     let why = flush_test(&device).unwrap_err().to_string();
@@ -254,7 +254,7 @@ fn an_old_rdma_core_has_no_flush_and_that_is_said() {
 }
 
 #[test]
-#[ignore = "needs the lab, whose network it changes: cargo xtask vm run"]
+#[ignore = "needs the lab, whose network it changes: cargo xtask vm test loopback"]
 fn without_a_path_mtu_of_a_page_rxe_on_demand_is_refused() {
     lab_directory("PINFOLD_LAB_EXT4");
     let _lo = LoopbackMtu::set(1500);
@@ -271,7 +271,7 @@ fn without_a_path_mtu_of_a_page_rxe_on_demand_is_refused() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn the_device_is_open_above_the_files_to_come() {
     let device = device();
     let file = File::open("/proc/self/exe").unwrap();
@@ -282,7 +282,7 @@ fn the_device_is_open_above_the_files_to_come() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn writes_and_reads_reach_their_bytes() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access::REMOTE_READ_WRITE;
@@ -321,7 +321,7 @@ fn writes_and_reads_reach_their_bytes() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_write_and_its_proof_are_one_operation() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access::REMOTE_READ_WRITE;
@@ -360,7 +360,7 @@ fn a_write_and_its_proof_are_one_operation() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn one_byte_too_many_is_refused_and_the_lane_is_lost() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access::REMOTE_READ_WRITE;
@@ -388,7 +388,7 @@ fn one_byte_too_many_is_refused_and_the_lane_is_lost() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_key_dies_with_its_region() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let access = Access::REMOTE_READ_WRITE;
@@ -409,7 +409,7 @@ fn a_key_dies_with_its_region() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_key_is_refused_on_a_queue_pair_of_another_domain() {
     let device = device();
     let (target, other) =
@@ -423,7 +423,7 @@ fn a_key_is_refused_on_a_queue_pair_of_another_domain() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_destroyed_queue_pair_answers_nobody() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ_WRITE).unwrap();
@@ -441,7 +441,7 @@ fn a_destroyed_queue_pair_answers_nobody() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_region_for_reading_can_not_be_written() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ).unwrap();
@@ -452,7 +452,7 @@ fn a_region_for_reading_can_not_be_written() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_refused_post_gives_everything_back() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ_WRITE).unwrap();
@@ -491,7 +491,7 @@ fn refused_by(pair: &Pair<&str>) -> Buffer {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_lane_may_be_dropped_with_operations_in_flight() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let len = 1 << 20;
@@ -514,7 +514,7 @@ fn a_lane_may_be_dropped_with_operations_in_flight() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_connect_may_be_tried_again() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let port = target.device().port();
@@ -552,7 +552,7 @@ fn a_connect_may_be_tried_again() {
 }
 
 #[tokio::test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 async fn a_waiting_task_is_woken() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ_WRITE).unwrap();
@@ -584,7 +584,7 @@ async fn a_waiting_task_is_woken() {
 }
 
 #[tokio::test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 async fn no_completion_is_missed_whenever_it_comes() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let region = target.register_pinned(memory(PAGE), 0..PAGE, Access::REMOTE_READ_WRITE).unwrap();
@@ -602,7 +602,7 @@ async fn no_completion_is_missed_whenever_it_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 async fn each_operation_goes_to_one_of_several_waiting_tasks() {
     const OPERATIONS: u32 = 200;
     let target = ProtectionDomain::new(&device()).unwrap();
@@ -657,7 +657,7 @@ async fn each_operation_goes_to_one_of_several_waiting_tasks() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn waiting_needs_a_runtime() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let pair: Pair<()> = Pair::new(&target, 1);
@@ -668,7 +668,7 @@ fn waiting_needs_a_runtime() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device and DAX file systems: cargo xtask vm run"]
+#[ignore = "needs an RDMA device and DAX file systems: cargo xtask vm test loopback"]
 fn a_dax_file_is_registered_on_demand_and_never_pinned() {
     let device = device();
     let target = ProtectionDomain::new(&device).unwrap();
@@ -709,7 +709,7 @@ fn a_dax_file_is_registered_on_demand_and_never_pinned() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn a_region_must_lie_within_its_memory() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let refused = target.register_pinned(memory(PAGE), 1..PAGE + 1, Access::LOCAL).unwrap_err();
@@ -720,7 +720,7 @@ fn a_region_must_lie_within_its_memory() {
 }
 
 #[test]
-#[ignore = "needs an RDMA device: cargo xtask vm run"]
+#[ignore = "needs an RDMA device: cargo xtask vm test loopback"]
 fn memory_that_can_not_be_written_can_not_be_pinned_for_writing() {
     let target = ProtectionDomain::new(&device()).unwrap();
     let file = File::open("/proc/self/exe").unwrap();
