@@ -35,7 +35,8 @@ const BUILD: [Need; 4] = [
     need(
         "libclang-dev",
         "bindgen of the verbs binding",
-        Sign::File(&["/usr/lib/llvm-*/lib", LIB[0], LIB[1]], "libclang"),
+        // Not libclang-cpp.so, which is another library.
+        Sign::File(&["/usr/lib/llvm-*/lib", LIB[0], LIB[1]], "libclang.so"),
     ),
 ];
 
