@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use pinfold_proto::v1;
 use pinfold_verbs::{
-    Buffer, CompletionStatus, Device, Endpoint, Gid, Mtu, Piece, ProtectionDomain, QueuePairNumber,
-    UnconnectedLane,
+    Buffer, CompletionStatus, Device, Endpoint, Gid, Mtu, PROBE_BYTES, Piece, ProtectionDomain,
+    QueuePairNumber, UnconnectedLane,
 };
 use tokio::sync::{Mutex, watch};
 
@@ -16,7 +16,6 @@ use crate::control::Control;
 use crate::lane::{Asked, Lost, NotPosted, SharedLane};
 use crate::patience::Patience;
 use crate::pin_state::Gone;
-use crate::plan::PROBE_BYTES;
 use crate::transfer::Transfer;
 use crate::{Buffer as AnyBuffer, BufferPool, ConnectOptions, Error, RdmaDevice, buffer};
 

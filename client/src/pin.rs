@@ -761,25 +761,23 @@ impl Pin {
 
     async fn commit_bytes(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
         self.check()?;
-        let streamed = self.streamed.load(Ordering::Acquire);
-        let entry = self.enter_commit(range.clone());
-        self.prove_writes().await?;
-        self.commit_entered(range, streamed, entry).await
+        self.commit_after(self.prove_writes(), range).await
     }
 
     /// Where the writes that count are in the server's memory already.
     async fn commit_proven(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
-        let streamed = self.streamed.load(Ordering::Acquire);
-        let entry = self.enter_commit(range.clone());
-        self.commit_entered(range, streamed, entry).await
+        self.commit_after(std::future::ready(Ok(())), range).await
     }
 
-    async fn commit_entered(
+    /// What had returned when this began counts, so the proof begins after that.
+    async fn commit_after(
         &self,
+        proof: impl Future<Output = Result<(), Error>>,
         range: Option<Range<u64>>,
-        streamed: u64,
-        entry: Option<CommitEntry<'_>>,
     ) -> Result<CommitReport, Error> {
+        let streamed = self.streamed.load(Ordering::Acquire);
+        let entry = self.enter_commit(range.clone());
+        proof.await?;
         let request = v1::CommitRequest {
             session_id: self.core.control.session_id.clone(),
             pin_id: self.grant.pin_id,

@@ -7,18 +7,12 @@
 use std::num::NonZeroU64;
 use std::ops::Range;
 
-use pinfold_verbs::{Piece, RemoteKey, RemoteSlice};
+use pinfold_verbs::{ATOMIC_BYTES, PROBE_BYTES, Piece, RemoteKey, RemoteSlice};
 
 use crate::{Grant, Segment};
 
 /// Largest request. Below what any device takes (2 GiB), and a multiple of any alignment.
 const REQUEST_BYTES_MAX: u64 = 1 << 30;
-
-/// What an atomic changes.
-pub(crate) const ATOMIC_BYTES: usize = 8;
-
-/// A probe that makes sure that earlier writes are in memory has no use for more.
-pub(crate) const PROBE_BYTES: usize = 8;
 
 /// A stretch of a file, and the bytes of a buffer that go there or come from there.
 #[derive(Clone, Debug, Eq, PartialEq)]

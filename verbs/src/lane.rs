@@ -129,9 +129,24 @@ impl WorkRequest {
     }
 }
 
-/// At most `MESSAGE_BYTES_MAX`, as was checked.
-fn length(remote: &RemoteSlice) -> u32 {
-    u32::try_from(remote.len).unwrap_or(u32::MAX)
+/// Where a buffer is, for the device.
+#[derive(Clone, Copy)]
+struct Local {
+    address: u64,
+    local_key: u32,
+}
+
+impl Local {
+    fn of(buffer: &Buffer) -> Self {
+        Self { address: buffer.address(), local_key: buffer.local_key() }
+    }
+
+    /// What goes to a range of the peer, or comes from it.
+    fn list(self, start: usize, remote: &RemoteSlice) -> ffi::ibv_sge {
+        // At most `MESSAGE_BYTES_MAX`, as was checked.
+        let length = u32::try_from(remote.len).unwrap_or(u32::MAX);
+        ffi::ibv_sge { addr: self.address + start as u64, length, lkey: self.local_key }
+    }
 }
 
 /// A lane that isn't connected: it has an endpoint to tell the peer, and no way to post.
@@ -462,7 +477,7 @@ impl<T: Send> Lane<T> {
         requests: &mut [WorkRequest],
     ) -> Result<(), PostError<T>> {
         let Ask { what, pieces, probe } = *ask;
-        let (address, local_key) = (buffer.address(), buffer.local_key());
+        let ours = Local::of(&buffer);
 
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
@@ -471,15 +486,13 @@ impl<T: Send> Lane<T> {
         let mut next: *mut ffi::ibv_send_wr = ptr::null_mut();
         let (of_pieces, of_probe) = requests.split_at_mut(pieces.len());
         if let (Some(remote), Some(into), [request]) = (probe, &self.probed, of_probe) {
-            let (addr, length) = (into.address(), length(&remote));
-            request.list = ffi::ibv_sge { addr, length, lkey: into.local_key() };
-            request.raw.send_flags = self.send_flags(Request::Read, length, true);
+            request.list = Local::of(into).list(0, &remote);
+            request.raw.send_flags = self.send_flags(Request::Read, request.list.length, true);
             next = request.fill(request_id(slot, pieces.len()), Request::Read, &remote, next);
         }
         for (index, (piece, request)) in pieces.iter().zip(of_pieces).enumerate().rev() {
-            let (addr, length) = (address + piece.local.start as u64, length(&piece.remote));
-            request.list = ffi::ibv_sge { addr, length, lkey: local_key };
-            request.raw.send_flags = self.send_flags(what, length, next.is_null());
+            request.list = ours.list(piece.local.start, &piece.remote);
+            request.raw.send_flags = self.send_flags(what, request.list.length, next.is_null());
             next = request.fill(request_id(slot, index), what, &piece.remote, next);
         }
 
@@ -499,9 +512,7 @@ impl<T: Send> Lane<T> {
                 // come back once the queue pair has failed, and the operation with them.
                 let accepted = accepted.unwrap_or(requests.len());
                 tracing::warn!(%error, accepted, "an operation was posted in part only");
-                table.give_up(slot, accepted);
-                drop(table);
-                self.mark_the_end(slot, accepted);
+                self.give_up(table, slot, accepted);
                 Ok(())
             }
         }
@@ -518,6 +529,13 @@ impl<T: Send> Lane<T> {
             flags |= ffi::ibv_send_flags::IBV_SEND_INLINE;
         }
         flags.0
+    }
+
+    /// Has what was posted of an operation come back, and the operation with it.
+    fn give_up(&self, mut table: MutexGuard<'_, Table<Buffer, T>>, slot: u32, accepted: usize) {
+        table.give_up(slot, accepted);
+        drop(table);
+        self.mark_the_end(slot, accepted);
     }
 
     /// Fails the queue pair, and posts something behind a part of an operation: when that comes back, so
@@ -544,17 +562,15 @@ impl<T: Send> Lane<T> {
         ranges: &[RemoteSlice],
         tag: T,
     ) -> Result<(), PostError<T>> {
-        let (address, local_key) = (buffer.address(), buffer.local_key());
-        let last = pieces.len() + ranges.len() - 1;
+        let (ours, requests) = (Local::of(&buffer), pieces.len() + ranges.len());
 
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
         let bytes = pieces.iter().map(|piece| piece.remote.len).sum();
-        let slot = table.insert(buffer, tag, last + 1, bytes, self.depth)?;
-        let writes = pieces.iter().map(|piece| {
-            let (addr, length) = (address + piece.local.start as u64, length(&piece.remote));
-            let list = ffi::ibv_sge { addr, length, lkey: local_key };
-            Chained::Write { list, remote: piece.remote }
+        let slot = table.insert(buffer, tag, requests, bytes, self.depth)?;
+        let writes = pieces.iter().map(|Piece { local, remote }| {
+            let list = ours.list(local.start, remote);
+            Chained::Write { list, remote: *remote }
         });
         let flushes = ranges.iter().map(|range| Chained::Flush(*range));
         let chain: Vec<_> = writes.chain(flushes).collect();
@@ -569,9 +585,7 @@ impl<T: Send> Lane<T> {
             return Err(PostError { buffer, tag, error });
         }
         tracing::warn!(%error, "an operation may have been posted in part");
-        table.give_up(slot, last + 1);
-        drop(table);
-        self.mark_the_end(slot, last + 1);
+        self.give_up(table, slot, requests);
         Ok(())
     }
 
@@ -659,10 +673,10 @@ impl<T> std::error::Error for PostError<T> {
 const MESSAGE_BYTES_MAX: u32 = 1 << 31;
 
 /// What an atomic works on.
-const ATOMIC_BYTES: usize = 8;
+pub const ATOMIC_BYTES: usize = 8;
 
-/// A probe has no use for more.
-const PROBE_BYTES: usize = 8;
+/// The longest probe of [`Lane::post_write_proven`]: it has no use for more.
+pub const PROBE_BYTES: usize = 8;
 
 /// Writes so short are copied into the request, so that the device needs not fetch them: a cache line.
 const INLINE_BYTES: u32 = 64;

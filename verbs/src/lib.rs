@@ -91,7 +91,8 @@ pub use error::{Error, with_causes};
 pub use flush::NoFlush;
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
-    Atomic, Completed, Lane, LaneConnectFailed, Piece, PostError, RemoteSlice, UnconnectedLane,
+    ATOMIC_BYTES, Atomic, Completed, Lane, LaneConnectFailed, PROBE_BYTES, Piece, PostError,
+    RemoteSlice, UnconnectedLane,
 };
 pub use memory::{Memory, PinnableMemory};
 pub use pd::ProtectionDomain;

@@ -1,12 +1,12 @@
 //! Eight bytes changed as one step, by the server's NIC.
 
-use pinfold_verbs::{Atomic, Error as VerbsError};
+use pinfold_verbs::{ATOMIC_BYTES, Atomic, Error as VerbsError};
 
 use super::{Batch, Pin};
 use crate::Error;
 use crate::fabric::Operation;
 use crate::lane::{Asked, Direction};
-use crate::plan::{ATOMIC_BYTES, Part};
+use crate::plan::Part;
 use crate::transfer::Transfer;
 
 impl Pin {

@@ -37,19 +37,6 @@ struct Returned {
     streamed: u64,
 }
 
-impl Chain {
-    /// What goes out in one call must fit in the send queue; and what is to prove the writes must be there.
-    fn fits(&self, fabric: &Fabric) -> bool {
-        self.requests.len() > self.writes && self.requests.len() <= fabric.depth()
-    }
-
-    fn new(writes: Vec<Piece>, then: Then, behind: impl IntoIterator<Item = Piece>) -> Self {
-        let (count, mut requests) = (writes.len(), writes);
-        requests.extend(behind);
-        Self { requests, writes: count, then }
-    }
-}
-
 impl Pin {
     /// Writes the buffer's first `len` bytes at `offset` in the file, and makes sure that they are in the
     /// server's memory, where its processors and every reader find them: [`write`](Self::write) alone returns
@@ -71,11 +58,7 @@ impl Pin {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let chain = self.in_one_call(plan).map(|(fabric, writes)| {
-            let chain = Chain::new(writes, Then::Probe, self.reach().probe());
-            (fabric, chain)
-        });
-        if let Some((fabric, chain)) = chain.filter(|(fabric, chain)| chain.fits(fabric)) {
+        if let Some((fabric, chain)) = self.chain(plan, Then::Probe, part.stretch()) {
             let (buffer, write, _) = self.run_chain(fabric, &chain, &part, buffer).await?;
             return Ok((buffer, write));
         }
@@ -106,15 +89,8 @@ impl Pin {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let chain = self.in_one_call(plan).and_then(|(fabric, writes)| {
-            let chain = if self.may_flush(fabric) {
-                Chain::new(writes, Then::Flush, self.reach().flush(part.stretch()).ok()?)
-            } else {
-                Chain::new(writes, Then::Probe, self.reach().probe())
-            };
-            chain.fits(fabric).then_some((fabric, chain))
-        });
-        let Some((fabric, chain)) = chain else {
+        let then = if self.may_flush() { Then::Flush } else { Then::Probe };
+        let Some((fabric, chain)) = self.chain(plan, then, part.stretch()) else {
             return self.write_and_then(&part, buffer).await;
         };
         let (buffer, write, alone) = self.run_chain(fabric, &chain, &part, buffer).await?;
@@ -130,10 +106,20 @@ impl Pin {
         self.prepare(|ways| self.reach().write(ways, part.offset, part.bytes.len()), buffer)
     }
 
-    /// The requests of a write that goes by RDMA as a whole.
-    fn in_one_call(&self, plan: Plan) -> Option<(&Arc<Fabric>, Vec<Piece>)> {
-        let whole = plan.pieces.is_empty() && !plan.requests.is_empty();
-        self.fabric.as_ref().filter(|_| whole).map(|fabric| (fabric, plan.requests))
+    /// `None`: one call can't do it. The whole write must go by RDMA, there must be something to prove it
+    /// with, and all must fit in the send queue.
+    fn chain(&self, plan: Plan, then: Then, range: Range<u64>) -> Option<(&Arc<Fabric>, Chain)> {
+        let (fabric, writes) = (self.fabric.as_ref()?, plan.requests.len());
+        if writes == 0 || !plan.pieces.is_empty() {
+            return None;
+        }
+        let mut requests = plan.requests;
+        match then {
+            Then::Probe => requests.push(self.reach().probe()?),
+            Then::Flush => requests.extend(self.reach().flush(range).ok()?),
+        }
+        let fits = (writes + 1..=fabric.depth()).contains(&requests.len());
+        fits.then_some((fabric, Chain { requests, writes, then }))
     }
 
     /// True: no other write has returned on this pin meanwhile. What is behind the write stands behind none
@@ -210,7 +196,7 @@ impl Pin {
     ) -> Result<(Buffer, DurableReport), TransferError> {
         let (buffer, write) = self.write(part.offset, buffer, part.bytes.len()).await?;
         let range = part.stretch();
-        let done = if self.fabric.as_ref().is_some_and(|fabric| self.may_flush(fabric)) {
+        let done = if self.may_flush() {
             self.flush(range).await.map(|report| report.commit)
         } else {
             self.commit_range(range).await.map(Some)
@@ -222,8 +208,9 @@ impl Pin {
     }
 
     /// Whether server and host have RDMA FLUSH.
-    fn may_flush(&self, fabric: &Fabric) -> bool {
-        self.grant.no_flush_because.is_none() && fabric.can_flush()
+    fn may_flush(&self) -> bool {
+        let offered = self.grant.no_flush_because.is_none();
+        offered && self.fabric.as_ref().is_some_and(|fabric| fabric.can_flush())
     }
 
     fn returned(&self) -> Returned {
