@@ -88,6 +88,7 @@ impl Exit {
             | Error::Misaligned { .. }
             | Error::BadParts { .. }
             | Error::NoAtomics { .. }
+            | Error::NoAtomicWrite { .. }
             | Error::NotAtomic { .. }
             | Error::BufferTooSmall { .. }
             | Error::ForeignBuffer { .. }

@@ -158,6 +158,15 @@ pub enum Error {
         because: String,
     },
 
+    /// The pin has no atomic write.
+    #[error("no atomic write on {file}: {because}; `compare_swap` writes 8 bytes as one step, too")]
+    NoAtomicWrite {
+        /// Export and path.
+        file: String,
+        /// What the server's grant says, or what this host lacks.
+        because: String,
+    },
+
     /// An atomic where there can be none.
     #[error(
         "{file}: no atomic at byte {file_offset}; it must be at a multiple of 8, in the part of the \

@@ -153,6 +153,8 @@ pub struct Grant {
     pub no_flush_because: Option<String>,
     /// Why there are no [atomics](crate::Pin::fetch_add), for people; absent if there are.
     pub no_atomics_because: Option<String>,
+    /// Why there is no [atomic write](crate::Pin::write_atomic), for people; absent if there is.
+    pub no_atomic_write_because: Option<String>,
 }
 
 impl GuardTier {
@@ -191,14 +193,7 @@ impl Grant {
             .unwrap_or_else(|| range.end.max(reserve_end));
         let quirks = wire.quirks.unwrap_or_default();
         let durability: Vec<_> = wire.durability.into_iter().filter_map(parse_durability).collect();
-        let because = match wire.no_flush_because.is_empty() {
-            true => "this server knows no RDMA FLUSH".to_owned(),
-            false => wire.no_flush_because,
-        };
-        let no_atomics = match wire.no_atomics_because.is_empty() {
-            true => "this server knows no atomics".to_owned(),
-            false => wire.no_atomics_because,
-        };
+        let flush = durability.contains(&Durability::Flush);
         Ok(Self {
             pin_id: wire.pin_id,
             generation: wire.generation.ok_or(Malformed("a grant without a generation"))?.into(),
@@ -214,8 +209,13 @@ impl Grant {
             page_size_bytes: wire.page_size_bytes,
             dax: wire.dax,
             map_sync: wire.map_sync,
-            no_flush_because: (!durability.contains(&Durability::Flush)).then_some(because),
-            no_atomics_because: (!wire.atomics).then_some(no_atomics),
+            no_flush_because: why_not(flush, wire.no_flush_because, "RDMA FLUSH"),
+            no_atomics_because: why_not(wire.atomics, wire.no_atomics_because, "atomics"),
+            no_atomic_write_because: why_not(
+                wire.atomic_write,
+                wire.no_atomic_write_because,
+                "ATOMIC WRITE",
+            ),
             durability,
             quirks: Quirks {
                 // An absent rule is no rule.
@@ -223,6 +223,15 @@ impl Grant {
                 path_mtu_bytes: quirks.path_mtu_bytes,
             },
         })
+    }
+}
+
+/// A server that was made before there was any says nothing.
+fn why_not(offered: bool, because: String, what: &str) -> Option<String> {
+    match (offered, because.is_empty()) {
+        (true, _) => None,
+        (false, true) => Some(format!("this server knows no {what}")),
+        (false, false) => Some(because),
     }
 }
 

@@ -381,6 +381,16 @@ impl KeptPin {
         self.told(&pin, pin.fetch_add(offset, number).await).await
     }
 
+    /// As [`Pin::write_atomic`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Pin::write_atomic`], and [`Error::Interrupted`], as [`check`](Self::check).
+    pub async fn write_atomic(&self, offset: u64, number: u64) -> Result<(), Error> {
+        let pin = self.pin()?;
+        self.told(&pin, pin.write_atomic(offset, number).await).await
+    }
+
     /// As [`Pin::compare_swap`].
     ///
     /// # Errors

@@ -334,6 +334,7 @@ mod tests {
             no_rdma_because: None,
             no_flush_because: None,
             no_atomics_because: None,
+            no_atomic_write_because: None,
         }
     }
 

@@ -31,6 +31,7 @@ pub(crate) fn passes(error: &Error) -> bool {
         | Error::ForeignBuffer { .. }
         | Error::NoFlush { .. }
         | Error::NoAtomics { .. }
+        | Error::NoAtomicWrite { .. }
         | Error::NotAtomic { .. }
         | Error::FileChanged { .. }
         | Error::GaveUp { .. }

@@ -184,6 +184,42 @@ on_each_file_system! {
         }
     }
 
+    /// In the middle of a page, as above.
+    async fn an_atomic_write_is_exact_and_accounted_for(lab in Lab) {
+        const WORD: u64 = PAGE as u64 + 616;
+        lab.make_file("file", 4 * PAGE as u64);
+        let session = lab.session().await;
+        let request = PinRequest::read_write(EXPORT, "file").track_writes();
+        let pin = session.pin(request).await.unwrap();
+        assert_eq!(pin.grant().no_atomic_write_because, None);
+        pin.write_atomic(WORD, u64::MAX).await.unwrap();
+        pin.write_atomic(WORD, 0x0123_4567_89ab_cdef).await.unwrap();
+        let fate = pin.write_fate().unwrap();
+        assert_eq!((fate.acknowledged, fate.unknown), (vec![WORD..WORD + 8; 1], vec![]));
+        pin.commit().await.unwrap();
+        assert!(pin.write_fate().unwrap().is_all_committed());
+        for (offset, what) in [(WORD + 4, "at a multiple of 8"), (4 * PAGE as u64, "not all pinned")] {
+            let refused = pin.write_atomic(offset, 1).await.unwrap_err().to_string();
+            assert!(refused.contains(what), "{refused}");
+        }
+        let mut expected = vec![0; 4 * PAGE];
+        expected[WORD as usize..WORD as usize + 8]
+            .copy_from_slice(&0x0123_4567_89ab_cdef_u64.to_ne_bytes());
+        assert_eq!(read_by_another_process(&lab.path("file")), expected);
+        let late = pin.write_atomic(WORD, 1).await.unwrap_err();
+        assert!(matches!(late, Error::Draining { .. } | Error::Revoked { .. }), "{late}");
+
+        for (request, because) in [
+            (PinRequest::read(EXPORT, "file"), "pinned for reading only"),
+            (PinRequest::read_write(EXPORT, "file").transport(Transport::Stream), "the stream path only"),
+        ] {
+            let pin = session.pin(request).await.unwrap();
+            let refused = pin.write_atomic(WORD, 1).await.unwrap_err().to_string();
+            assert!(refused.contains(because), "{refused}");
+            pin.unpin().await.unwrap();
+        }
+    }
+
     async fn a_program_without_a_runtime_has_the_same(lab in Lab) {
         lab.make_file("file", 4 * PAGE as u64);
         let options = lab.options();

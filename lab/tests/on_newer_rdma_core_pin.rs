@@ -125,6 +125,27 @@ on_each_file_system! {
         }
     }
 
+    async fn a_durable_write_is_published_by_an_atomic_one(lab in Lab) {
+        let session = lab.session().await;
+        let pin = pinned(&session).await;
+        assert_eq!(pin.grant().no_atomic_write_because, None);
+        let by_server = WriteBacks::of(&lab.path("file"));
+        let (record, pointer) = (5 * PAGE, 16..24);
+        let mut buffer = session.buffer(PAGE as usize).await.unwrap();
+        Pattern(7).fill(record, buffer.as_mut_slice());
+        let (_, report) = pin.write_durable(record, buffer, PAGE as usize).await.unwrap();
+        assert_eq!(report.commit, None);
+        pin.write_atomic(pointer.start, record).await.unwrap();
+        let flushes = Flushes::start();
+        flush(&pin, &flushes, pointer.clone()).await;
+        assert!(pin.write_fate().unwrap().is_all_committed());
+        assert!(by_server.take().is_empty(), "the server's processor had no part in it");
+        pin.unpin().await.unwrap();
+        let content = std::fs::read(lab.path("file")).unwrap();
+        assert_eq!(content[pointer.start as usize..pointer.end as usize], record.to_ne_bytes());
+        Pattern(7).check(record, &content[record as usize..][..PAGE as usize], "by RDMA");
+    }
+
     async fn what_went_by_the_stream_path_is_committed_by_the_server(lab in Lab) {
         let session = lab.session().await;
         let pin = pinned(&session).await;

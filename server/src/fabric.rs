@@ -127,6 +127,22 @@ impl Fabric {
         }
     }
 
+    /// Whether a client may write 8 bytes as one step to what is registered by these rules, or why not. The
+    /// keys don't tell it from a write, so this is what the device can, and no right.
+    pub(crate) fn atomic_write_for(
+        &self,
+        quirks: &Quirks,
+        access: PinAccess,
+    ) -> Result<(), String> {
+        match access {
+            PinAccess::Read => Err("the pin is for reading only".to_owned()),
+            PinAccess::ReadWrite => quirks.atomic_write.map_err(|why| {
+                let device = self.device.name();
+                format!("RDMA device {device} of the server can't be used for it: {why}")
+            }),
+        }
+    }
+
     /// What a session's connection allows; each key narrows it further.
     fn access(&self) -> Access {
         let remote_atomic = self.tested().any(|quirks| quirks.atomics);

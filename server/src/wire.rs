@@ -241,6 +241,8 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         no_flush_because: granted.ways.no_flush_because.unwrap_or_default(),
         atomics: granted.ways.no_atomics_because.is_none(),
         no_atomics_because: granted.ways.no_atomics_because.unwrap_or_default(),
+        atomic_write: granted.ways.no_atomic_write_because.is_none(),
+        no_atomic_write_because: granted.ways.no_atomic_write_because.unwrap_or_default(),
         life: Some(life(file.life())),
     }
 }

@@ -313,6 +313,7 @@ fn transports(odp: &OdpCapabilities) -> String {
         (odp.rc_read, "read"),
         (odp.rc_atomic, "atomic"),
         (odp.rc_flush, "flush"),
+        (odp.rc_atomic_write, "atomic write"),
     ];
     let has: Vec<_> = names.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
     has.join(", ")

@@ -303,6 +303,8 @@ pub struct Capabilities {
     pub flush_global: bool,
     /// The driver knows RDMA FLUSH to persistent memory (`IB_UVERBS_DEVICE_FLUSH_PERSISTENT`).
     pub flush_persistent: bool,
+    /// The driver knows ATOMIC WRITE of 8 bytes (`IB_UVERBS_DEVICE_ATOMIC_WRITE`).
+    pub atomic_write: bool,
     /// The vendor's number (the IEEE OUI).
     pub vendor_id: u32,
     /// The vendor's number for the part.
@@ -328,6 +330,8 @@ pub struct OdpCapabilities {
     pub rc_receive: bool,
     /// The peer may use RDMA FLUSH.
     pub rc_flush: bool,
+    /// The peer may use ATOMIC WRITE.
+    pub rc_atomic_write: bool,
 }
 
 impl OdpCapabilities {
@@ -406,10 +410,11 @@ const DESCRIPTOR_MAX: u64 = 65_536;
 /// Room for other devices, and for what a process opens when it is at its limit.
 const DESCRIPTORS_ABOVE: u64 = 64;
 
-/// `IB_UVERBS_DEVICE_FLUSH_GLOBAL` and `IB_UVERBS_DEVICE_FLUSH_PERSISTENT` of
-/// <rdma/ib_user_verbs.h>: libibverbs passes them on and names neither.
+/// `IB_UVERBS_DEVICE_FLUSH_GLOBAL`, `IB_UVERBS_DEVICE_FLUSH_PERSISTENT` and
+/// `IB_UVERBS_DEVICE_ATOMIC_WRITE` of <rdma/ib_user_verbs.h>: libibverbs passes them on and names none.
 const DEVICE_FLUSH_GLOBAL: u64 = 1 << 38;
 const DEVICE_FLUSH_PERSISTENT: u64 = 1 << 39;
+const DEVICE_ATOMIC_WRITE: u64 = 1 << 40;
 
 /// More than any device's table has been seen to hold for what an address vector can name.
 const GID_ENTRIES_MAX: usize = 1024;
@@ -545,6 +550,7 @@ fn query_device(context: NonNull<ffi::ibv_context>) -> io::Result<(Capabilities,
         rc_send: has(bits::IBV_ODP_SUPPORT_SEND),
         rc_receive: has(bits::IBV_ODP_SUPPORT_RECV),
         rc_flush: has(bits::IBV_ODP_SUPPORT_FLUSH),
+        rc_atomic_write: has(bits::IBV_ODP_SUPPORT_ATOMIC_WRITE),
     };
     let capabilities = Capabilities {
         odp,
@@ -562,6 +568,7 @@ fn query_device(context: NonNull<ffi::ibv_context>) -> io::Result<(Capabilities,
         atomics: base.atomic_cap != ffi::ibv_atomic_cap::IBV_ATOMIC_NONE,
         flush_global: attr.device_cap_flags_ex & DEVICE_FLUSH_GLOBAL != 0,
         flush_persistent: attr.device_cap_flags_ex & DEVICE_FLUSH_PERSISTENT != 0,
+        atomic_write: attr.device_cap_flags_ex & DEVICE_ATOMIC_WRITE != 0,
         vendor_id: base.vendor_id,
         vendor_part_id: base.vendor_part_id,
     };

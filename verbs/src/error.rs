@@ -3,7 +3,7 @@
 use std::io;
 
 use crate::device::DeviceName;
-use crate::flush::NoFlush;
+use crate::extended::Lack;
 use crate::queue_pair::{QueuePairNumber, QueuePairState};
 use crate::region::RegistrationMode;
 
@@ -414,7 +414,18 @@ pub enum Error {
         /// The device.
         device: DeviceName,
         /// What is missing.
-        why: NoFlush,
+        why: Lack,
+    },
+
+    /// There is no ATOMIC WRITE to be had.
+    #[error(
+        "RDMA device {device} can't be used for ATOMIC WRITE: {why}; compare-and-swap writes 8 bytes as one step, too"
+    )]
+    NoAtomicWrite {
+        /// The device.
+        device: DeviceName,
+        /// What is missing.
+        why: Lack,
     },
 
     /// The buffer was registered in another protection domain than the lane's.

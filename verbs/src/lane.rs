@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use crate::buffer::Buffer;
 use crate::completion::{CompletionQueue, CompletionStatus, WorkCompletion};
 use crate::error::Error;
-use crate::flush::Chained;
+use crate::extended::{Chained, Lack};
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::{Connected, Endpoint, Init, Mtu, Posted, QueuePair, QueuePairBuilder};
 use crate::region::{Access, RemoteKey};
@@ -38,8 +38,8 @@ pub struct Piece {
     pub remote: RemoteSlice,
 }
 
-/// What is done to 8 bytes of the peer as one step (IBTA 9.4.5). They are a number in the byte order of
-/// the peer's host.
+/// What is done to 8 bytes of the peer as one step (IBTA 9.4.5; for a write annex A19). They are a number
+/// in the byte order of the peer's host.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Atomic {
     /// Adds to it, and wraps around.
@@ -51,6 +51,16 @@ pub enum Atomic {
         /// What it becomes.
         new: u64,
     },
+    /// Replaces it, whatever it is, and brings nothing back (ATOMIC WRITE). The device begins it when all
+    /// flushes that were posted before it have ended.
+    Write(u64),
+}
+
+/// One that brings back what was there.
+#[derive(Clone, Copy)]
+enum Fetching {
+    Add(u64),
+    CompareSwap { expected: u64, new: u64 },
 }
 
 /// What a work request asks for.
@@ -58,7 +68,7 @@ pub enum Atomic {
 enum Request {
     Write,
     Read,
-    Atomic(Atomic),
+    Atomic(Fetching),
 }
 
 impl Request {
@@ -66,8 +76,8 @@ impl Request {
         match self {
             Self::Write => ffi::ibv_wr_opcode::IBV_WR_RDMA_WRITE,
             Self::Read => ffi::ibv_wr_opcode::IBV_WR_RDMA_READ,
-            Self::Atomic(Atomic::FetchAdd(_)) => ffi::ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD,
-            Self::Atomic(Atomic::CompareSwap { .. }) => {
+            Self::Atomic(Fetching::Add(_)) => ffi::ibv_wr_opcode::IBV_WR_ATOMIC_FETCH_AND_ADD,
+            Self::Atomic(Fetching::CompareSwap { .. }) => {
                 ffi::ibv_wr_opcode::IBV_WR_ATOMIC_CMP_AND_SWP
             }
         }
@@ -79,8 +89,8 @@ impl Request {
             Self::Write | Self::Read => {
                 return ffi::wr_t { rdma: ffi::rdma_t { remote_addr, rkey } };
             }
-            Self::Atomic(Atomic::FetchAdd(number)) => (number, 0),
-            Self::Atomic(Atomic::CompareSwap { expected, new }) => (expected, new),
+            Self::Atomic(Fetching::Add(number)) => (number, 0),
+            Self::Atomic(Fetching::CompareSwap { expected, new }) => (expected, new),
         };
         ffi::wr_t { atomic: ffi::atomic_t { remote_addr, compare_add, swap, rkey } }
     }
@@ -181,7 +191,7 @@ impl UnconnectedLane {
             .completion_queue(&completions)
             .send_depth(depth)
             .inline_bytes(INLINE_BYTES)
-            .flush()
+            .extended_requests()
             .remote_access(Access::default())
             .build()?;
         Ok(Self { queue_pair, completions, depth, probed })
@@ -330,12 +340,12 @@ impl<T: Send> Lane<T> {
     }
 
     /// Starts an atomic on 8 bytes of the peer. What they were before comes into the buffer's first 8
-    /// bytes.
+    /// bytes; but for [`Atomic::Write`], where the buffer has no part in it.
     ///
     /// # Errors
     ///
-    /// Those of [`post_write`](Self::post_write); [`Error::NoAtomics`];
-    /// [`Error::MisalignedAtomic`]; [`Error::PieceLengthsDiffer`] where `remote` is not 8 bytes long.
+    /// Those of [`post_write`](Self::post_write); [`Error::NoAtomics`], for a write
+    /// [`Error::NoAtomicWrite`]; [`Error::MisalignedAtomic`]; [`Error::PieceLengthsDiffer`] where `remote` is not 8 bytes long.
     pub fn post_atomic(
         &self,
         buffer: Buffer,
@@ -343,19 +353,34 @@ impl<T: Send> Lane<T> {
         atomic: Atomic,
         tag: T,
     ) -> Result<(), PostError<T>> {
-        let device = self.queue_pair.protection_domain().device();
-        let error = match remote.address % ATOMIC_BYTES as u64 {
-            _ if !device.capabilities().atomics => {
-                Error::NoAtomics { device: device.device_name() }
+        if let Err(error) = check_atomic(&remote) {
+            return Err(PostError { buffer, tag, error });
+        }
+        let what = match atomic {
+            Atomic::FetchAdd(number) => Fetching::Add(number),
+            Atomic::CompareSwap { expected, new } => Fetching::CompareSwap { expected, new },
+            Atomic::Write(number) => {
+                let write = Chained::AtomicWrite(remote, number.to_ne_bytes());
+                return self.post_extended(buffer, &[], [write].into_iter(), tag);
             }
-            0 => {
-                let pieces = &[Piece { local: 0..ATOMIC_BYTES, remote }];
-                let ask = Ask { what: Request::Atomic(atomic), pieces, probe: None };
-                return self.post(buffer, &ask, tag);
-            }
-            _ => Error::MisalignedAtomic { address: remote.address },
         };
-        Err(PostError { buffer, tag, error })
+        let device = self.queue_pair.protection_domain().device();
+        if !device.capabilities().atomics {
+            let error = Error::NoAtomics { device: device.device_name() };
+            return Err(PostError { buffer, tag, error });
+        }
+        let pieces = &[Piece { local: 0..ATOMIC_BYTES, remote }];
+        self.post(buffer, &Ask { what: Request::Atomic(what), pieces, probe: None }, tag)
+    }
+
+    /// Why [`Atomic::Write`] is not for this lane, if so.
+    #[must_use]
+    pub fn no_atomic_write_because(&self) -> Option<Lack> {
+        if self.queue_pair.extended().is_some_and(|extended| extended.kinds.atomic_write) {
+            return None;
+        }
+        let capabilities = self.queue_pair.protection_domain().device().capabilities();
+        Some(Lack::of_atomic_write(capabilities).unwrap_or(Lack::Library))
     }
 
     /// Waits for an operation to end. Waits for ever when none is in flight: whoever posts, wakes
@@ -554,15 +579,15 @@ impl<T: Send> Lane<T> {
         }
     }
 
-    /// Posts writes of the pieces, if there are any, and behind them a FLUSH of each range, with one call.
-    pub(crate) fn post_flushing(
+    /// Posts writes of the pieces, if there are any, and behind them what else is to be done, with one call.
+    pub(crate) fn post_extended(
         &self,
         buffer: Buffer,
         pieces: &[Piece],
-        ranges: &[RemoteSlice],
+        behind: impl ExactSizeIterator<Item = Chained>,
         tag: T,
     ) -> Result<(), PostError<T>> {
-        let (ours, requests) = (Local::of(&buffer), pieces.len() + ranges.len());
+        let (ours, requests) = (Local::of(&buffer), pieces.len() + behind.len());
 
         // Held across the post, so that no completion is looked at before its operation is known.
         let mut table = self.table();
@@ -572,14 +597,14 @@ impl<T: Send> Lane<T> {
             let list = ours.list(local.start, remote);
             Chained::Write { list, remote: *remote }
         });
-        let flushes = ranges.iter().map(|range| Chained::Flush(*range));
-        let chain: Vec<_> = writes.chain(flushes).collect();
+        let chain: Vec<_> = writes.chain(behind).collect();
         // SAFETY: the buffer is registered, as long as the pieces say, and in the table: it leaves only when
         // the last of the requests has completed, and with it all, or after the queue pair is destroyed
         // (`Drop`).
         let posted = unsafe { self.queue_pair.post_chain(&chain, |index| request_id(slot, index)) };
         let Err(error) = posted else { return Ok(()) };
-        if pieces.is_empty() || matches!(error, Error::NoFlush { .. }) {
+        let never_began = matches!(error, Error::NoFlush { .. } | Error::NoAtomicWrite { .. });
+        if pieces.is_empty() || never_began {
             // The device knows nothing of the buffer.
             let (buffer, tag) = table.remove(slot);
             return Err(PostError { buffer, tag, error });
@@ -701,6 +726,17 @@ fn check_pieces(pieces: &[Piece], len: usize, limit: u32) -> Result<(), Error> {
             return Err(Error::PieceLengthsDiffer { piece, local: bytes, remote: remote.len });
         }
         check_remote(piece, remote, limit)?;
+    }
+    Ok(())
+}
+
+fn check_atomic(remote: &RemoteSlice) -> Result<(), Error> {
+    let (address, len) = (remote.address, remote.len);
+    if len != ATOMIC_BYTES {
+        return Err(Error::PieceLengthsDiffer { piece: 0, local: ATOMIC_BYTES, remote: len });
+    }
+    if !address.is_multiple_of(ATOMIC_BYTES as u64) {
+        return Err(Error::MisalignedAtomic { address });
     }
     Ok(())
 }

@@ -69,6 +69,7 @@ mod buffer_pool;
 mod completion;
 mod device;
 mod error;
+mod extended;
 mod flush;
 mod gid;
 #[cfg(feature = "leases")]
@@ -88,7 +89,7 @@ pub use device::{
     Capabilities, Device, DeviceName, LinkLayer, OdpCapabilities, Port, PortState, devices,
 };
 pub use error::{Error, with_causes};
-pub use flush::NoFlush;
+pub use extended::Lack;
 pub use gid::{Address, Gid, GidKind};
 pub use lane::{
     ATOMIC_BYTES, Atomic, Completed, Lane, LaneConnectFailed, PROBE_BYTES, Piece, PostError,
@@ -103,4 +104,6 @@ pub use queue_pair::{
 pub use region::{
     Access, DeregisterFailed, MemoryRegion, RegisterError, RegistrationMode, RemoteKey,
 };
-pub use self_test::{Check, Outcome, Quirks, SelfTestError, SelfTestReport, flush_test, self_test};
+pub use self_test::{
+    Check, NoAtomicWrite, Outcome, Quirks, SelfTestError, SelfTestReport, flush_test, self_test,
+};

@@ -8,7 +8,7 @@ use std::ptr::{self, NonNull};
 use crate::completion::CompletionQueue;
 use crate::device::Device;
 use crate::error::Error;
-use crate::flush::{self, Extended};
+use crate::extended::{self, Extended};
 use crate::gid::{Address, Gid};
 use crate::pd::ProtectionDomain;
 use crate::region::Access;
@@ -193,7 +193,7 @@ pub struct QueuePairBuilder {
     completions: Option<CompletionQueue>,
     send_depth: u32,
     inline_bytes: u32,
-    flush: bool,
+    extended: bool,
     access: Access,
 }
 
@@ -207,7 +207,7 @@ impl QueuePairBuilder {
             completions: None,
             send_depth: 1,
             inline_bytes: 0,
-            flush: false,
+            extended: false,
             access: Access::REMOTE_READ_WRITE,
         }
     }
@@ -234,10 +234,10 @@ impl QueuePairBuilder {
         self
     }
 
-    /// FLUSH may be posted, where it can be had.
+    /// FLUSH and ATOMIC WRITE may be posted, where they can be had.
     #[must_use]
-    pub(crate) fn flush(mut self) -> Self {
-        self.flush = true;
+    pub(crate) fn extended_requests(mut self) -> Self {
+        self.extended = true;
         self
     }
 
@@ -309,7 +309,7 @@ impl QueuePairBuilder {
         attr.cap.max_recv_sge = 1;
         attr.cap.max_inline_data = inline_bytes;
         // The queue pair keeps domain and completion queue alive.
-        let (raw, extended) = flush::create_queue_pair(&self.domain, &mut attr, self.flush)?;
+        let (raw, extended) = extended::create_queue_pair(&self.domain, &mut attr, self.extended)?;
         Ok((raw, extended, inline_bytes.min(attr.cap.max_inline_data)))
     }
 }

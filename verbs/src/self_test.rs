@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::completion::CompletionStatus;
 use crate::device::{Device, DeviceName};
 use crate::error::Error;
-use crate::flush::NoFlush;
+use crate::extended::Lack;
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::Mtu;
 use crate::region::{Access, MemoryRegion, RegistrationMode};
@@ -35,6 +35,27 @@ pub struct Quirks {
     /// Whether atomics may be used, which need not keep the other rules: the device has them, and they
     /// work.
     pub atomics: bool,
+    /// Whether [`Atomic::Write`](crate::Atomic::Write) may be used, or why not. It need not keep the other
+    /// rules either.
+    pub atomic_write: Result<(), NoAtomicWrite>,
+}
+
+/// Why 8 bytes can't be written as one step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NoAtomicWrite {
+    /// It can't be asked for.
+    Lacks(Lack),
+    /// It was tried, and hit other bytes, or the wrong ones, or failed.
+    Wrong,
+}
+
+impl fmt::Display for NoAtomicWrite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lacks(what) => what.fmt(f),
+            Self::Wrong => f.write_str("it was tested, and does not write what it should"),
+        }
+    }
 }
 
 impl Quirks {
@@ -44,6 +65,7 @@ impl Quirks {
         max_region_bytes: u64::MAX,
         path_mtu_bytes: None,
         atomics: true,
+        atomic_write: Ok(()),
     };
 
     /// No rule on where messages start or on the path MTU.
@@ -74,6 +96,9 @@ impl fmt::Display for Quirks {
         }
         if !self.atomics {
             rules.push("no atomics".to_owned());
+        }
+        if self.atomic_write.is_err() {
+            rules.push("no ATOMIC WRITE".to_owned());
         }
         if rules.is_empty() {
             return f.write_str("none");
@@ -146,7 +171,7 @@ pub enum SelfTestError {
         /// The device.
         device: DeviceName,
         /// What is missing.
-        why: NoFlush,
+        why: Lack,
     },
 
     /// Data ends up in the wrong place, and no known rule prevents it.
@@ -224,7 +249,8 @@ pub enum SelfTestError {
 ///   lengths and path MTUs; what holds only under a rule becomes a quirk;
 /// * the bounds hold to the byte, at both ends, and a region for reading can't be written;
 /// * a key is worth nothing on a queue pair of another protection domain;
-/// * atomics change exactly their bytes, where the key allows them; else they become a quirk;
+/// * atomics change exactly their bytes, where the key allows them; else they become a quirk; and so does
+///   ATOMIC WRITE;
 /// * a key dies with its deregistration and, on demand, with `mprotect(PROT_NONE)`;
 /// * and how large a region may be (on demand; a pinned one would cost its memory, so there the
 ///   device's own figure is taken).
@@ -256,12 +282,14 @@ pub fn self_test(device: &Device, mode: RegistrationMode) -> Result<SelfTestRepo
     }
     let max_region_bytes = region_size(&rig, &mut checks)?;
     let atomics = atomics::atomics(&rig, mtu, &mut checks)?;
+    let atomic_write = atomics::atomic_write(&rig, mtu, &mut checks)?;
 
     let quirks = Quirks {
         start_alignment_bytes: rule.start_alignment_bytes,
         max_region_bytes,
         path_mtu_bytes: rule.path_mtu.map(Mtu::bytes),
         atomics,
+        atomic_write,
     };
     let report = SelfTestReport {
         device: device.device_name(),
@@ -491,12 +519,13 @@ mod tests {
             max_region_bytes: (2 << 30) - 4096,
             path_mtu_bytes: Some(4096),
             atomics: false,
+            atomic_write: Err(NoAtomicWrite::Wrong),
         };
         assert!(!rxe.allow_any_message());
         assert_eq!(
             rxe.to_string(),
             "messages start on a multiple of 4096 bytes; path MTU exactly 4096 bytes; regions of \
-             at most 2147479552 bytes; no atomics"
+             at most 2147479552 bytes; no atomics; no ATOMIC WRITE"
         );
     }
 }

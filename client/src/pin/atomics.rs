@@ -36,14 +36,33 @@ impl Pin {
         self.change(offset, Atomic::CompareSwap { expected, new }).await
     }
 
+    /// Replaces the eight bytes at `offset` as one step: whoever reads them sees all of the number or nothing
+    /// of it, in the byte order of the server's host (ATOMIC WRITE, IBTA annex A19). The server's NIC begins it
+    /// when the flushes that went out before it on this pin have ended: so a
+    /// [durable write](Self::write_durable) can be published by a number that points to it. As a write it
+    /// survives power loss after a [`flush`](Self::flush) or a [`commit`](Self::commit).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoAtomicWrite`] where the grant [offers none](crate::Grant::no_atomic_write_because), or this
+    /// host can't ask for it; else as [`fetch_add`](Self::fetch_add).
+    pub async fn write_atomic(&self, offset: u64, number: u64) -> Result<(), Error> {
+        self.change(offset, Atomic::Write(number)).await.map(drop)
+    }
+
     async fn change(&self, offset: u64, atomic: Atomic) -> Result<u64, Error> {
         self.check_writable()?;
         self.check()?;
-        if let Some(because) = &self.grant.no_atomics_because {
-            return Err(self.no_atomics(because.clone()));
+        let lacks = |because: &str| self.lacks(atomic, because.to_owned());
+        let not_offered = match atomic {
+            Atomic::Write(_) => &self.grant.no_atomic_write_because,
+            Atomic::FetchAdd(_) | Atomic::CompareSwap { .. } => &self.grant.no_atomics_because,
+        };
+        if let Some(because) = not_offered {
+            return Err(lacks(because));
         }
         let Some(fabric) = &self.fabric else {
-            return Err(self.no_atomics("the session is not connected by RDMA".to_owned()));
+            return Err(lacks("the session is not connected by RDMA"));
         };
         let piece = self.reach().atomic(offset);
         let piece =
@@ -65,7 +84,10 @@ impl Pin {
         transfer.end();
         let buffer = ran.map_err(|(error, _)| match error {
             Error::Verbs { source: VerbsError::NoAtomics { device }, .. } => {
-                self.no_atomics(format!("RDMA device {device} of this host has none"))
+                lacks(&format!("RDMA device {device} of this host has none"))
+            }
+            Error::Verbs { source: VerbsError::NoAtomicWrite { device, why }, .. } => {
+                lacks(&format!("RDMA device {device} of this host can't be used for it: {why}"))
             }
             error => error,
         })?;
@@ -78,7 +100,11 @@ impl Pin {
         Ok(u64::from_ne_bytes(there))
     }
 
-    fn no_atomics(&self, because: String) -> Error {
-        Error::NoAtomics { file: self.file.to_string(), because }
+    fn lacks(&self, atomic: Atomic, because: String) -> Error {
+        let file = self.file.to_string();
+        match atomic {
+            Atomic::Write(_) => Error::NoAtomicWrite { file, because },
+            Atomic::FetchAdd(_) | Atomic::CompareSwap { .. } => Error::NoAtomics { file, because },
+        }
     }
 }

@@ -43,6 +43,8 @@ pub(crate) struct Ways {
     pub no_flush_because: Option<String>,
     /// Why it can't use atomics.
     pub no_atomics_because: Option<String>,
+    /// Why it can't write 8 bytes as one step.
+    pub no_atomic_write_because: Option<String>,
 }
 
 impl Ways {
@@ -54,7 +56,8 @@ impl Ways {
             quirks,
             no_rdma_because,
             no_flush_because: because.clone(),
-            no_atomics_because: because,
+            no_atomics_because: because.clone(),
+            no_atomic_write_because: because,
         }
     }
 }
@@ -516,6 +519,7 @@ impl Engine {
             no_rdma_because: String::new(),
             no_flush_because: flush.err(),
             no_atomics_because: fabric.atomics_for(&quirks, order.access).err(),
+            no_atomic_write_because: fabric.atomic_write_for(&quirks, order.access).err(),
         })
     }
 

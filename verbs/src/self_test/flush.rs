@@ -7,7 +7,7 @@ use super::rig::{Pair, Rig, Target, Transfer};
 use super::rules::Direction;
 use super::{SelfTestError, must_be_refused, page_of};
 use crate::device::Device;
-use crate::flush::NoFlush;
+use crate::extended::Lack;
 use crate::region::{Access, RegistrationMode};
 
 /// What a region that may be flushed is made with.
@@ -24,7 +24,7 @@ const FLUSHABLE: Access = Access { remote_flush: true, ..Access::REMOTE_READ_WRI
 /// [`SelfTestError::NoFlush`] where something lacks; others: FLUSH must not be used on this device.
 pub fn flush_test(device: &Device) -> Result<(), SelfTestError> {
     let lacks = |why| SelfTestError::NoFlush { device: device.device_name(), why };
-    if let Some(why) = NoFlush::of_driver(device.capabilities()) {
+    if let Some(why) = Lack::of_flush(device.capabilities()) {
         return Err(lacks(why));
     }
     let rig = Rig::new(device, RegistrationMode::OnDemand)?;

@@ -15,7 +15,7 @@ use crate::buffer::Buffer;
 use crate::completion::CompletionStatus;
 use crate::device::{Device, DeviceName};
 use crate::error::Error;
-use crate::flush::NoFlush;
+use crate::extended::Lack;
 use crate::lane::{Atomic, Lane, Piece, PostError, RemoteSlice, UnconnectedLane};
 use crate::memory::{Memory, PinnableMemory};
 use crate::pd::ProtectionDomain;
@@ -179,8 +179,13 @@ impl Pair {
         Ok((status, bytes.map_or(0, |bytes| u64::from_ne_bytes(*bytes))))
     }
 
+    /// Why this end can't ask for ATOMIC WRITE, if so.
+    pub(super) fn no_atomic_write_because(&self) -> Option<Lack> {
+        self.lane.no_atomic_write_because()
+    }
+
     /// Why this end can't ask for a flush, if so.
-    pub(super) fn no_flush_because(&self) -> Option<NoFlush> {
+    pub(super) fn no_flush_because(&self) -> Option<Lack> {
         self.lane.no_flush_because()
     }
 
