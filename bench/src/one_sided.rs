@@ -1,5 +1,6 @@
 //! One-sided writes and reads through the client library, beside the same in C.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -76,6 +77,10 @@ fn through_the_library(run: &mut Run<'_>, theirs: &mut Theirs) -> Result<()> {
         for bytes in run.pick(&sizes, &[4 * KIB, 64 * KIB]) {
             let job = Job::bandwidth(what, *bytes);
             beside_c(run, job, "", job.goal(), |job| ours.time(job), theirs)?;
+        }
+        for bytes in run.pick(&[4 * KIB, 64 * KIB], &[4 * KIB]) {
+            let job = Job::bandwidth(what, *bytes);
+            beside_c(run, job, "_16_tasks", Goal::None, |job| ours.time_in_tasks(job), theirs)?;
         }
         for bytes in latency_sizes(run) {
             let job = Job::latency(what, *bytes);
@@ -166,9 +171,26 @@ impl Ours {
         Ok(Self { pin, buffers, _session: session, runtime })
     }
 
-    /// In tasks of the runtime, as an application would: each has a buffer, and begins the next
-    /// transfer when its last has ended.
+    /// In one task of the runtime; several at a time in a pipeline, as the C program has them.
     pub(crate) fn time(&mut self, job: Job) -> Result<Duration> {
+        let mut buffers: Vec<Buffer> = self.buffers.drain(..job.depth).collect();
+        let pin = self.pin.clone();
+        let task = self.runtime.spawn(async move {
+            let started = Instant::now();
+            match job.depth {
+                1 => one_by_one(&pin, job, &mut buffers).await?,
+                _ => pipelined(&pin, job, &mut buffers).await?,
+            }
+            anyhow::Ok((started.elapsed(), buffers))
+        });
+        let (took, back) = self.runtime.block_on(task)??;
+        self.buffers.extend(back);
+        Ok(took)
+    }
+
+    /// In as many tasks as there are to be transfers at a time: each has a buffer, and begins the next
+    /// transfer when its last has ended.
+    fn time_in_tasks(&mut self, job: Job) -> Result<Duration> {
         let next = Arc::new(AtomicU64::new(0));
         let buffers: Vec<Buffer> = self.buffers.drain(..job.depth).collect();
         let (took, back) = self.runtime.block_on(async {
@@ -196,6 +218,34 @@ async fn work(pin: Arc<Pin>, job: Job, next: Arc<AtomicU64>, mut buffer: Buffer)
         }
         buffer = transfer(&pin, job, job.offset(number), buffer).await?;
     }
+}
+
+async fn one_by_one(pin: &Pin, job: Job, buffers: &mut Vec<Buffer>) -> Result<()> {
+    let mut buffer = buffers.pop().context("no buffer")?;
+    for number in 0..job.count {
+        buffer = transfer(pin, job, job.offset(number), buffer).await?;
+    }
+    buffers.push(buffer);
+    Ok(())
+}
+
+async fn pipelined(pin: &Pin, job: Job, buffers: &mut Vec<Buffer>) -> Result<()> {
+    let window = NonZeroUsize::new(job.depth).context("a window of nothing")?;
+    let mut pipeline = pin.pipeline(window);
+    for number in 0..job.count {
+        if let Some(done) = pipeline.next_if_full().await {
+            buffers.push(done?.buffer);
+        }
+        let buffer = buffers.pop().context("no buffer left")?;
+        match job.what {
+            What::Read => pipeline.read(job.offset(number), job.bytes, buffer).await,
+            _ => pipeline.write(job.offset(number), buffer, job.bytes).await,
+        }
+    }
+    while let Some(done) = pipeline.next().await {
+        buffers.push(done?.buffer);
+    }
+    Ok(())
 }
 
 async fn transfer(pin: &Pin, job: Job, offset: u64, buffer: Buffer) -> Result<Buffer> {

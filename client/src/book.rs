@@ -1,8 +1,9 @@
 //! What is in flight on a lane, and who takes its completions from the device: pure.
 //!
-//! Who waits alone takes its completion itself, so that no other task stands between the device and it.
-//! As soon as several wait, or nobody does, the lane's own task takes them all and wakes each one: else a
-//! task that is busy with something else would keep the others waiting.
+//! Who waits alone takes the completions itself, so that no other task stands between the device and it:
+//! also those of operations that are posted and not waited for yet. As soon as several wait, or nobody does
+//! any more, the lane's own task takes them all and wakes each one: else a task that is busy with something
+//! else would keep the others waiting.
 
 use std::task::Waker;
 
@@ -19,6 +20,8 @@ pub(crate) struct Book<B, C> {
     operations: Vec<Operation<B, C>>,
     free: Vec<usize>,
     in_flight: usize,
+    /// Of them, those that somebody has begun to wait for.
+    awaited: usize,
     /// Operations that have ended, and whose answer nobody has taken yet.
     answers: usize,
     driver: Driver,
@@ -86,7 +89,8 @@ impl<B, C> Book<B, C> {
     pub(crate) fn new() -> Self {
         let (operations, free) = (Vec::new(), Vec::new());
         let driver = Driver::Nobody;
-        Self { operations, free, in_flight: 0, answers: 0, driver, task: None, open: true }
+        let (in_flight, awaited, answers) = (0, 0, 0);
+        Self { operations, free, in_flight, awaited, answers, driver, task: None, open: true }
     }
 
     /// Whether it takes operations.
@@ -123,12 +127,13 @@ impl<B, C> Book<B, C> {
     }
 
     /// The device is done with an operation. One that failed closes the lane: what follows would only be
-    /// flushed.
+    /// flushed. Who looks for the completion of its own operation finds the answer without being woken.
     pub(crate) fn settle(
         &mut self,
         slot: Slot,
         buffer: B,
         status: CompletionStatus,
+        looks: Option<Slot>,
     ) -> Aftermath<B, C> {
         self.open &= status.is_success();
         self.in_flight -= 1;
@@ -144,7 +149,8 @@ impl<B, C> Book<B, C> {
             Operation::InFlight { claim, waiter } => {
                 after.claim = Some(claim);
                 if let Waiter::Waits(waker) = waiter {
-                    after.wake[0] = Some(waker);
+                    self.awaited -= 1;
+                    after.wake[0] = Some(waker).filter(|_| looks != Some(slot));
                 }
                 // Its number is free when the answer has been taken.
                 self.free.pop();
@@ -153,7 +159,8 @@ impl<B, C> Book<B, C> {
             }
             Operation::Free | Operation::Ended(..) => after.buffer = Some(buffer),
         }
-        after.wake[1] = self.task_if_over();
+        // What fails now with it, nobody may be waiting for yet.
+        after.wake[1] = if status.is_success() { self.task_if_over() } else { self.hand_over() };
         after
     }
 
@@ -162,7 +169,10 @@ impl<B, C> Book<B, C> {
     pub(crate) fn wait(&mut self, slot: Slot, waker: &Waker, drove: bool) -> Turn<B> {
         match &mut self.operations[slot.0] {
             Operation::InFlight { waiter: Waiter::Waits(known), .. } if known.will_wake(waker) => {}
-            Operation::InFlight { waiter, .. } => *waiter = Waiter::Waits(waker.clone()),
+            Operation::InFlight { waiter, .. } => {
+                self.awaited += usize::from(!matches!(waiter, Waiter::Waits(_)));
+                *waiter = Waiter::Waits(waker.clone());
+            }
             Operation::Free | Operation::Ended(..) => {
                 let Operation::Ended(buffer, status) = self.vacate(slot) else {
                     unreachable!("who waits has the only handle of its operation");
@@ -171,7 +181,7 @@ impl<B, C> Book<B, C> {
                 return Turn::Ended(buffer, status, self.relieved(drove).or(self.task_if_over()));
             }
         }
-        let alone = self.in_flight == 1;
+        let alone = self.awaited == 1;
         match self.driver {
             Driver::Task => Turn::Wait(self.relieved(drove)),
             Driver::Nobody if alone => {
@@ -196,7 +206,8 @@ impl<B, C> Book<B, C> {
     pub(crate) fn abandon(&mut self, slot: Slot) -> Aftermath<B, C> {
         let mut after = Aftermath { buffer: None, claim: None, wake: [None, None] };
         if let Operation::InFlight { waiter, .. } = &mut self.operations[slot.0] {
-            *waiter = Waiter::Gone;
+            let was = std::mem::replace(waiter, Waiter::Gone);
+            self.awaited -= usize::from(matches!(was, Waiter::Waits(_)));
             after.wake[1] = self.hand_over();
         } else if let Operation::Ended(buffer, _) = self.vacate(slot) {
             self.answers -= 1;
@@ -300,20 +311,46 @@ mod tests {
     #[test]
     fn who_waits_alone_takes_its_completion_itself() {
         let mut book = TestBook::new();
-        let ((task, task_waker), (_, waiter)) = (bell(), bell());
+        let ((task, task_waker), (own, waiter)) = (bell(), bell());
         assert_eq!(book.duty(&task_waker), Duty::Rest);
         for _ in 0..3 {
             let slot = book.enter("claim").unwrap();
             assert!(matches!(book.wait(slot, &waiter, false), Turn::Drive));
             assert!(matches!(book.wait(slot, &waiter, false), Turn::Drive));
             assert!(book.rest(slot).is_none());
-            let after = book.settle(slot, "buffer", DONE);
+            let after = book.settle(slot, "buffer", DONE, Some(slot));
             assert_eq!((after.claim, after.buffer), (Some("claim"), None));
             ring(after.wake);
+            assert_eq!(own.rung(), 0, "it looks again anyway");
             assert!(matches!(book.wait(slot, &waiter, false), Turn::Ended("buffer", DONE, None)));
             assert_eq!(book.duty(&task_waker), Duty::Rest);
         }
         assert_eq!((task.rung(), book.operations.len()), (0, 1));
+    }
+
+    #[test]
+    fn who_waits_alone_takes_also_what_nobody_waits_for_yet() {
+        let mut book = TestBook::new();
+        let ((task, task_waker), (_, waiter)) = (bell(), bell());
+        book.duty(&task_waker);
+        let slots = ["a", "b", "c"].map(|claim| book.enter(claim).unwrap());
+        for (at, slot) in slots.into_iter().enumerate() {
+            if at == 1 {
+                // The one before it brought this one along.
+                let Turn::Ended("b", DONE, None) = book.wait(slot, &waiter, false) else {
+                    panic!("it has ended")
+                };
+                continue;
+            }
+            assert!(matches!(book.wait(slot, &waiter, false), Turn::Drive));
+            book.settle(slot, "own", DONE, Some(slot));
+            if at == 0 {
+                ring(book.settle(slots[1], "b", DONE, Some(slot)).wake);
+            }
+            assert!(matches!(book.wait(slot, &waiter, true), Turn::Ended("own", DONE, None)));
+        }
+        assert_eq!((task.rung(), book.awaited, book.in_flight), (0, 0, 0));
+        assert_eq!(book.duty(&task_waker), Duty::Rest);
     }
 
     #[test]
@@ -332,10 +369,10 @@ mod tests {
         assert_eq!(task.rung(), 1);
         assert!(matches!(book.wait(first, &one_waker, false), Turn::Wait(None)));
 
-        ring(book.settle(second, "b", DONE).wake);
+        ring(book.settle(second, "b", DONE, None).wake);
         assert_eq!((one.rung(), two.rung()), (0, 1));
         assert!(matches!(book.wait(first, &one_waker, false), Turn::Wait(None)), "the task has it");
-        ring(book.settle(first, "a", DONE).wake);
+        ring(book.settle(first, "a", DONE, None).wake);
         assert_eq!((one.rung(), two.rung()), (1, 0));
         assert_eq!(book.duty(&task_waker), Duty::Rest);
         assert!(matches!(book.wait(second, &two_waker, false), Turn::Ended("b", DONE, None)));
@@ -349,7 +386,7 @@ mod tests {
         let ((task, task_waker), (_, waiter)) = (bell(), bell());
         book.duty(&task_waker);
         let (first, second) = (book.enter("first").unwrap(), book.enter("second").unwrap());
-        book.settle(second, "b", DONE);
+        book.settle(second, "b", DONE, None);
         assert!(matches!(book.wait(first, &waiter, false), Turn::Drive));
         let third = book.enter("third").unwrap();
         let Turn::Wait(wake) = book.wait(third, &waiter, false) else { panic!("two drive") };
@@ -358,7 +395,7 @@ mod tests {
         let Turn::Wait(wake) = book.wait(first, &waiter, true) else { panic!("it was relieved") };
         ring([wake]);
         assert_eq!(task.rung(), 1);
-        book.settle(first, "a", DONE);
+        book.settle(first, "a", DONE, None);
         let Turn::Ended("a", DONE, wake) = book.wait(first, &waiter, true) else { panic!("ended") };
         ring([wake]);
         assert_eq!(task.rung(), 1);
@@ -375,12 +412,12 @@ mod tests {
         assert_eq!((after.buffer, after.claim), (None, None));
         ring(after.wake);
         assert_eq!((task.rung(), book.duty(&task_waker)), (1, Duty::Drive));
-        let after = book.settle(slot, "buffer", DONE);
+        let after = book.settle(slot, "buffer", DONE, None);
         assert_eq!((after.buffer, after.claim), (Some("buffer"), Some("claim")));
-        assert_eq!(book.duty(&task_waker), Duty::Rest);
+        assert_eq!((book.duty(&task_waker), book.awaited), (Duty::Rest, 0));
 
         let ended = book.enter("claim").unwrap();
-        book.settle(ended, "buffer", DONE);
+        book.settle(ended, "buffer", DONE, None);
         assert_eq!(book.abandon(ended).buffer, Some("buffer"), "nobody took the answer");
         assert_eq!(book.free.len(), 1);
     }
@@ -405,14 +442,14 @@ mod tests {
         book.duty(&task_waker);
         let (one, two) = (book.enter("one").unwrap(), book.enter("two").unwrap());
         let _ = book.wait(one, &waiter, false);
-        let refused = book.settle(one, "a", CompletionStatus::RemoteAccess);
+        let refused = book.settle(one, "a", CompletionStatus::RemoteAccess, None);
         ring(refused.wake);
         assert!(!book.is_open());
         assert_eq!(book.enter("late"), Err("late"));
-        assert_eq!(book.duty(&task_waker), Duty::Drive);
-        task.rung();
-        ring(book.settle(two, "b", CompletionStatus::Flushed).wake);
-        assert_eq!(book.duty(&task_waker), Duty::Rest, "the answers are in the book");
+        assert_eq!((task.rung(), book.duty(&task_waker)), (1, Duty::Drive));
+        ring(book.settle(two, "b", CompletionStatus::Flushed, None).wake);
+        let told = (task.rung(), book.duty(&task_waker));
+        assert_eq!(told, (1, Duty::Rest), "the answers are in the book");
         let Turn::Ended("a", _, None) = book.wait(one, &waiter, false) else { panic!("no answer") };
         ring(book.abandon(two).wake);
         assert_eq!((task.rung(), book.duty(&task_waker)), (1, Duty::End));

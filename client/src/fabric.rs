@@ -10,10 +10,10 @@ use pinfold_verbs::{
     Buffer, CompletionStatus, Device, Endpoint, Gid, Mtu, PROBE_BYTES, Piece, ProtectionDomain,
     QueuePairNumber, UnconnectedLane,
 };
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, SemaphorePermit, watch};
 
 use crate::control::Control;
-use crate::lane::{Asked, Lost, NotPosted, SharedLane};
+use crate::lane::{Asked, InFlight, Lost, NotPosted, SharedLane};
 use crate::patience::Patience;
 use crate::pin_state::Gone;
 use crate::transfer::Transfer;
@@ -72,6 +72,14 @@ pub(crate) struct Operation<'a> {
     pub(crate) buffer: Buffer,
     /// What it is a part of; absent for a raw one.
     pub(crate) transfer: Option<&'a Transfer<'a>>,
+}
+
+/// Why an operation was not begun at once.
+pub(crate) enum NotBegun {
+    /// There is no lane, or no room in its send queue; with the buffer.
+    MustWait(Buffer),
+    /// It can't be.
+    Failed(Failure, Buffer),
 }
 
 /// Why an operation has no completion.
@@ -252,26 +260,26 @@ impl Fabric {
             let Ok(room) = lane.room(pieces.len() as u32).await else {
                 continue;
             };
-            // Last, so that whoever waits for room does not hold up a drain.
-            let ticket = match transfer.map(Transfer::begin).transpose() {
-                Ok(ticket) => ticket,
-                Err(gone) => return Err((Failure::Gone(gone), Some(buffer))),
-            };
-            let in_flight = match lane.post(asked, buffer, pieces, room, ticket) {
-                Ok(in_flight) => in_flight,
-                Err(NotPosted::Closed(refused)) => {
-                    buffer = refused;
-                    continue;
-                }
-                Err(NotPosted::Refused(buffer, source)) => {
-                    let error = Error::Verbs { doing: "post a request", source };
-                    return Err((Failure::Error(error), Some(buffer)));
-                }
-            };
+            let begun = post(&lane, room, Operation { asked, pieces, buffer, transfer });
             drop(lane);
-            return in_flight.await.map_err(|Lost| (Failure::Lost, None));
+            match begun {
+                Ok(in_flight) => return in_flight.await.map_err(|Lost| (Failure::Lost, None)),
+                Err(NotBegun::MustWait(back)) => buffer = back,
+                Err(NotBegun::Failed(failure, buffer)) => return Err((failure, Some(buffer))),
+            }
         }
         Ok((buffer, CompletionStatus::Flushed))
+    }
+
+    /// Begins an operation, if that can be done without waiting.
+    pub(crate) fn begin(&self, operation: Operation<'_>) -> Result<InFlight, NotBegun> {
+        let Some(lane) = self.kept_lane().upgrade() else {
+            return Err(NotBegun::MustWait(operation.buffer));
+        };
+        match lane.room_now(operation.pieces.len() as u32) {
+            Some(room) => post(&lane, room, operation),
+            None => Err(NotBegun::MustWait(operation.buffer)),
+        }
     }
 
     async fn connect(&self, control: &Control) -> Result<Weak<SharedLane>, Error> {
@@ -292,6 +300,27 @@ impl Fabric {
         let patience = Patience::new(self.device.poll_at_most);
         Ok(SharedLane::start(lane, patience, control.clone(), self.urges.clone()).await)
     }
+}
+
+/// Posts an operation for which there is room.
+fn post(
+    lane: &Arc<SharedLane>,
+    room: SemaphorePermit<'_>,
+    operation: Operation<'_>,
+) -> Result<InFlight, NotBegun> {
+    let Operation { asked, pieces, buffer, transfer } = operation;
+    // Last, so that whoever waits for room does not hold up a drain.
+    let ticket = match transfer.map(Transfer::begin).transpose() {
+        Ok(ticket) => ticket,
+        Err(gone) => return Err(NotBegun::Failed(Failure::Gone(gone), buffer)),
+    };
+    lane.post(asked, buffer, pieces, room, ticket).map_err(|not_posted| match not_posted {
+        NotPosted::Closed(buffer) => NotBegun::MustWait(buffer),
+        NotPosted::Refused(buffer, source) => {
+            let error = Error::Verbs { doing: "post a request", source };
+            NotBegun::Failed(Failure::Error(error), buffer)
+        }
+    })
 }
 
 /// Nobody knows how it ended.

@@ -127,6 +127,11 @@ impl SharedLane {
         self.lane.no_flush_because().is_none()
     }
 
+    /// Room in the send queue, if there is some and nobody waits for it.
+    pub(crate) fn room_now(&self, requests: u32) -> Option<SemaphorePermit<'_>> {
+        self.room.try_acquire_many(requests).ok()
+    }
+
     /// Waits for room in the send queue.
     pub(crate) async fn room(&self, requests: u32) -> Result<SemaphorePermit<'_>, Closed> {
         self.room.acquire_many(requests).await.map_err(|_| Closed)
@@ -196,9 +201,10 @@ impl SharedLane {
         self.close();
     }
 
-    fn settle(&self, completed: Completed<Slot>) {
+    /// `looks`: the operation of who found this, if it looks for one.
+    fn settle(&self, completed: Completed<Slot>, looks: Option<Slot>) {
         let Completed { buffer, tag, status, .. } = completed;
-        let after = self.book().settle(tag, buffer, status);
+        let after = self.book().settle(tag, buffer, status, looks);
         if !status.is_success() {
             self.room.close();
         }
@@ -216,16 +222,20 @@ impl SharedLane {
     }
 
     /// Takes a completion, or has the task woken when there is one.
-    fn poll_completions(&self, context: &mut Context<'_>) -> Poll<Result<(), VerbsError>> {
-        self.lane.poll_completion(context).map_ok(|completed| self.settle(completed))
+    fn poll_completions(
+        &self,
+        context: &mut Context<'_>,
+        looks: Option<Slot>,
+    ) -> Poll<Result<(), VerbsError>> {
+        self.lane.poll_completion(context).map_ok(|completed| self.settle(completed, looks))
     }
 
     /// Looks for a completion for as long as it is worth while. True: there was one.
-    fn look(&self, posted: Instant) -> Result<bool, VerbsError> {
+    fn look(&self, posted: Instant, looks: Slot) -> Result<bool, VerbsError> {
         let patience = self.patience.as_ref().map_or(Duration::ZERO, Patience::now);
         loop {
             if let Some(completed) = self.lane.poll()? {
-                self.settle(completed);
+                self.settle(completed, Some(looks));
                 return Ok(true);
             }
             if posted.elapsed() >= patience {
@@ -247,7 +257,7 @@ impl SharedLane {
             match duty {
                 Duty::Rest => return Poll::Pending,
                 Duty::End => return Poll::Ready(Ok(())),
-                Duty::Drive => std::task::ready!(self.poll_completions(context))?,
+                Duty::Drive => std::task::ready!(self.poll_completions(context, None))?,
             }
         }
     }
@@ -266,7 +276,7 @@ async fn tend(
     ready: oneshot::Sender<()>,
 ) {
     // So that the device's events come by way of this runtime, whoever waits for them.
-    let registered = poll_fn(|context| Poll::Ready(lane.poll_completions(context))).await;
+    let registered = poll_fn(|context| Poll::Ready(lane.poll_completions(context, None))).await;
     let _ = ready.send(());
     if let Poll::Ready(Err(error)) = registered {
         return end(lane, Some(error)).await;
@@ -338,11 +348,11 @@ impl Future for InFlight {
             }
             if let Some(posted) = self.posted
                 && !std::mem::replace(&mut self.looked, true)
-                && let Ok(true) = lane.look(posted)
+                && let Ok(true) = lane.look(posted, slot)
             {
                 continue;
             }
-            match lane.poll_completions(context) {
+            match lane.poll_completions(context, Some(slot)) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => {
                     // The task gets the same error, and ends the lane: then this is woken.

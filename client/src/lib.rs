@@ -87,7 +87,10 @@ pub use keep::{KeptPin, KeptSession};
 pub use kept_state::{FileChange, Interruption, InterruptionCause};
 pub use ledger::WriteFate;
 pub use options::{ConnectOptions, DrainPolicy, RdmaDevice};
-pub use pin::{CommitReport, DurableReport, FlushReport, Pin, PinRequest, ReadReport, WriteReport};
+pub use pin::{
+    CommitReport, DurableReport, FlushReport, Pin, PinRequest, Pipeline, ReadReport, Transferred,
+    WriteReport,
+};
 pub use pinfold_proto::Reason;
 pub use pinfold_verbs::checkup;
 pub use pinfold_verbs::{CompletionStatus, Error as VerbsError, RemoteKey, RemoteSlice};

@@ -1,9 +1,11 @@
 //! A pin: the right to reach a range of a file.
 
+mod at_once;
 mod atomics;
 mod digest;
 mod durable;
 mod flush;
+mod pipeline;
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,6 +31,7 @@ use crate::{
 
 pub use durable::DurableReport;
 pub use flush::FlushReport;
+pub use pipeline::{Pipeline, Transferred};
 
 /// How long a refusal waits for the notice that explains it: the two come on different streams, a
 /// moment apart.
@@ -331,6 +334,13 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, WriteReport), TransferError> {
+        let buffer = match self.at_once(Direction::Write, offset, len, buffer) {
+            Ok(begun) => {
+                let report = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
+                return begun.end().await.map(|buffer| (buffer, report));
+            }
+            Err(buffer) => buffer,
+        };
         let parts = [Part { offset, bytes: 0..len }];
         self.write_planned(&parts, |ways| self.reach().write(ways, offset, len), buffer).await
     }
@@ -382,6 +392,13 @@ impl Pin {
         len: usize,
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
+        let buffer = match self.at_once(Direction::Read, offset, len, buffer) {
+            Ok(begun) => {
+                let report = ReadReport { rdma_bytes: len as u64, stream_bytes: 0 };
+                return begun.end().await.map(|buffer| (buffer, report));
+            }
+            Err(buffer) => buffer,
+        };
         let parts = [Part { offset, bytes: 0..len }];
         self.read_planned(&parts, |ways| self.reach().read(ways, offset, len), buffer).await
     }
@@ -533,7 +550,7 @@ impl Pin {
         if let Err(error) = self.settle(&range, plan).await {
             return Err(TransferError::new(error, buffer));
         }
-        let transfer = Transfer::new(&self.cell, direction, range);
+        let mut transfer = Transfer::new(&self.cell, direction, range);
         let fabric = self.fabric.as_ref().filter(|_| !plan.requests.is_empty());
         let ran = match fabric {
             Some(fabric) if plan.pieces.is_empty() => {
@@ -657,13 +674,7 @@ impl Pin {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
         };
-        let doing = || {
-            let (len, offset, file) = (plan.len(), transfer.range.start, &self.file);
-            match transfer.direction {
-                Direction::Write => format!("write {len} bytes at byte {offset} of {file}"),
-                Direction::Read => format!("read {len} bytes at byte {offset} of {file}"),
-            }
-        };
+        let doing = || self.doing(transfer);
         for requests in plan.requests.chunks(fabric.depth()) {
             let batch = (transfer.direction == Direction::Write)
                 .then(|| Batch { pin: self, returned: false });
@@ -683,6 +694,16 @@ impl Pin {
             })?;
         }
         Ok(Buffer::registered(registered, fabric.id()))
+    }
+
+    /// For messages.
+    fn doing(&self, transfer: &Transfer<'_>) -> String {
+        let (range, file) = (&transfer.range, &self.file);
+        let what = match transfer.direction {
+            Direction::Write => "write",
+            Direction::Read => "read",
+        };
+        format!("{what} {} bytes at byte {} of {file}", range.end - range.start, range.start)
     }
 
     async fn run(

@@ -18,6 +18,8 @@ use crate::{DrainNotice, Loss, Revocation};
 pub(crate) struct PinState {
     phase: Phase,
     in_flight: usize,
+    /// Somebody waits until nothing is in flight.
+    awaited: bool,
 }
 
 #[derive(Debug)]
@@ -39,22 +41,23 @@ pub(crate) enum Gone {
 /// What the end of an operation means.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Finished {
-    /// Others are in flight.
-    Busy,
-    /// It was the last one.
-    Idle,
+    /// Nobody waits for it.
+    Unnoticed,
+    /// It was the last one, and somebody here waits for it.
+    Awaited,
     /// It was the last one, and the server waits for it.
     Drained,
 }
 
 impl PinState {
     pub(crate) fn new() -> Self {
-        Self { phase: Phase::Live, in_flight: 0 }
+        Self { phase: Phase::Live, in_flight: 0, awaited: false }
     }
 
-    /// Whether nothing is in flight.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.in_flight == 0
+    /// Whether nothing is in flight; else the last operation tells when it ends.
+    pub(crate) fn await_idle(&mut self) -> bool {
+        self.awaited = self.in_flight > 0;
+        !self.awaited
     }
 
     /// Refuses what `begin` would refuse.
@@ -78,10 +81,14 @@ impl PinState {
     pub(crate) fn finish(&mut self) -> Finished {
         debug_assert!(self.in_flight > 0, "finish without begin");
         self.in_flight = self.in_flight.saturating_sub(1);
+        if self.in_flight > 0 {
+            return Finished::Unnoticed;
+        }
+        let awaited = std::mem::take(&mut self.awaited);
         match self.phase {
-            _ if self.in_flight > 0 => Finished::Busy,
             Phase::Draining(_) => Finished::Drained,
-            Phase::Live | Phase::Revoked(_) | Phase::Lost(_) => Finished::Idle,
+            Phase::Live | Phase::Revoked(_) | Phase::Lost(_) if awaited => Finished::Awaited,
+            Phase::Live | Phase::Revoked(_) | Phase::Lost(_) => Finished::Unnoticed,
         }
     }
 
@@ -91,7 +98,7 @@ impl PinState {
             return false;
         }
         self.phase = Phase::Draining(notice);
-        self.is_idle()
+        self.in_flight == 0
     }
 
     /// The keys are dead.
@@ -138,7 +145,7 @@ mod tests {
         pin.begin().unwrap();
         pin.begin().unwrap();
         assert!(!pin.drain(NOTICE));
-        assert_eq!(pin.finish(), Finished::Busy);
+        assert_eq!(pin.finish(), Finished::Unnoticed);
         assert_eq!(pin.finish(), Finished::Drained);
     }
 
@@ -146,8 +153,21 @@ mod tests {
     fn without_a_notice_nobody_waits_for_the_last_operation() {
         let mut pin = PinState::new();
         pin.begin().unwrap();
-        assert_eq!(pin.finish(), Finished::Idle);
+        assert_eq!(pin.finish(), Finished::Unnoticed);
         assert_eq!(pin.begin(), Ok(()));
+    }
+
+    #[test]
+    fn who_waits_for_the_last_operation_hears_of_it_once() {
+        let mut pin = PinState::new();
+        assert!(pin.await_idle());
+        pin.begin().unwrap();
+        pin.begin().unwrap();
+        assert!(!pin.await_idle());
+        assert_eq!(pin.finish(), Finished::Unnoticed);
+        assert_eq!(pin.finish(), Finished::Awaited);
+        pin.begin().unwrap();
+        assert_eq!(pin.finish(), Finished::Unnoticed);
     }
 
     #[test]
@@ -162,7 +182,7 @@ mod tests {
         let mut pin = PinState::new();
         pin.begin().unwrap();
         pin.revoke(REVOCATION);
-        assert_eq!(pin.finish(), Finished::Idle);
+        assert_eq!(pin.finish(), Finished::Unnoticed);
         pin.lose(Loss::StreamEnded);
         assert!(!pin.drain(NOTICE));
         assert_eq!(pin.check(), Err(Gone::Revoked(REVOCATION)));
@@ -174,7 +194,7 @@ mod tests {
         pin.begin().unwrap();
         assert!(!pin.drain(NOTICE));
         pin.lose(Loss::StreamEnded);
-        assert_eq!(pin.finish(), Finished::Idle);
+        assert_eq!(pin.finish(), Finished::Unnoticed);
         assert_eq!(pin.begin(), Err(Gone::Lost(Loss::StreamEnded)));
     }
 

@@ -175,6 +175,11 @@ impl PinCell {
         abandoned.push(write);
     }
 
+    /// Whether no write was abandoned of late: then nothing has to be waited for.
+    pub(crate) fn is_settled(&self) -> bool {
+        lock(&self.abandoned).is_empty()
+    }
+
     /// Waits until no abandoned write of these bytes is under way.
     pub(crate) async fn settled(&self, range: &Range<u64>) {
         let under_way: Vec<_> =
@@ -182,6 +187,7 @@ impl PinCell {
         for write in under_way {
             write.end().await;
         }
+        lock(&self.abandoned).retain(|write| !write.has_ended());
     }
 
     /// Refuses what `begin` would refuse.
@@ -215,7 +221,7 @@ impl PinCell {
     pub(crate) async fn idle(&self) {
         loop {
             let told = self.changed.notified();
-            if lock(&self.state).is_idle() {
+            if lock(&self.state).await_idle() {
                 return;
             }
             // Fails when no lane is there to hear it.
@@ -232,7 +238,7 @@ impl Drop for Ticket {
             // Fails only when the session is over, and nobody waits any more.
             let _ = self.cell.drained.send(self.cell.id);
         }
-        if finished != Finished::Busy {
+        if finished != Finished::Unnoticed {
             self.cell.changed.notify_waiters();
         }
     }

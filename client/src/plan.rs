@@ -129,6 +129,15 @@ impl<'a> Reach<'a> {
         self.split(ways, wanted.start..end)
     }
 
+    /// All these bytes as one request, if they can be that.
+    pub(crate) fn one_request(self, offset: u64, len: usize) -> Option<Piece> {
+        let wanted = self.whole(self.pinned(offset, len).ok()?).ok()?;
+        let (found, segment) = self.rdma_from(offset)?;
+        let fits = (1..=REQUEST_BYTES_MAX).contains(&(len as u64));
+        let whole = fits && found.start == offset && wanted.end <= found.end;
+        whole.then(|| request(segment, offset, 0..len))
+    }
+
     /// The eight bytes at a file offset, for an atomic: no quirk matters, but they must be aligned, and
     /// within a key's reach.
     pub(crate) fn atomic(self, offset: u64) -> Result<Piece, Refusal> {
@@ -446,6 +455,30 @@ mod tests {
         let expected = [piece(0..100, 900), piece(100..1100, 1000), piece(1100..1200, 2000)];
         assert_eq!(plan.pieces, expected);
         assert_eq!(plan.requests, []);
+    }
+
+    #[test]
+    fn one_request_is_a_plan_of_nothing_else() {
+        let mut random = Random(11);
+        let mut found = 0;
+        for _ in 0..20_000 {
+            let grant = random.grant();
+            let offset = random.below(grant.reserved_end) & !(random.below(2) * 4095);
+            let len = random.below(9000) as usize;
+            let planned = grant.reach().write(RDMA, offset, len);
+            let alone = grant.reach().one_request(offset, len);
+            match planned {
+                Ok(Plan { requests, .. }) if requests.len() == 1 => {
+                    assert_eq!(alone.as_ref(), requests.first());
+                    found += 1;
+                }
+                _ => assert_eq!(alone, None),
+            }
+        }
+        assert!(found > 1000, "only {found}");
+        let large = grant(&[(0, 3 << 30, 0x1000)], 3 << 30, 4096);
+        assert!(large.reach().one_request(0, 1 << 30).is_some());
+        assert_eq!(large.reach().one_request(0, (1 << 30) + 1), None);
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl<'a> Transfer<'a> {
     }
 
     /// Every operation has ended.
-    pub(crate) fn end(mut self) {
+    pub(crate) fn end(&mut self) {
         self.ended = true;
     }
 }

@@ -1,11 +1,14 @@
 //! Many who transfer at a time, over one queue pair: whoever takes the completions, each gets its own.
 #![forbid(unsafe_code)]
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use pinfold_client::{Error, Part, Pin, PinRequest, Session, Transport, WriteReport, blocking};
+use pinfold_client::{
+    Buffer, Error, Part, Pin, PinRequest, Session, Transferred, Transport, WriteReport, blocking,
+};
 use pinfold_lab::{
     EXPORT, Pattern, Truncation, eventually, next_revocation, on_each_file_system,
     read_by_another_process,
@@ -18,6 +21,12 @@ const ROUNDS: u64 = 120;
 
 async fn pin(session: &Session, name: &str) -> Pin {
     session.pin(PinRequest::read_write(EXPORT, name)).await.unwrap()
+}
+
+fn check_read(done: Transferred, expected: &[u8]) -> Buffer {
+    let expected = &expected[done.offset as usize..][..done.bytes];
+    assert_eq!(&done.buffer.as_slice()[..done.bytes], expected, "at {}", done.offset);
+    done.buffer
 }
 
 fn by_rdma(bytes: usize) -> WriteReport {
@@ -70,6 +79,104 @@ on_each_file_system! {
         let session = lab.session_with(polls).await;
         lab.make_file("polling", TASKS * PAGE as u64);
         write_together(&session, "polling").await;
+    }
+
+    /// Also what a quirk sends another way, to bytes that are under way, and beside a task of another kind.
+    async fn one_task_has_several_under_way_and_in_order(lab in Lab) {
+        const WINDOW: usize = 6;
+        let session = lab.session().await;
+        lab.make_file("file", 64 * PAGE as u64);
+        let pin = Arc::new(session.pin(PinRequest::read_write(EXPORT, "file").track_writes()).await.unwrap());
+        let beside = tokio::spawn({
+            let (pin, session) = (pin.clone(), session.buffer(PAGE).await.unwrap());
+            async move {
+                let mut buffer = session;
+                for _ in 0..ROUNDS {
+                    buffer = pin.write(63 * PAGE as u64, buffer, PAGE).await.unwrap().0;
+                }
+            }
+        });
+        let pool = session.buffer_pool(WINDOW, PAGE).await.unwrap();
+        let mut pipeline = pin.pipeline(NonZeroUsize::new(WINDOW).unwrap());
+        let (mut begun, mut ended) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            let mut buffer = match pipeline.next_if_full().await {
+                Some(done) => {
+                    let done = done.unwrap();
+                    ended.push((done.offset, done.bytes));
+                    done.buffer
+                }
+                None => pool.take().await.unwrap(),
+            };
+            let page = round % 20 * PAGE as u64;
+            // The same page twice: the second time a part of it, which goes by the stream path.
+            let (offset, len) = if round % 5 == 4 { (page - PAGE as u64 + 100, 50) } else { (page, PAGE) };
+            buffer.as_mut_slice()[..len].fill(round as u8);
+            pipeline.write(offset, buffer, len).await;
+            assert!(pipeline.len() <= WINDOW && !pipeline.is_empty());
+            begun.push((offset, len));
+        }
+        while let Some(done) = pipeline.next().await {
+            let done = done.unwrap();
+            ended.push((done.offset, done.bytes));
+        }
+        assert_eq!(begun, ended);
+        assert!(pipeline.is_empty());
+        beside.await.unwrap();
+        assert_eq!(pin.write_fate().unwrap().unknown, []);
+        pin.commit().await.unwrap();
+        assert!(pin.write_fate().unwrap().is_all_committed());
+
+        // What is read is what was written last; the last read ends with the file.
+        let mut expected = vec![0; 20 * PAGE];
+        for (round, (offset, len)) in begun.iter().enumerate() {
+            expected[*offset as usize..][..*len].fill(round as u8);
+        }
+        for page in 0..20 {
+            let buffer = match pipeline.next_if_full().await {
+                Some(done) => check_read(done.unwrap(), &expected),
+                None => pool.take().await.unwrap(),
+            };
+            pipeline.read(page * PAGE as u64, PAGE, buffer).await;
+        }
+        while let Some(done) = pipeline.next().await {
+            check_read(done.unwrap(), &expected);
+        }
+
+        // Nobody waits for these; the buffers come home all the same.
+        for page in 0..WINDOW as u64 {
+            pipeline.write(page * PAGE as u64, pool.take().await.unwrap(), PAGE).await;
+        }
+        drop(pipeline);
+        for _ in 0..WINDOW {
+            std::mem::forget(pool.take().await.unwrap());
+        }
+        pin.commit().await.unwrap();
+    }
+
+    async fn each_result_of_a_pipeline_says_what_became_of_it(lab in Lab) {
+        let session = lab.session().await;
+        let mut events = session.events();
+        lab.make_file("file", 8 * PAGE as u64);
+        let pin = pin(&session, "file").await;
+        let mut pipeline = pin.pipeline(NonZeroUsize::new(4).unwrap());
+        let page = PAGE as u64;
+        for offset in [0, 8 * page, page] {
+            pipeline.write(offset, session.buffer(PAGE).await.unwrap(), PAGE).await;
+        }
+        assert_eq!(pipeline.next().await.unwrap().unwrap().offset, 0);
+        let refused = pipeline.next().await.unwrap().unwrap_err();
+        assert!(matches!(refused.error, Error::OutsidePin { .. }), "{refused}");
+        assert_eq!(refused.buffer.unwrap().len(), PAGE);
+        assert_eq!(pipeline.next().await.unwrap().unwrap().offset, page);
+
+        let truncation = Truncation::start(lab.path("file"), 0);
+        next_revocation(&mut events).await;
+        truncation.done().await;
+        pipeline.write(0, session.buffer(PAGE).await.unwrap(), PAGE).await;
+        let late = pipeline.next().await.unwrap().unwrap_err();
+        assert!(matches!(late.error, Error::Revoked { .. }), "{late}");
+        assert!(late.buffer.is_some() && pipeline.next().await.is_none());
     }
 
     /// A future that was posted and that nobody polls any more: its program is busy with something else,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -185,31 +186,35 @@ impl CompletionQueue {
     ///
     /// [`Error::PollCompletionQueue`]: the queue is of no use any more.
     pub fn poll(&self, out: &mut [WorkCompletion]) -> Result<usize, Error> {
-        let mut raw: [ffi::ibv_wc; BATCH] = std::array::from_fn(|_| sys::zeroed());
-        let room = i32::try_from(out.len().min(BATCH)).unwrap_or(0);
-        // SAFETY: the queue is live, and `raw` has room for `room` entries.
-        let taken = unsafe { ffi::ibv_poll_cq(self.0.queue.as_ptr(), room, raw.as_mut_ptr()) };
-        let taken = usize::try_from(taken).map_err(|_| Error::PollCompletionQueue {
-            device: self.device().device_name(),
-            source: io::Error::last_os_error(),
-        })?;
-        for (out, raw) in out.iter_mut().zip(&raw[..taken]) {
-            *out = WorkCompletion::from_raw(raw);
-        }
-        Ok(taken)
+        let room = out.len();
+        let mut free = out.iter_mut();
+        self.take(room, |completion| {
+            if let Some(place) = free.next() {
+                *place = completion;
+            }
+        })
     }
 
     /// Takes all completions that are there.
     pub(crate) fn drain(&self, mut each: impl FnMut(WorkCompletion)) -> Result<(), Error> {
-        let empty = WorkCompletion { id: 0, status: CompletionStatus::Success, vendor_error: 0 };
-        let mut batch = [empty; BATCH];
-        loop {
-            let taken = self.poll(&mut batch)?;
-            batch[..taken].iter().copied().for_each(&mut each);
-            if taken < BATCH {
-                return Ok(());
-            }
-        }
+        while self.take(BATCH, &mut each)? == BATCH {}
+        Ok(())
+    }
+
+    /// Takes up to `room` completions, at most [`BATCH`], and returns how many.
+    fn take(&self, room: usize, each: impl FnMut(WorkCompletion)) -> Result<usize, Error> {
+        let mut raw = [const { MaybeUninit::<ffi::ibv_wc>::uninit() }; BATCH];
+        let (first, room) = (raw.as_mut_ptr().cast(), room.min(BATCH));
+        // SAFETY: the queue is live, and `raw` has room for `room` entries, which is no more than 16.
+        let taken = unsafe { ffi::ibv_poll_cq(self.0.queue.as_ptr(), room as i32, first) };
+        let taken = usize::try_from(taken).map_err(|_| Error::PollCompletionQueue {
+            device: self.device().device_name(),
+            source: io::Error::last_os_error(),
+        })?;
+        // SAFETY: the device has filled in so many, no more than there is room for.
+        let taken = unsafe { std::slice::from_raw_parts(first.cast_const(), taken.min(room)) };
+        taken.iter().map(WorkCompletion::from_raw).for_each(each);
+        Ok(taken.len())
     }
 
     /// Asks for an event at the next completion (`ibv_req_notify_cq(3)`), and says whether that was

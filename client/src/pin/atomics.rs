@@ -70,7 +70,7 @@ impl Pin {
         let part = Part { offset, bytes: 0..ATOMIC_BYTES };
         let entry = self.enter(std::slice::from_ref(&part));
         self.cell.settled(&part.stretch()).await;
-        let transfer = Transfer::new(&self.cell, Direction::Write, part.stretch());
+        let mut transfer = Transfer::new(&self.cell, Direction::Write, part.stretch());
         let batch = Batch { pin: self, returned: false };
         let operation = Operation {
             asked: Asked::Atomic(atomic),

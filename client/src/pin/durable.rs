@@ -139,7 +139,7 @@ impl Pin {
         let entry = self.enter(std::slice::from_ref(part));
         self.cell.settled(&range).await;
         let before = self.returned();
-        let transfer = Transfer::new(&self.cell, Direction::Write, range);
+        let mut transfer = Transfer::new(&self.cell, Direction::Write, range);
         let batch = Batch { pin: self, returned: false };
         let operation = Operation {
             asked: Asked::WriteThen(chain.then, chain.writes),

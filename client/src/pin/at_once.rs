@@ -1,0 +1,109 @@
+//! A transfer that is one request and can be posted now, which most are: no plan, no wait
+//! but that for its completion. What is here is what a small transfer costs the client.
+
+use std::slice;
+use std::sync::Arc;
+
+use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
+
+use super::{Batch, Entry, Pin, failed};
+use crate::fabric::{self, Fabric, NotBegun, Operation};
+use crate::lane::{Asked, Direction, InFlight, Lost};
+use crate::plan::Part;
+use crate::transfer::Transfer;
+use crate::{Access, Buffer, TransferError};
+
+/// One that is under way. Dropping it abandons it: then the fields are told in this order, as who comes
+/// later asks for the transfer before the batch.
+pub(super) struct AtOnce<'a> {
+    in_flight: InFlight,
+    /// Absent: a read, or it has ended.
+    batch: Option<Batch<'a>>,
+    transfer: Transfer<'a>,
+    entry: Option<Entry<'a>>,
+    ended: Option<Result<(RegisteredBuffer, CompletionStatus), Lost>>,
+    fabric: &'a Arc<Fabric>,
+    pin: &'a Pin,
+}
+
+impl Pin {
+    /// Begins a transfer of all these bytes; or gives the buffer back, where something is to be found out or
+    /// waited for first.
+    pub(super) fn at_once(
+        &self,
+        direction: Direction,
+        offset: u64,
+        len: usize,
+        buffer: Buffer,
+    ) -> Result<AtOnce<'_>, Buffer> {
+        let allowed = direction == Direction::Read || self.grant.access == Access::ReadWrite;
+        let piece =
+            self.reach().one_request(offset, len).filter(|_| allowed && len <= buffer.len());
+        let (Some(fabric), Some(piece), true) = (&self.fabric, piece, self.cell.is_settled())
+        else {
+            return Err(buffer);
+        };
+        let buffer = buffer.into_registered(fabric.id())?;
+        let mut transfer = Transfer::new(&self.cell, direction, offset..offset + len as u64);
+        let writes = direction == Direction::Write;
+        let part = Part { offset, bytes: 0..len };
+        let entry = writes.then(|| self.enter(slice::from_ref(&part))).flatten();
+        let operation = Operation {
+            asked: Asked::Transfer(direction),
+            pieces: slice::from_ref(&piece),
+            buffer,
+            transfer: Some(&transfer),
+        };
+        match fabric.begin(operation) {
+            Ok(in_flight) => {
+                let batch = writes.then_some(Batch { pin: self, returned: false });
+                Ok(AtOnce { in_flight, batch, transfer, entry, ended: None, fabric, pin: self })
+            }
+            Err(NotBegun::MustWait(buffer) | NotBegun::Failed(_, buffer)) => {
+                transfer.end();
+                Err(Buffer::registered(buffer, fabric.id()))
+            }
+        }
+    }
+}
+
+impl AtOnce<'_> {
+    /// Waits for its end, and tells the result.
+    pub(super) async fn end(mut self) -> Result<Buffer, TransferError> {
+        self.wait().await;
+        self.result()
+    }
+
+    /// Waits for its end. Cancellation-safe.
+    pub(super) async fn wait(&mut self) {
+        if self.ended.is_some() {
+            return;
+        }
+        let ended = (&mut self.in_flight).await;
+        if let Some(batch) = self.batch.take() {
+            batch.returned();
+        }
+        self.transfer.end();
+        if let (Ok((_, status)), Some(entry)) = (&ended, self.entry.take())
+            && status.is_success()
+        {
+            entry.succeed();
+        }
+        self.ended = Some(ended);
+    }
+
+    /// Of one that has ended.
+    pub(super) fn result(self) -> Result<Buffer, TransferError> {
+        let own = |buffer| Buffer::registered(buffer, self.fabric.id());
+        let doing = || self.pin.doing(&self.transfer);
+        match self.ended {
+            Some(Ok((buffer, status))) if status.is_success() => Ok(own(buffer)),
+            Some(Ok((buffer, status))) => {
+                Err(TransferError { error: failed(status, doing()), buffer: Some(own(buffer)) })
+            }
+            Some(Err(Lost)) | None => {
+                Err(TransferError { error: fabric::lost(doing()), buffer: None })
+            }
+        }
+    }
+}
