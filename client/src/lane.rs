@@ -15,6 +15,7 @@ use pinfold_verbs::{
     Atomic, Buffer, Completed, CompletionStatus, Error as VerbsError, Lane, Piece, PostError,
     RemoteSlice,
 };
+use smallvec::SmallVec;
 use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
 
 use crate::book::{Aftermath, Book, Duty, Slot, Turn};
@@ -381,7 +382,7 @@ impl Drop for InFlight {
     }
 }
 
-fn remote_ends(pieces: &[Piece]) -> Vec<RemoteSlice> {
+fn remote_ends(pieces: &[Piece]) -> SmallVec<[RemoteSlice; 2]> {
     pieces.iter().map(|piece| piece.remote).collect()
 }
 

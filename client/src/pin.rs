@@ -29,6 +29,7 @@ use crate::{
     Access, Buffer, Error, FileIdentity, Grant, Life, Reason, TransferError, Transport, WriteFate,
 };
 
+use at_once::Wanted;
 pub use durable::DurableReport;
 pub use flush::FlushReport;
 pub use pipeline::{Pipeline, Transferred};
@@ -334,7 +335,7 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, WriteReport), TransferError> {
-        let buffer = match self.at_once(Direction::Write, offset, len, buffer) {
+        let buffer = match self.at_once(Wanted::Write, offset, len, buffer) {
             Ok(begun) => {
                 let report = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
                 return begun.end().await.map(|buffer| (buffer, report));
@@ -392,7 +393,7 @@ impl Pin {
         len: usize,
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
-        let buffer = match self.at_once(Direction::Read, offset, len, buffer) {
+        let buffer = match self.at_once(Wanted::Read, offset, len, buffer) {
             Ok(begun) => {
                 let report = ReadReport { rdma_bytes: len as u64, stream_bytes: 0 };
                 return begun.end().await.map(|buffer| (buffer, report));

@@ -9,6 +9,8 @@ use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use smallvec::SmallVec;
+
 use crate::buffer::Buffer;
 use crate::completion::{CompletionQueue, CompletionStatus, WorkCompletion};
 use crate::error::Error;
@@ -597,7 +599,8 @@ impl<T: Send> Lane<T> {
             let list = ours.list(local.start, remote);
             Chained::Write { list, remote: *remote }
         });
-        let chain: Vec<_> = writes.chain(behind).collect();
+        // Most chains are a write and one thing behind it: then nothing is allocated.
+        let chain: SmallVec<[_; 2]> = writes.chain(behind).collect();
         // SAFETY: the buffer is registered, as long as the pieces say, and in the table: it leaves only when
         // the last of the requests has completed, and with it all, or after the queue pair is destroyed
         // (`Drop`).

@@ -1,17 +1,35 @@
-//! A transfer that is one request and can be posted now, which most are: no plan, no wait
-//! but that for its completion. What is here is what a small transfer costs the client.
+//! A transfer that is one request, or one with what proves it behind it, and can be posted now, which most are:
+//! no plan, no wait but that for its completion. What is here is what a small transfer costs the client.
 
 use std::slice;
 use std::sync::Arc;
 
-use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
+use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus, Piece};
+use smallvec::{SmallVec, smallvec};
 
 use super::{Batch, Entry, Pin, failed};
 use crate::fabric::{self, Fabric, NotBegun, Operation};
-use crate::lane::{Asked, Direction, InFlight, Lost};
+use crate::lane::{Asked, Direction, InFlight, Lost, Then};
 use crate::plan::Part;
 use crate::transfer::Transfer;
 use crate::{Access, Buffer, TransferError};
+
+/// What is to be done with bytes of the file.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Wanted {
+    Read,
+    Write,
+    WriteThen(Then),
+}
+
+impl From<Direction> for Wanted {
+    fn from(direction: Direction) -> Self {
+        match direction {
+            Direction::Read => Self::Read,
+            Direction::Write => Self::Write,
+        }
+    }
+}
 
 /// One that is under way. Dropping it abandons it: then the fields are told in this order, as who comes
 /// later asks for the transfer before the batch.
@@ -31,29 +49,26 @@ impl Pin {
     /// waited for first.
     pub(super) fn at_once(
         &self,
-        direction: Direction,
+        wanted: Wanted,
         offset: u64,
         len: usize,
         buffer: Buffer,
     ) -> Result<AtOnce<'_>, Buffer> {
-        let allowed = direction == Direction::Read || self.grant.access == Access::ReadWrite;
+        let writes = wanted != Wanted::Read;
+        let allowed = !writes || self.grant.access == Access::ReadWrite;
         let piece =
             self.reach().one_request(offset, len).filter(|_| allowed && len <= buffer.len());
         let (Some(fabric), Some(piece), true) = (&self.fabric, piece, self.cell.is_settled())
         else {
             return Err(buffer);
         };
+        let Some((asked, pieces)) = self.requests(wanted, piece) else { return Err(buffer) };
         let buffer = buffer.into_registered(fabric.id())?;
+        let direction = if writes { Direction::Write } else { Direction::Read };
         let mut transfer = Transfer::new(&self.cell, direction, offset..offset + len as u64);
-        let writes = direction == Direction::Write;
         let part = Part { offset, bytes: 0..len };
         let entry = writes.then(|| self.enter(slice::from_ref(&part))).flatten();
-        let operation = Operation {
-            asked: Asked::Transfer(direction),
-            pieces: slice::from_ref(&piece),
-            buffer,
-            transfer: Some(&transfer),
-        };
+        let operation = Operation { asked, pieces: &pieces, buffer, transfer: Some(&transfer) };
         match fabric.begin(operation) {
             Ok(in_flight) => {
                 let batch = writes.then_some(Batch { pin: self, returned: false });
@@ -64,6 +79,19 @@ impl Pin {
                 Err(Buffer::registered(buffer, fabric.id()))
             }
         }
+    }
+
+    /// `None`: nothing can prove the write.
+    fn requests(&self, wanted: Wanted, piece: Piece) -> Option<(Asked, SmallVec<[Piece; 2]>)> {
+        let (then, behind) = match wanted {
+            Wanted::Read => return Some((Asked::Transfer(Direction::Read), smallvec![piece])),
+            Wanted::Write => return Some((Asked::Transfer(Direction::Write), smallvec![piece])),
+            Wanted::WriteThen(then @ Then::Probe) => (then, self.reach().probe()?),
+            Wanted::WriteThen(then @ Then::Flush) => {
+                (then, Piece { local: 0..0, remote: piece.remote })
+            }
+        };
+        Some((Asked::WriteThen(then, 1), smallvec![piece, behind]))
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use pinfold_verbs::Piece;
 
+use super::at_once::Wanted;
 use super::{Batch, CommitReport, Pin, WriteReport};
 use crate::fabric::{Fabric, Operation};
 use crate::lane::{Asked, Direction, Then};
@@ -53,6 +54,15 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, WriteReport), TransferError> {
+        let before = self.returned();
+        let buffer = match self.at_once(Wanted::WriteThen(Then::Probe), offset, len, buffer) {
+            Ok(begun) => {
+                let buffer = begun.end().await?;
+                self.count_proof(before);
+                return Ok((buffer, by_rdma(len)));
+            }
+            Err(buffer) => buffer,
+        };
         let part = Part { offset, bytes: 0..len };
         let plan = match self.plan_of(&part, &buffer) {
             Ok(plan) => plan,
@@ -84,18 +94,37 @@ impl Pin {
         buffer: Buffer,
         len: usize,
     ) -> Result<(Buffer, DurableReport), TransferError> {
+        let then = if self.may_flush() { Then::Flush } else { Then::Probe };
         let part = Part { offset, bytes: 0..len };
+        let before = self.returned();
+        let buffer = match self.at_once(Wanted::WriteThen(then), offset, len, buffer) {
+            Ok(begun) => {
+                let buffer = begun.end().await?;
+                let alone = self.count_proof(before);
+                return self.now_durable(then, &part, alone, (buffer, by_rdma(len))).await;
+            }
+            Err(buffer) => buffer,
+        };
         let plan = match self.plan_of(&part, &buffer) {
             Ok(plan) => plan,
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
-        let then = if self.may_flush() { Then::Flush } else { Then::Probe };
         let Some((fabric, chain)) = self.chain(plan, then, part.stretch()) else {
             return self.write_and_then(&part, buffer).await;
         };
         let (buffer, write, alone) = self.run_chain(fabric, &chain, &part, buffer).await?;
+        self.now_durable(then, &part, alone, (buffer, write)).await
+    }
+
+    async fn now_durable(
+        &self,
+        then: Then,
+        part: &Part,
+        alone: bool,
+        (buffer, write): (Buffer, WriteReport),
+    ) -> Result<(Buffer, DurableReport), TransferError> {
         let enough = alone || self.ledger.is_none();
-        match self.after_chain(chain.then, part.stretch(), enough).await {
+        match self.after_chain(then, part.stretch(), enough).await {
             Ok(commit) => Ok((buffer, DurableReport { write, commit })),
             Err(error) => Err(TransferError::new(error, buffer)),
         }
@@ -159,13 +188,18 @@ impl Pin {
         if let Some(entry) = entry {
             entry.succeed();
         }
+        Ok((buffer, by_rdma(len), self.count_proof(before)))
+    }
+
+    /// Counts what is behind a write that has just returned, if no other write has returned since `before`:
+    /// then it stands behind all.
+    fn count_proof(&self, before: Returned) -> bool {
         let after = Returned { batches: before.batches + 1, ..before };
         let alone = self.returned() == after;
         if alone {
             self.proven.fetch_max(after.batches, Ordering::Release);
         }
-        let write = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
-        Ok((buffer, write, alone))
+        alone
     }
 
     /// What is left to do when a chain has ended well. `enough`: it stands for all that counts.
@@ -219,4 +253,8 @@ impl Pin {
             streamed: self.streamed.load(Ordering::Acquire),
         }
     }
+}
+
+fn by_rdma(len: usize) -> WriteReport {
+    WriteReport { rdma_bytes: len as u64, stream_bytes: 0 }
 }

@@ -130,7 +130,7 @@ impl<'a> Pipeline<'a> {
             self.end_oldest().await;
         }
         let pin = self.pin;
-        match pin.at_once(direction, offset, len, buffer) {
+        match pin.at_once(direction.into(), offset, len, buffer) {
             Ok(transfer) => {
                 self.under_way += 1;
                 self.begun.push_back(Begun::UnderWay { transfer, offset, len });
