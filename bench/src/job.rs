@@ -15,11 +15,12 @@ pub(crate) const FILE_BYTES: usize = 16 << 20;
 pub(crate) const DEPTH: usize = 16;
 
 /// What a round of a bandwidth carries, or more. Rounds are short: what disturbs the machine disturbs
-/// few of them, and of those the median knows nothing.
-const ROUND_BYTES: usize = 1 << 20;
+/// few of them, and of those the median knows nothing. But they are long beside the half millisecond in
+/// which a process that had not run for a while finds its memory again.
+const ROUND_BYTES: usize = 4 << 20;
 
 /// Transfers in a round, one after the other.
-const ROUND_TRANSFERS: u64 = 50;
+const ROUND_TRANSFERS: u64 = 300;
 
 pub(crate) const PAGE: usize = 4096;
 
@@ -57,6 +58,9 @@ pub(crate) struct Job {
 }
 
 impl What {
+    const ALL: [Self; 5] =
+        [Self::Write, Self::Read, Self::WriteAndRead, Self::WriteAndFlush, Self::WriteAndCommit];
+
     pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Write => "write",
@@ -70,12 +74,36 @@ impl What {
 
 impl Job {
     pub(crate) fn bandwidth(what: What, bytes: usize) -> Self {
-        let count = (ROUND_BYTES / bytes).max(DEPTH) as u64;
+        let count = (ROUND_BYTES / bytes).max(2 * DEPTH) as u64;
         Self { what, bytes, depth: DEPTH, count, figure: Figure::Bandwidth }
     }
 
     pub(crate) fn latency(what: What, bytes: usize) -> Self {
         Self { what, bytes, depth: 1, count: ROUND_TRANSFERS, figure: Figure::Latency }
+    }
+
+    /// The same so many times.
+    pub(crate) fn times(self, count: u64) -> Self {
+        Self { count, ..self }
+    }
+
+    /// As a peer is told it.
+    pub(crate) fn line(self) -> String {
+        let Self { what, bytes, depth, count, .. } = self;
+        format!("{} {bytes} {depth} {count} {} {}", what.word(), self.stride(), self.places())
+    }
+
+    /// What was told so.
+    pub(crate) fn from_line(line: &str) -> Option<Self> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [what, bytes, depth, count, ..] = words[..] else { return None };
+        Some(Self {
+            what: What::ALL.into_iter().find(|known| known.word() == what)?,
+            bytes: bytes.parse().ok()?,
+            depth: depth.parse().ok()?,
+            count: count.parse().ok()?,
+            figure: Figure::Latency,
+        })
     }
 
     /// The same, but what is done.
@@ -183,6 +211,17 @@ mod tests {
             (single.figure(took), single.unit(), single.goal()),
             (250.0, "us", Goal::AtMost(1.05))
         );
+    }
+
+    #[test]
+    fn a_line_tells_what_is_to_be_done() {
+        for what in What::ALL {
+            let job = Job::bandwidth(what, 4 * KIB);
+            let told = Job::from_line(&format!("{} sleep", job.line())).unwrap();
+            let facts = |job: Job| (job.what, job.bytes, job.depth, job.count);
+            assert_eq!(facts(told), facts(job));
+        }
+        assert!(Job::from_line("write 8 1").is_none() && Job::from_line("dance 8 1 1").is_none());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod fence;
 mod flush;
 mod guard;
+mod instructions;
 mod job;
 mod librpma;
 mod one_sided;
@@ -53,6 +54,9 @@ struct Cli {
     /// How often each is measured, in turns
     #[arg(long)]
     rounds: Option<NonZeroUsize>,
+    /// Transfers as it is told, from a server that runs already
+    #[arg(long, hide = true, value_name = "URL")]
+    obey: Option<String>,
     /// What is measured, for the report's head
     #[arg(long, value_name = "COMMIT", default_value = "unknown")]
     commit: String,
@@ -62,6 +66,8 @@ struct Cli {
 enum Name {
     /// Bandwidth and latency of one-sided writes and reads, beside C on libibverbs
     OneSided,
+    /// What a write costs in instructions, beside C (counted by valgrind's callgrind)
+    Instructions,
     /// Writes that are known to have arrived, beside librpma
     Librpma,
     /// Writes made durable by RDMA FLUSH, beside C and a commit (rdma-core 45 or newer, and a device that can)
@@ -118,6 +124,7 @@ impl Name {
     fn run(self, run: &mut Run<'_>) -> Result<()> {
         match self {
             Self::OneSided => one_sided::run(run),
+            Self::Instructions => instructions::run(run),
             Self::Librpma => librpma::run(run),
             Self::Flush => flush::run(run),
             Self::Stream => stream::run(run),
@@ -131,7 +138,10 @@ impl Name {
 }
 
 fn main() -> Result<()> {
-    let Cli { places, names, quick, rounds, commit } = Cli::parse();
+    let Cli { places, names, quick, rounds, obey, commit } = Cli::parse();
+    if let Some(url) = obey {
+        return instructions::obey(&places, &url);
+    }
     let device = Device::open(&places.device)?;
     let head = Head::new(&device, commit, quick);
     drop(device);

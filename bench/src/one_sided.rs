@@ -1,6 +1,7 @@
 //! One-sided writes and reads through the client library, beside the same in C.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use crate::Run;
 use crate::job::{DEPTH, FILE_BYTES, Job, KIB, PAGE, What, compare};
 use crate::peer::Peer;
 use crate::perftest::{self, Program};
-use crate::place::{Storage, several_threads, text};
+use crate::place::{self, Storage, several_threads, text};
 use crate::report::Goal;
 use crate::turns::alternate;
 
@@ -153,15 +154,20 @@ fn latency_sizes(run: &Run<'_>) -> &'static [usize] {
     run.pick(&[8, 4 * KIB, 16 * KIB, 64 * KIB], &[8, 64 * KIB])
 }
 
-fn one_thread() -> Result<Runtime> {
+pub(crate) fn one_thread() -> Result<Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 impl Ours {
     pub(crate) fn start(storage: &Storage, runtime: Runtime, name: &str) -> Result<Self> {
+        Self::connect(storage.url(), &storage.places.device, runtime, name)
+    }
+
+    /// Of a server that somebody else has started.
+    pub(crate) fn connect(url: &str, device: &str, runtime: Runtime, name: &str) -> Result<Self> {
         let (session, pin, buffers) = runtime.block_on(async {
-            let session = storage.connect().await?;
-            let pin = storage.pin(&session, name, FILE_BYTES as u64, Transport::Rdma).await?;
+            let session = place::connect(url, device).await?;
+            let pin = place::pin(&session, name, FILE_BYTES as u64, Transport::Rdma).await?;
             let mut buffers = Vec::new();
             for _ in 0..DEPTH {
                 buffers.push(session.buffer(1024 * KIB).await?);
@@ -303,9 +309,19 @@ impl Theirs {
     }
 
     fn start_as(storage: &Storage, file: &str, also: &[&str]) -> Result<Self> {
+        Self::start_by(storage, file, also, Peer::start)
+    }
+
+    /// Whose initiator is started in a way of its own.
+    pub(crate) fn start_by(
+        storage: &Storage,
+        file: &str,
+        also: &[&str],
+        start: impl FnOnce(&Path, &[&str]) -> Result<Peer>,
+    ) -> Result<Self> {
         let (mut target, endpoint, memory) = start_target(storage, file, also)?;
         let arguments = [&["initiator", storage.places.device.as_str()], also].concat();
-        let mut initiator = Peer::start(&storage.peer("one_sided"), &arguments)?;
+        let mut initiator = start(&storage.peer("one_sided"), &arguments)?;
         let own = initiator.hear("endpoint")?;
         target.say(&format!("connect {own}"))?;
         target.hear("ready")?;
@@ -315,14 +331,16 @@ impl Theirs {
     }
 
     pub(crate) fn time(&mut self, job: Job, how: How) -> Result<Duration> {
-        let Job { what, bytes, depth, count, .. } = job;
-        let (stride, places) = (job.stride(), job.places());
         let how = match how {
             How::Asleep => "sleep",
             How::Polls => "poll",
         };
-        let line = format!("{} {bytes} {depth} {count} {stride} {places} {how}", what.word());
-        self.initiator.time(&line)
+        self.initiator.time(&format!("{} {how}", job.line()))
+    }
+
+    /// Has the initiator end by itself.
+    pub(crate) fn end(self) -> Result<()> {
+        self.initiator.end()
     }
 }
 

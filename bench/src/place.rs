@@ -66,10 +66,14 @@ impl Storage {
         Ok(Self { places: places.clone(), url, daemon, log, folder })
     }
 
+    /// Where it listens.
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
     /// A new session with it.
     pub(crate) async fn connect(&self) -> Result<Session> {
-        let device = RdmaDevice::Named(self.places.device.clone());
-        Ok(Session::connect(ConnectOptions::new(&self.url).rdma_device(device)).await?)
+        connect(&self.url, &self.places.device).await
     }
 
     /// A pin on a new file of that size.
@@ -80,9 +84,7 @@ impl Storage {
         bytes: u64,
         transport: Transport,
     ) -> Result<Arc<Pin>> {
-        session.create(EXPORT, name, bytes, IfExists::Resize).await?;
-        let request = PinRequest::read_write(EXPORT, name).transport(transport);
-        Ok(Arc::new(session.pin(request).await?))
+        pin(session, name, bytes, transport).await
     }
 
     /// Of a file in the export.
@@ -115,6 +117,24 @@ impl Storage {
     pub(crate) fn peer(&self, name: &str) -> PathBuf {
         self.places.peers.join(name)
     }
+}
+
+/// A new session with a server.
+pub(crate) async fn connect(url: &str, device: &str) -> Result<Session> {
+    let device = RdmaDevice::Named(device.to_owned());
+    Ok(Session::connect(ConnectOptions::new(url).rdma_device(device)).await?)
+}
+
+/// A pin on a new file of that size.
+pub(crate) async fn pin(
+    session: &Session,
+    name: &str,
+    bytes: u64,
+    transport: Transport,
+) -> Result<Arc<Pin>> {
+    session.create(EXPORT, name, bytes, IfExists::Resize).await?;
+    let request = PinRequest::read_write(EXPORT, name).transport(transport);
+    Ok(Arc::new(session.pin(request).await?))
 }
 
 /// A path as an argument of a peer.

@@ -336,9 +336,10 @@ impl Pin {
         len: usize,
     ) -> Result<(Buffer, WriteReport), TransferError> {
         let buffer = match self.at_once(Wanted::Write, offset, len, buffer) {
-            Ok(begun) => {
+            Ok(mut begun) => {
+                begun.wait().await;
                 let report = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
-                return begun.end().await.map(|buffer| (buffer, report));
+                return begun.result().map(|buffer| (buffer, report));
             }
             Err(buffer) => buffer,
         };
@@ -394,9 +395,10 @@ impl Pin {
         buffer: Buffer,
     ) -> Result<(Buffer, ReadReport), TransferError> {
         let buffer = match self.at_once(Wanted::Read, offset, len, buffer) {
-            Ok(begun) => {
+            Ok(mut begun) => {
+                begun.wait().await;
                 let report = ReadReport { rdma_bytes: len as u64, stream_bytes: 0 };
-                return begun.end().await.map(|buffer| (buffer, report));
+                return begun.result().map(|buffer| (buffer, report));
             }
             Err(buffer) => buffer,
         };

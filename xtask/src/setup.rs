@@ -68,7 +68,7 @@ const LAB: [Need; 16] = [
 ];
 
 /// What bench/peers is compiled against, and what else stands beside us.
-const BENCH: [Need; 4] = [
+const BENCH: [Need; 5] = [
     need("gcc", "the bench's peers", Sign::Program("cc")),
     need(
         "libibverbs-dev",
@@ -77,6 +77,7 @@ const BENCH: [Need; 4] = [
     ),
     need("librpma-dev", "a peer of the bench", Sign::File(&["/usr/include"], "librpma.h")),
     need("perftest", "ib_write_bw and its like", Sign::Program("ib_write_bw")),
+    need("valgrind", "counts instructions", Sign::Program("valgrind")),
 ];
 
 const fn need(package: &'static str, purpose: &'static str, sign: Sign) -> Need {

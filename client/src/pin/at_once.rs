@@ -96,12 +96,6 @@ impl Pin {
 }
 
 impl AtOnce<'_> {
-    /// Waits for its end, and tells the result.
-    pub(super) async fn end(mut self) -> Result<Buffer, TransferError> {
-        self.wait().await;
-        self.result()
-    }
-
     /// Waits for its end. Cancellation-safe.
     pub(super) async fn wait(&mut self) {
         if self.ended.is_some() {
@@ -120,11 +114,11 @@ impl AtOnce<'_> {
         self.ended = Some(ended);
     }
 
-    /// Of one that has ended.
-    pub(super) fn result(self) -> Result<Buffer, TransferError> {
+    /// Of one that has ended, once.
+    pub(super) fn result(&mut self) -> Result<Buffer, TransferError> {
         let own = |buffer| Buffer::registered(buffer, self.fabric.id());
         let doing = || self.pin.doing(&self.transfer);
-        match self.ended {
+        match self.ended.take() {
             Some(Ok((buffer, status))) if status.is_success() => Ok(own(buffer)),
             Some(Ok((buffer, status))) => {
                 Err(TransferError { error: failed(status, doing()), buffer: Some(own(buffer)) })

@@ -56,8 +56,9 @@ impl Pin {
     ) -> Result<(Buffer, WriteReport), TransferError> {
         let before = self.returned();
         let buffer = match self.at_once(Wanted::WriteThen(Then::Probe), offset, len, buffer) {
-            Ok(begun) => {
-                let buffer = begun.end().await?;
+            Ok(mut begun) => {
+                begun.wait().await;
+                let buffer = begun.result()?;
                 self.count_proof(before);
                 return Ok((buffer, by_rdma(len)));
             }
@@ -98,8 +99,9 @@ impl Pin {
         let part = Part { offset, bytes: 0..len };
         let before = self.returned();
         let buffer = match self.at_once(Wanted::WriteThen(then), offset, len, buffer) {
-            Ok(begun) => {
-                let buffer = begun.end().await?;
+            Ok(mut begun) => {
+                begun.wait().await;
+                let buffer = begun.result()?;
                 let alone = self.count_proof(before);
                 return self.now_durable(then, &part, alone, (buffer, by_rdma(len))).await;
             }

@@ -158,7 +158,7 @@ impl<'a> Pipeline<'a> {
 impl Begun<'_> {
     fn result(self) -> Ended {
         match self {
-            Self::UnderWay { transfer, offset, len } => {
+            Self::UnderWay { mut transfer, offset, len } => {
                 transfer.result().map(|buffer| Transferred { offset, bytes: len, buffer })
             }
             Self::Ended(ended) => ended,
