@@ -16,6 +16,7 @@ use crate::control::Control;
 use crate::lane::{Asked, InFlight, Lost, NotPosted, SharedLane};
 use crate::patience::Patience;
 use crate::pin_state::Gone;
+use crate::pin_table::PinCell;
 use crate::transfer::Transfer;
 use crate::{Buffer as AnyBuffer, BufferPool, ConnectOptions, Error, RdmaDevice, buffer};
 
@@ -70,8 +71,17 @@ pub(crate) struct Operation<'a> {
     /// At most [`Fabric::depth`] of them.
     pub(crate) pieces: &'a [Piece],
     pub(crate) buffer: Buffer,
-    /// What it is a part of; absent for a raw one.
-    pub(crate) transfer: Option<&'a Transfer<'a>>,
+    pub(crate) of: Of<'a>,
+}
+
+/// What an operation is a part of.
+#[derive(Clone, Copy)]
+pub(crate) enum Of<'a> {
+    /// It goes to no pin.
+    Nothing,
+    Transfer(&'a Transfer<'a>),
+    /// It is a transfer by itself.
+    Pin(&'a Arc<PinCell>),
 }
 
 /// Why an operation was not begun at once.
@@ -251,7 +261,7 @@ impl Fabric {
         control: &Control,
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {
-        let Operation { asked, pieces, mut buffer, transfer } = operation;
+        let Operation { asked, pieces, mut buffer, of } = operation;
         for _ in 0..LANES_PER_OPERATION {
             let lane = match self.lane(control).await {
                 Ok(lane) => lane,
@@ -260,7 +270,7 @@ impl Fabric {
             let Ok(room) = lane.room(pieces.len() as u32).await else {
                 continue;
             };
-            let begun = post(&lane, room, Operation { asked, pieces, buffer, transfer });
+            let begun = post(&lane, room, Operation { asked, pieces, buffer, of });
             drop(lane);
             match begun {
                 Ok(in_flight) => return in_flight.await.map_err(|Lost| (Failure::Lost, None)),
@@ -308,9 +318,14 @@ fn post(
     room: SemaphorePermit<'_>,
     operation: Operation<'_>,
 ) -> Result<InFlight, NotBegun> {
-    let Operation { asked, pieces, buffer, transfer } = operation;
+    let Operation { asked, pieces, buffer, of } = operation;
     // Last, so that whoever waits for room does not hold up a drain.
-    let ticket = match transfer.map(Transfer::begin).transpose() {
+    let begun = match of {
+        Of::Nothing => Ok(None),
+        Of::Transfer(transfer) => transfer.begin().map(Some),
+        Of::Pin(cell) => cell.begin(None).map(Some),
+    };
+    let ticket = match begun {
         Ok(ticket) => ticket,
         Err(gone) => return Err(NotBegun::Failed(Failure::Gone(gone), buffer)),
     };

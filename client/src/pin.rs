@@ -15,7 +15,7 @@ use std::time::Duration;
 use pinfold_proto::v1;
 use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus};
 
-use crate::fabric::{self, Fabric, Failure, Operation};
+use crate::fabric::{self, Fabric, Failure, Of, Operation};
 use crate::file::FileName;
 use crate::lane::{Asked, Direction};
 use crate::ledger::{Commit, Ledger, Write};
@@ -677,7 +677,7 @@ impl Pin {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
         };
-        let doing = || self.doing(transfer);
+        let doing = || self.doing(transfer.direction, &transfer.range);
         for requests in plan.requests.chunks(fabric.depth()) {
             let batch = (transfer.direction == Direction::Write)
                 .then(|| Batch { pin: self, returned: false });
@@ -685,7 +685,7 @@ impl Pin {
                 asked: Asked::Transfer(transfer.direction),
                 pieces: requests,
                 buffer: registered,
-                transfer: Some(transfer),
+                of: Of::Transfer(transfer),
             };
             let ran = self.run(fabric, operation, doing).await;
             if let Some(batch) = batch {
@@ -700,13 +700,13 @@ impl Pin {
     }
 
     /// For messages.
-    fn doing(&self, transfer: &Transfer<'_>) -> String {
-        let (range, file) = (&transfer.range, &self.file);
-        let what = match transfer.direction {
+    fn doing(&self, direction: Direction, range: &Range<u64>) -> String {
+        let (file, len) = (&self.file, range.end - range.start);
+        let what = match direction {
             Direction::Write => "write",
             Direction::Read => "read",
         };
-        format!("{what} {} bytes at byte {} of {file}", range.end - range.start, range.start)
+        format!("{what} {len} bytes at byte {} of {file}", range.start)
     }
 
     async fn run(
@@ -840,7 +840,8 @@ impl Pin {
             let (buffer, pieces) = (fabric.small_buffer().await?, [request]);
             let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
             let asked = Asked::Transfer(Direction::Read);
-            let operation = Operation { asked, pieces: &pieces, buffer, transfer: Some(&transfer) };
+            let operation =
+                Operation { asked, pieces: &pieces, buffer, of: Of::Transfer(&transfer) };
             let ran = self.run(fabric, operation, doing).await;
             fabric.return_small_buffer(ran.map_err(|(error, _)| error)?);
         }

@@ -48,8 +48,8 @@ pub(crate) struct PinCell {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     cell: Arc<PinCell>,
-    /// Of the transfer that it is a part of.
-    _running: Arc<Running>,
+    /// Of the transfer that it is a part of; absent while somebody waits for one that is nothing else.
+    running: Option<Arc<Running>>,
 }
 
 /// A pin request without an answer yet.
@@ -162,10 +162,10 @@ impl Inner {
 }
 
 impl PinCell {
-    /// Counts an operation of a transfer in.
-    pub(crate) fn begin(self: &Arc<Self>, running: Arc<Running>) -> Result<Ticket, Gone> {
+    /// Counts an operation in.
+    pub(crate) fn begin(self: &Arc<Self>, running: Option<Arc<Running>>) -> Result<Ticket, Gone> {
         lock(&self.state).begin()?;
-        Ok(Ticket { cell: self.clone(), _running: running })
+        Ok(Ticket { cell: self.clone(), running })
     }
 
     /// Remembers a write that nobody waits for any more, until it has ended.
@@ -231,6 +231,13 @@ impl PinCell {
     }
 }
 
+impl Ticket {
+    /// Has the end of the operation be that of a transfer, too.
+    pub(crate) fn follow(&mut self, running: Arc<Running>) {
+        self.running = Some(running);
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
         let finished = lock(&self.cell.state).finish();
@@ -271,7 +278,7 @@ mod tests {
     fn only_the_named_pins_drain() {
         let (table, mut drained) = table();
         let (one, two) = (table.expect().admit(1), table.expect().admit(2));
-        let ticket = one.begin(Arc::default()).unwrap();
+        let ticket = one.begin(None).unwrap();
         table.drain(&[1], NOTICE);
         assert_eq!(one.check(), Err(Gone::Draining(NOTICE)));
         assert_eq!(two.check(), Ok(()));
@@ -327,7 +334,7 @@ mod tests {
         let (table, _drained) = table();
         let pin = table.expect().admit(1);
         pin.idle().await;
-        let ticket = pin.begin(Arc::default()).unwrap();
+        let ticket = pin.begin(None).unwrap();
         let waiter = tokio::spawn({
             let pin = pin.clone();
             async move { pin.idle().await }

@@ -18,7 +18,7 @@ use tonic::{Status, Streaming};
 
 use crate::control::Control;
 use crate::event::Events;
-use crate::fabric::{self, Fabric, Fabrics, Failure, LocalDevice, Operation};
+use crate::fabric::{self, Fabric, Fabrics, Failure, LocalDevice, Of, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::lane::{Asked, Direction};
@@ -602,7 +602,7 @@ impl Session {
         };
         let pieces = [Piece { local: 0..remote.len, remote }];
         let asked = Asked::Transfer(direction);
-        let operation = Operation { asked, pieces: &pieces, buffer, transfer: None };
+        let operation = Operation { asked, pieces: &pieces, buffer, of: Of::Nothing };
         match fabric.run(&self.core.control, operation).await {
             Ok((buffer, status)) => Ok((own(buffer), status)),
             Err((Failure::Error(error), buffer)) => {

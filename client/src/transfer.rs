@@ -46,7 +46,7 @@ impl<'a> Transfer<'a> {
 
     /// Counts an operation in.
     pub(crate) fn begin(&self) -> Result<Ticket, Gone> {
-        self.cell.begin(self.running.clone())
+        self.cell.begin(Some(self.running.clone()))
     }
 
     /// Every operation has ended.
@@ -60,12 +60,16 @@ impl Drop for Transfer<'_> {
         if self.ended || self.direction == Direction::Read {
             return;
         }
-        let running = self.running.end.get_or_init(|| watch::Sender::new(())).subscribe();
-        self.cell.abandon(Abandoned { range: self.range.clone(), running });
+        self.cell.abandon(Abandoned::new(&self.running, self.range.clone()));
     }
 }
 
 impl Abandoned {
+    pub(crate) fn new(running: &Running, range: Range<u64>) -> Self {
+        let running = running.end.get_or_init(|| watch::Sender::new(())).subscribe();
+        Self { range, running }
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
         self.running.has_changed().is_err()
     }

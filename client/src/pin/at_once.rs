@@ -1,6 +1,7 @@
 //! A transfer that is one request, or one with what proves it behind it, and can be posted now, which most are:
 //! no plan, no wait but that for its completion. What is here is what a small transfer costs the client.
 
+use std::ops::Range;
 use std::slice;
 use std::sync::Arc;
 
@@ -8,10 +9,10 @@ use pinfold_verbs::{Buffer as RegisteredBuffer, CompletionStatus, Piece};
 use smallvec::{SmallVec, smallvec};
 
 use super::{Batch, Entry, Pin, failed};
-use crate::fabric::{self, Fabric, NotBegun, Operation};
+use crate::fabric::{self, Fabric, NotBegun, Of, Operation};
 use crate::lane::{Asked, Direction, InFlight, Lost, Then};
 use crate::plan::Part;
-use crate::transfer::Transfer;
+use crate::transfer::{Abandoned, Running};
 use crate::{Access, Buffer, TransferError};
 
 /// What is to be done with bytes of the file.
@@ -31,13 +32,13 @@ impl From<Direction> for Wanted {
     }
 }
 
-/// One that is under way. Dropping it abandons it: then the fields are told in this order, as who comes
-/// later asks for the transfer before the batch.
+/// One that is under way. Dropping it abandons it.
 pub(super) struct AtOnce<'a> {
     in_flight: InFlight,
     /// Absent: a read, or it has ended.
     batch: Option<Batch<'a>>,
-    transfer: Transfer<'a>,
+    direction: Direction,
+    range: Range<u64>,
     entry: Option<Entry<'a>>,
     ended: Option<Result<(RegisteredBuffer, CompletionStatus), Lost>>,
     fabric: &'a Arc<Fabric>,
@@ -65,17 +66,17 @@ impl Pin {
         let Some((asked, pieces)) = self.requests(wanted, piece) else { return Err(buffer) };
         let buffer = buffer.into_registered(fabric.id())?;
         let direction = if writes { Direction::Write } else { Direction::Read };
-        let mut transfer = Transfer::new(&self.cell, direction, offset..offset + len as u64);
         let part = Part { offset, bytes: 0..len };
         let entry = writes.then(|| self.enter(slice::from_ref(&part))).flatten();
-        let operation = Operation { asked, pieces: &pieces, buffer, transfer: Some(&transfer) };
+        let operation = Operation { asked, pieces: &pieces, buffer, of: Of::Pin(&self.cell) };
         match fabric.begin(operation) {
             Ok(in_flight) => {
                 let batch = writes.then_some(Batch { pin: self, returned: false });
-                Ok(AtOnce { in_flight, batch, transfer, entry, ended: None, fabric, pin: self })
+                let range = part.stretch();
+                let ended = None;
+                Ok(AtOnce { in_flight, batch, direction, range, entry, ended, fabric, pin: self })
             }
             Err(NotBegun::MustWait(buffer) | NotBegun::Failed(_, buffer)) => {
-                transfer.end();
                 Err(Buffer::registered(buffer, fabric.id()))
             }
         }
@@ -105,7 +106,6 @@ impl AtOnce<'_> {
         if let Some(batch) = self.batch.take() {
             batch.returned();
         }
-        self.transfer.end();
         if let (Ok((_, status)), Some(entry)) = (&ended, self.entry.take())
             && status.is_success()
         {
@@ -117,7 +117,7 @@ impl AtOnce<'_> {
     /// Of one that has ended, once.
     pub(super) fn result(&mut self) -> Result<Buffer, TransferError> {
         let own = |buffer| Buffer::registered(buffer, self.fabric.id());
-        let doing = || self.pin.doing(&self.transfer);
+        let doing = || self.pin.doing(self.direction, &self.range);
         match self.ended.take() {
             Some(Ok((buffer, status))) if status.is_success() => Ok(own(buffer)),
             Some(Ok((buffer, status))) => {
@@ -127,5 +127,16 @@ impl AtOnce<'_> {
                 Err(TransferError { error: fabric::lost(doing()), buffer: None })
             }
         }
+    }
+}
+
+impl Drop for AtOnce<'_> {
+    /// A write that nobody waits for: in this order, as who comes later asks for the transfer before the batch.
+    fn drop(&mut self) {
+        let Some(batch) = self.batch.take() else { return };
+        drop(batch);
+        let running = Arc::<Running>::default();
+        self.pin.cell.abandon(Abandoned::new(&running, self.range.clone()));
+        self.in_flight.follow(running);
     }
 }

@@ -4,7 +4,7 @@ use pinfold_verbs::{ATOMIC_BYTES, Atomic, Error as VerbsError};
 
 use super::{Batch, Pin};
 use crate::Error;
-use crate::fabric::Operation;
+use crate::fabric::{Of, Operation};
 use crate::lane::{Asked, Direction};
 use crate::plan::Part;
 use crate::transfer::Transfer;
@@ -76,7 +76,7 @@ impl Pin {
             asked: Asked::Atomic(atomic),
             pieces: &[piece],
             buffer: fabric.small_buffer().await?,
-            transfer: Some(&transfer),
+            of: Of::Transfer(&transfer),
         };
         let doing = || format!("change 8 bytes at byte {offset} of {}", self.file);
         let ran = self.run(fabric, operation, doing).await;

@@ -8,7 +8,7 @@ use pinfold_verbs::Piece;
 
 use super::at_once::Wanted;
 use super::{Batch, CommitReport, Pin, WriteReport};
-use crate::fabric::{Fabric, Operation};
+use crate::fabric::{Fabric, Of, Operation};
 use crate::lane::{Asked, Direction, Then};
 use crate::plan::{Part, Plan};
 use crate::transfer::Transfer;
@@ -176,7 +176,7 @@ impl Pin {
             asked: Asked::WriteThen(chain.then, chain.writes),
             pieces: &chain.requests,
             buffer,
-            transfer: Some(&transfer),
+            of: Of::Transfer(&transfer),
         };
         let doing = || format!("write {len} bytes at byte {offset} of {}, and prove it", self.file);
         let ran = self.run(fabric, operation, doing).await;

@@ -7,7 +7,7 @@ use pinfold_verbs::{Error as VerbsError, Piece};
 
 use super::{CommitReport, Pin};
 use crate::Error;
-use crate::fabric::Operation;
+use crate::fabric::{Of, Operation};
 use crate::lane::{Asked, Direction};
 use crate::transfer::Transfer;
 
@@ -66,7 +66,7 @@ impl Pin {
                 asked: Asked::Flush,
                 pieces: parts,
                 buffer: fabric.small_buffer().await?,
-                transfer: Some(&Transfer::new(&self.cell, Direction::Read, 0..0)),
+                of: Of::Transfer(&Transfer::new(&self.cell, Direction::Read, 0..0)),
             };
             match self.run(fabric, operation, doing).await {
                 Ok(buffer) => fabric.return_small_buffer(buffer),
