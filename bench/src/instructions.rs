@@ -26,7 +26,7 @@ pub(crate) fn run(run: &mut Run<'_>) -> Result<()> {
         ("write_instructions/8 B", Job::latency(What::Write, 8)),
         ("write_instructions_pipelined/4 KiB", Job::bandwidth(What::Write, 4 * KIB)),
     ];
-    for (name, job) in jobs {
+    for &(name, job) in run.pick(&jobs, &jobs[1..]) {
         let mut pairs = Pairs::default();
         let ours = each(run.storage, job, ours)?;
         pairs.add(ours, each(run.storage, job, in_c)?);

@@ -34,7 +34,7 @@ use statistics::Pairs;
 
 /// Rounds of each measurement, and of a quick run.
 const ROUNDS: usize = 31;
-const QUICK_ROUNDS: usize = 11;
+const QUICK_ROUNDS: usize = 7;
 
 /// Measures Pinfold beside what it is to be compared with.
 #[derive(Parser)]

@@ -202,14 +202,6 @@ impl<B, C> Book<B, C> {
         }
     }
 
-    /// What an operation holds, if it has not ended.
-    pub(crate) fn claim(&mut self, slot: Slot) -> Option<&mut C> {
-        match &mut self.operations[slot.0] {
-            Operation::InFlight { claim, .. } => Some(claim),
-            Operation::Free | Operation::Ended(..) => None,
-        }
-    }
-
     /// Nobody waits for an operation any more.
     pub(crate) fn abandon(&mut self, slot: Slot) -> Aftermath<B, C> {
         let mut after = Aftermath { buffer: None, claim: None, wake: [None, None] };

@@ -22,7 +22,6 @@ use crate::book::{Aftermath, Book, Duty, Slot, Turn};
 use crate::control::Control;
 use crate::patience::Patience;
 use crate::pin_table::Ticket;
-use crate::transfer::Running;
 
 /// Which way the data goes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -70,7 +69,7 @@ pub(crate) struct Claim {
     /// Its part of the send queue.
     requests: u32,
     /// Counts the operation on its pin; absent for a raw one.
-    ticket: Option<Ticket>,
+    _ticket: Option<Ticket>,
 }
 
 /// An operation that was posted. Its future is ready when it has ended.
@@ -148,7 +147,7 @@ impl SharedLane {
         room: SemaphorePermit<'_>,
         ticket: Option<Ticket>,
     ) -> Result<InFlight, NotPosted> {
-        let claim = Claim { requests: pieces.len() as u32, ticket };
+        let claim = Claim { requests: pieces.len() as u32, _ticket: ticket };
         let entered = self.book().enter(claim);
         let Ok(slot) = entered else { return Err(NotPosted::Closed(buffer)) };
         // Given back with the claim.
@@ -324,16 +323,6 @@ impl Drop for SharedLane {
     fn drop(&mut self) {
         // From here on nobody finds the lane.
         self.book().waiting().for_each(Waker::wake);
-    }
-}
-
-impl InFlight {
-    /// Has the end of the operation, if it is still to come, be that of a transfer.
-    pub(crate) fn follow(&self, running: Arc<Running>) {
-        let Some(lane) = self.lane.upgrade() else { return };
-        if let Some(ticket) = lane.book().claim(self.slot).and_then(|claim| claim.ticket.as_mut()) {
-            ticket.follow(running);
-        }
     }
 }
 

@@ -48,8 +48,8 @@ pub(crate) struct PinCell {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     cell: Arc<PinCell>,
-    /// Of the transfer that it is a part of; absent while somebody waits for one that is nothing else.
-    running: Option<Arc<Running>>,
+    /// Of the transfer that it is a part of, if somebody may have to wait for the end of that.
+    _running: Option<Arc<Running>>,
 }
 
 /// A pin request without an answer yet.
@@ -165,7 +165,7 @@ impl PinCell {
     /// Counts an operation in.
     pub(crate) fn begin(self: &Arc<Self>, running: Option<Arc<Running>>) -> Result<Ticket, Gone> {
         lock(&self.state).begin()?;
-        Ok(Ticket { cell: self.clone(), running })
+        Ok(Ticket { cell: self.clone(), _running: running })
     }
 
     /// Remembers a write that nobody waits for any more, until it has ended.
@@ -228,13 +228,6 @@ impl PinCell {
             let _ = self.urge.send(());
             told.await;
         }
-    }
-}
-
-impl Ticket {
-    /// Has the end of the operation be that of a transfer, too.
-    pub(crate) fn follow(&mut self, running: Arc<Running>) {
-        self.running = Some(running);
     }
 }
 

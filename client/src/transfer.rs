@@ -60,16 +60,12 @@ impl Drop for Transfer<'_> {
         if self.ended || self.direction == Direction::Read {
             return;
         }
-        self.cell.abandon(Abandoned::new(&self.running, self.range.clone()));
+        let running = self.running.end.get_or_init(|| watch::Sender::new(())).subscribe();
+        self.cell.abandon(Abandoned { range: self.range.clone(), running });
     }
 }
 
 impl Abandoned {
-    pub(crate) fn new(running: &Running, range: Range<u64>) -> Self {
-        let running = running.end.get_or_init(|| watch::Sender::new(())).subscribe();
-        Self { range, running }
-    }
-
     pub(crate) fn has_ended(&self) -> bool {
         self.running.has_changed().is_err()
     }

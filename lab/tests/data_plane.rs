@@ -154,6 +154,32 @@ on_each_file_system! {
         pin.commit().await.unwrap();
     }
 
+    /// The NIC may still be at it when the server's processor writes the same bytes.
+    async fn a_write_by_another_way_lands_after_one_that_was_given_up(lab in Lab) {
+        const PAGES: usize = 256;
+        let session = lab.session().await;
+        lab.make_file("file", (PAGES * PAGE) as u64);
+        let pin = pin(&session, "file").await;
+        let mut small = session.buffer(PAGE).await.unwrap();
+        let last = ((PAGES - 1) * PAGE + 100) as u64;
+        for round in 1..=10_u8 {
+            let mut large = session.buffer(PAGES * PAGE).await.unwrap();
+            large.as_mut_slice().fill(round);
+            let mut write = Box::pin(pin.write(0, large, PAGES * PAGE));
+            let begun = write.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            assert!(begun.is_pending(), "a MiB in no time");
+            drop(write);
+            small.as_mut_slice().fill(100 + round);
+            let (buffer, report) = pin.write(last, small, 50).await.unwrap();
+            assert_eq!(report.stream_bytes, 50);
+            let (buffer, _) = pin.read(last - 100, PAGE, buffer).await.unwrap();
+            let (before, rest) = buffer.as_slice().split_at(100);
+            let expected = (vec![round; 100], vec![100 + round; 50], vec![round; PAGE - 150]);
+            assert_eq!((before, &rest[..50], &rest[50..]), (&expected.0[..], &expected.1[..], &expected.2[..]));
+            small = buffer;
+        }
+    }
+
     async fn each_result_of_a_pipeline_says_what_became_of_it(lab in Lab) {
         let session = lab.session().await;
         let mut events = session.events();

@@ -12,7 +12,6 @@ use super::{Batch, Entry, Pin, failed};
 use crate::fabric::{self, Fabric, NotBegun, Of, Operation};
 use crate::lane::{Asked, Direction, InFlight, Lost, Then};
 use crate::plan::Part;
-use crate::transfer::{Abandoned, Running};
 use crate::{Access, Buffer, TransferError};
 
 /// What is to be done with bytes of the file.
@@ -32,7 +31,9 @@ impl From<Direction> for Wanted {
     }
 }
 
-/// One that is under way. Dropping it abandons it.
+/// One that is under way. Dropping it abandons it; nobody has to wait for its end then: what comes later by RDMA
+/// goes by the same queue pair, behind it, and before anything goes another way a READ proves this
+/// ([`Pin::settle`]).
 pub(super) struct AtOnce<'a> {
     in_flight: InFlight,
     /// Absent: a read, or it has ended.
@@ -127,16 +128,5 @@ impl AtOnce<'_> {
                 Err(TransferError { error: fabric::lost(doing()), buffer: None })
             }
         }
-    }
-}
-
-impl Drop for AtOnce<'_> {
-    /// A write that nobody waits for: in this order, as who comes later asks for the transfer before the batch.
-    fn drop(&mut self) {
-        let Some(batch) = self.batch.take() else { return };
-        drop(batch);
-        let running = Arc::<Running>::default();
-        self.pin.cell.abandon(Abandoned::new(&running, self.range.clone()));
-        self.in_flight.follow(running);
     }
 }
