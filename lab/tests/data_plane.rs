@@ -184,7 +184,7 @@ on_each_file_system! {
         let session = lab.session().await;
         let mut events = session.events();
         lab.make_file("file", 8 * PAGE as u64);
-        let pin = pin(&session, "file").await;
+        let pin = session.pin(PinRequest::read_write(EXPORT, "file").track_writes()).await.unwrap();
         let mut pipeline = pin.pipeline(NonZeroUsize::new(4).unwrap());
         let page = PAGE as u64;
         for offset in [0, 8 * page, page] {
@@ -203,6 +203,7 @@ on_each_file_system! {
         let late = pipeline.next().await.unwrap().unwrap_err();
         assert!(matches!(late.error, Error::Revoked { .. }), "{late}");
         assert!(late.buffer.is_some() && pipeline.next().await.is_none());
+        assert_eq!(pin.write_fate().unwrap().unknown, [], "of what was not sent all is known");
     }
 
     /// A future that was posted and that nobody polls any more: its program is busy with something else,

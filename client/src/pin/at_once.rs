@@ -67,14 +67,14 @@ impl Pin {
         let Some((asked, pieces)) = self.requests(wanted, piece) else { return Err(buffer) };
         let buffer = buffer.into_registered(fabric.id())?;
         let direction = if writes { Direction::Write } else { Direction::Read };
-        let part = Part { offset, bytes: 0..len };
-        let entry = writes.then(|| self.enter(slice::from_ref(&part))).flatten();
         let operation = Operation { asked, pieces: &pieces, buffer, of: Of::Pin(&self.cell) };
         match fabric.begin(operation) {
             Ok(in_flight) => {
                 let batch = writes.then_some(Batch { pin: self, returned: false });
-                let range = part.stretch();
-                let ended = None;
+                // Only now: of one that was not begun everything is known.
+                let part = Part { offset, bytes: 0..len };
+                let entry = writes.then(|| self.enter(slice::from_ref(&part))).flatten();
+                let (range, ended) = (part.stretch(), None);
                 Ok(AtOnce { in_flight, batch, direction, range, entry, ended, fabric, pin: self })
             }
             Err(NotBegun::MustWait(buffer) | NotBegun::Failed(_, buffer)) => {
