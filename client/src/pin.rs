@@ -319,7 +319,7 @@ impl Pin {
     ///
     /// Waits for room in the send queue. Giving up on the future is safe: what has begun goes on,
     /// and the buffer is freed when the device is done with it. A later transfer of the same bytes
-    /// through this pin first waits for what goes on.
+    /// through this pin comes after what goes on.
     ///
     /// # Errors
     ///

@@ -92,7 +92,7 @@ impl Whose {
             Self::OwnVerbs => &[
                 "ibv_reg_mr",
                 "ibv_create_cq",
-                "ibv_create_qp",
+                "ibv_create_qp_ex",
                 "ibv_modify_qp",
                 "ibv_post_send",
                 "ibv_req_notify_cq",
