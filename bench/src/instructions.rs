@@ -1,6 +1,6 @@
 //! What a write costs its program, in instructions beside C's: callgrind counts them, so the machine's noise has
-//! no part in it, nor has what the kernel does. Under callgrind a program is so slow that most writes have
-//! ended before it looks, so what a sleep costs is not in it either.
+//! no part in it, nor has what the kernel does. How many of the writes sleep differs a little from run to run, and
+//! with it what a sleep costs in user space.
 
 use std::io::stdin;
 use std::path::Path;

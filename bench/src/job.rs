@@ -15,8 +15,8 @@ pub(crate) const FILE_BYTES: usize = 16 << 20;
 pub(crate) const DEPTH: usize = 16;
 
 /// What a round of a bandwidth carries, or more. Rounds are short: what disturbs the machine disturbs
-/// few of them, and of those the median knows nothing. But they are long beside the half millisecond in
-/// which a process that had not run for a while finds its memory again.
+/// few of them, and of those the median knows nothing.
+/// Shorter ones had the same ratios.
 const ROUND_BYTES: usize = 4 << 20;
 
 /// Transfers in a round, one after the other.

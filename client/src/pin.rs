@@ -338,8 +338,7 @@ impl Pin {
         let buffer = match self.at_once(Wanted::Write, offset, len, buffer) {
             Ok(mut begun) => {
                 begun.wait().await;
-                let report = WriteReport { rdma_bytes: len as u64, stream_bytes: 0 };
-                return begun.result().map(|buffer| (buffer, report));
+                return begun.result().map(|buffer| (buffer, durable::by_rdma(len)));
             }
             Err(buffer) => buffer,
         };
@@ -838,10 +837,8 @@ impl Pin {
         if let Some(request) = self.reach().probe() {
             let doing = || format!("read back from {} before the commit", self.file);
             let (buffer, pieces) = (fabric.small_buffer().await?, [request]);
-            let transfer = Transfer::new(&self.cell, Direction::Read, 0..0);
             let asked = Asked::Transfer(Direction::Read);
-            let operation =
-                Operation { asked, pieces: &pieces, buffer, of: Of::Transfer(&transfer) };
+            let operation = Operation { asked, pieces: &pieces, buffer, of: Of::Pin(&self.cell) };
             let ran = self.run(fabric, operation, doing).await;
             fabric.return_small_buffer(ran.map_err(|(error, _)| error)?);
         }

@@ -88,9 +88,8 @@ on_each_file_system! {
         lab.make_file("file", 64 * PAGE as u64);
         let pin = Arc::new(session.pin(PinRequest::read_write(EXPORT, "file").track_writes()).await.unwrap());
         let beside = tokio::spawn({
-            let (pin, session) = (pin.clone(), session.buffer(PAGE).await.unwrap());
+            let (pin, mut buffer) = (pin.clone(), session.buffer(PAGE).await.unwrap());
             async move {
-                let mut buffer = session;
                 for _ in 0..ROUNDS {
                     buffer = pin.write(63 * PAGE as u64, buffer, PAGE).await.unwrap().0;
                 }
@@ -127,7 +126,7 @@ on_each_file_system! {
         pin.commit().await.unwrap();
         assert!(pin.write_fate().unwrap().is_all_committed());
 
-        // What is read is what was written last; the last read ends with the file.
+        // What is read is what was written last.
         let mut expected = vec![0; 20 * PAGE];
         for (round, (offset, len)) in begun.iter().enumerate() {
             expected[*offset as usize..][..*len].fill(round as u8);
@@ -148,8 +147,9 @@ on_each_file_system! {
             pipeline.write(page * PAGE as u64, pool.take().await.unwrap(), PAGE).await;
         }
         drop(pipeline);
+        let mut all = Vec::new();
         for _ in 0..WINDOW {
-            std::mem::forget(pool.take().await.unwrap());
+            all.push(pool.take().await.unwrap());
         }
         pin.commit().await.unwrap();
     }

@@ -64,14 +64,14 @@ impl fmt::Display for Lack {
 #[derive(Clone, Copy)]
 pub(crate) struct Extended {
     face: NonNull<ffi::ibv_qp_ex>,
-    pub(crate) kinds: Kinds,
+    kinds: Kinds,
 }
 
 /// Kinds of requests.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Kinds {
-    pub(crate) flush: bool,
-    pub(crate) atomic_write: bool,
+struct Kinds {
+    flush: bool,
+    atomic_write: bool,
 }
 
 impl Kinds {
@@ -285,15 +285,34 @@ impl QueuePair<Connected> {
         })
     }
 
+    /// Why it takes no FLUSH, if so.
+    pub(crate) fn no_flush_because(&self) -> Option<Lack> {
+        self.lack(|kinds| kinds.flush, Lack::of_flush)
+    }
+
+    /// Why it takes no ATOMIC WRITE, if so.
+    pub(crate) fn no_atomic_write_because(&self) -> Option<Lack> {
+        self.lack(|kinds| kinds.atomic_write, Lack::of_atomic_write)
+    }
+
+    fn lack(
+        &self,
+        has: fn(Kinds) -> bool,
+        of_driver: fn(&Capabilities) -> Option<Lack>,
+    ) -> Option<Lack> {
+        let can = self.extended().is_some_and(|extended| has(extended.kinds));
+        (!can).then(|| of_driver(self.device().capabilities()).unwrap_or(Lack::Library))
+    }
+
     fn lacks(&self, request: &Chained) -> Error {
-        let (device, capabilities) = (self.device().device_name(), self.device().capabilities());
+        let device = self.device().device_name();
         match request {
             Chained::AtomicWrite(..) => {
-                let why = Lack::of_atomic_write(capabilities).unwrap_or(Lack::Library);
+                let why = self.no_atomic_write_because().unwrap_or(Lack::Library);
                 Error::NoAtomicWrite { device, why }
             }
             Chained::Write { .. } | Chained::Flush(_) => {
-                let why = Lack::of_flush(capabilities).unwrap_or(Lack::Library);
+                let why = self.no_flush_because().unwrap_or(Lack::Library);
                 Error::NoFlush { device, why }
             }
         }

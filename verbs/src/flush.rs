@@ -13,12 +13,7 @@ impl<T: Send> Lane<T> {
     /// Why [`post_flush`](Self::post_flush) is not for this lane, if so.
     #[must_use]
     pub fn no_flush_because(&self) -> Option<Lack> {
-        let pair = self.queue_pair();
-        if pair.extended().is_some_and(|extended| extended.kinds.flush) {
-            return None;
-        }
-        let capabilities = pair.protection_domain().device().capabilities();
-        Some(Lack::of_flush(capabilities).unwrap_or(Lack::Library))
+        self.queue_pair().no_flush_because()
     }
 
     /// Starts to make ranges of the peer's memory persistent (RDMA FLUSH, placement type

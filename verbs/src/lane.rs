@@ -378,11 +378,7 @@ impl<T: Send> Lane<T> {
     /// Why [`Atomic::Write`] is not for this lane, if so.
     #[must_use]
     pub fn no_atomic_write_because(&self) -> Option<Lack> {
-        if self.queue_pair.extended().is_some_and(|extended| extended.kinds.atomic_write) {
-            return None;
-        }
-        let capabilities = self.queue_pair.protection_domain().device().capabilities();
-        Some(Lack::of_atomic_write(capabilities).unwrap_or(Lack::Library))
+        self.queue_pair.no_atomic_write_because()
     }
 
     /// Waits for an operation to end. Waits for ever when none is in flight: whoever posts, wakes

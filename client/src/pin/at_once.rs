@@ -115,6 +115,11 @@ impl AtOnce<'_> {
         self.ended = Some(ended);
     }
 
+    /// The bytes of the file.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+
     /// Of one that has ended, once.
     pub(super) fn result(&mut self) -> Result<Buffer, TransferError> {
         let own = |buffer| Buffer::registered(buffer, self.fabric.id());

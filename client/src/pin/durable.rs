@@ -257,6 +257,7 @@ impl Pin {
     }
 }
 
-fn by_rdma(len: usize) -> WriteReport {
+/// Of a write that went by RDMA as a whole.
+pub(super) fn by_rdma(len: usize) -> WriteReport {
     WriteReport { rdma_bytes: len as u64, stream_bytes: 0 }
 }

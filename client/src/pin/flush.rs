@@ -8,8 +8,7 @@ use pinfold_verbs::{Error as VerbsError, Piece};
 use super::{CommitReport, Pin};
 use crate::Error;
 use crate::fabric::{Of, Operation};
-use crate::lane::{Asked, Direction};
-use crate::transfer::Transfer;
+use crate::lane::Asked;
 
 /// What a flush did.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -66,7 +65,7 @@ impl Pin {
                 asked: Asked::Flush,
                 pieces: parts,
                 buffer: fabric.small_buffer().await?,
-                of: Of::Transfer(&Transfer::new(&self.cell, Direction::Read, 0..0)),
+                of: Of::Pin(&self.cell),
             };
             match self.run(fabric, operation, doing).await {
                 Ok(buffer) => fabric.return_small_buffer(buffer),

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 use super::Pin;
 use super::at_once::AtOnce;
@@ -61,7 +62,7 @@ pub struct Transferred {
 type Ended = Result<Transferred, TransferError>;
 
 enum Begun<'a> {
-    UnderWay { transfer: AtOnce<'a>, offset: u64, len: usize },
+    UnderWay(AtOnce<'a>),
     Ended(Ended),
 }
 
@@ -133,7 +134,7 @@ impl<'a> Pipeline<'a> {
         match pin.at_once(direction.into(), offset, len, buffer) {
             Ok(transfer) => {
                 self.under_way += 1;
-                self.begun.push_back(Begun::UnderWay { transfer, offset, len });
+                self.begun.push_back(Begun::UnderWay(transfer));
             }
             Err(buffer) => {
                 while self.under_way > 0 {
@@ -148,7 +149,7 @@ impl<'a> Pipeline<'a> {
     async fn end_oldest(&mut self) {
         let at = self.begun.len() - self.under_way;
         let Some(begun) = self.begun.get_mut(at) else { return };
-        if let Begun::UnderWay { transfer, .. } = begun {
+        if let Begun::UnderWay(transfer) = begun {
             transfer.wait().await;
         }
         self.under_way -= 1;
@@ -158,8 +159,11 @@ impl<'a> Pipeline<'a> {
 impl Begun<'_> {
     fn result(self) -> Ended {
         match self {
-            Self::UnderWay { mut transfer, offset, len } => {
-                transfer.result().map(|buffer| Transferred { offset, bytes: len, buffer })
+            Self::UnderWay(mut transfer) => {
+                let Range { start, end } = transfer.range();
+                // As long as a buffer.
+                let bytes = (end - start) as usize;
+                transfer.result().map(|buffer| Transferred { offset: start, bytes, buffer })
             }
             Self::Ended(ended) => ended,
         }
