@@ -29,6 +29,7 @@ mod tree;
 mod watch;
 mod work;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -41,7 +42,8 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprint!("{}", failure.report());
+            // `eprint!` would panic where nobody can be told.
+            let _ = write!(std::io::stderr(), "{}", failure.report());
             failure.exit.into()
         }
     }

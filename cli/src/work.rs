@@ -84,7 +84,7 @@ fn demand(transport: TransportArg, session: &Session) -> Result<(), Failure> {
         .or_hint("leave --transport out, and they go by gRPC where there is no RDMA"))
 }
 
-/// The first Ctrl-C or SIGTERM ends the work and closes the session, and every pin goes with it; the
+/// The first Ctrl-C, SIGTERM or SIGHUP ends the work and closes the session, and every pin goes with it; the
 /// second one does not wait for that. `left_behind` says what an interrupted command leaves.
 async fn in_session<T>(
     options: ConnectOptions,

@@ -442,13 +442,16 @@ fn ctrl_c_in_a_get_or_a_put_unpins_and_says_what_is_left() {
     let host = Host::start();
     let local = tempfile::tempdir().unwrap();
     let to = local.path().join("to");
-    let getting = start_long_get(&host, &to);
-    getting.signal(Signal::INT);
-    let got = getting.finish();
-    assert_eq!(got.code, 130, "{}", got.stderr);
-    assert!(got.stderr.contains(&format!("interrupted; {} is as it was", text(&to))));
-    assert!(names(local.path()).is_empty(), "{:?}", names(local.path()));
-    host.assert_nothing_is_held();
+    // The second is what comes when the terminal or the connection that it runs on has gone.
+    for signal in [Signal::INT, Signal::HUP] {
+        let getting = start_long_get(&host, &to);
+        getting.signal(signal);
+        let got = getting.finish();
+        assert_eq!(got.code, 130, "{}", got.stderr);
+        assert!(got.stderr.contains(&format!("interrupted; {} is as it was", text(&to))));
+        assert!(names(local.path()).is_empty(), "{:?}", names(local.path()));
+        host.assert_nothing_is_held();
+    }
 
     fs::remove_file(host.path("name")).unwrap();
     // Not sparse: holes are not carried.
@@ -464,6 +467,24 @@ fn ctrl_c_in_a_get_or_a_put_unpins_and_says_what_is_left() {
     assert_eq!(put.code, 130, "{}", put.stderr);
     assert!(put.stderr.contains("interrupted; data/name is incomplete"), "{}", put.stderr);
     host.assert_nothing_is_held();
+}
+
+#[test]
+fn an_output_that_can_not_be_written_is_an_error_with_words() {
+    let host = Host::start();
+    host.make_file("name", b"bytes");
+    let full = || Stdio::from(fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    for args in [&["ls"][..], &["ps"], &["get", "data/name", "-"], &["completions", "bash"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pinfold"));
+        command.args(["--server", &host.url]).args(args).stdin(Stdio::null());
+        let done = command.stdout(full()).output().unwrap();
+        let stderr = String::from_utf8(done.stderr).unwrap();
+        assert_eq!(done.status.code(), Some(10), "{args:?}: {stderr}");
+        assert!(stderr.contains("No space left on device"), "{args:?}: {stderr}");
+        // Nor can the error be written: the code is all that is left.
+        command.stdout(full()).stderr(full());
+        assert_eq!(command.status().unwrap().code(), Some(10), "{args:?}");
+    }
 }
 
 /// What a command prints to a terminal.

@@ -1,6 +1,9 @@
 //! `pinfoldd`: arguments, log and signals, and nothing else.
 #![forbid(unsafe_code)]
 
+mod signals;
+
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -16,8 +19,9 @@ use pinfold_server::config::{
 use pinfold_server::{Server, Undenied, doctor};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tracing_appender::non_blocking::WorkerGuard;
+
+use crate::signals::Signals;
 
 /// Lets remote machines write into files by RDMA, and takes the right back before the file system
 /// moves the bytes.
@@ -27,7 +31,7 @@ use tracing_appender::non_blocking::WorkerGuard;
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
-    Exit codes: 0 after SIGTERM or SIGINT, 1 if it could not start or serve, 2 for bad arguments, \
+    Exit codes: 0 after SIGTERM, SIGINT or SIGQUIT, 1 if it could not start or serve, 2 for bad arguments, \
     6 if another pinfoldd serves one of the exports, 8 if an RDMA device that was named is not \
     there or can't be opened."
 )]
@@ -122,7 +126,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("pinfoldd: {error:#}");
+            complain(&format!("{error:#}"));
             exit_code(&error)
         }
     }
@@ -144,10 +148,14 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
 
 /// Reports each file, and the worst of what happened as the exit code.
 fn undeny(paths: &[PathBuf]) -> ExitCode {
+    let mut untold = None;
     let done = pinfold_server::undeny(paths, |report| match report {
-        Ok(report) => println!("{report}"),
-        Err(failure) => eprintln!("pinfoldd: {failure}"),
+        Ok(report) => untold = say(&report.to_string()).err().or(untold.take()),
+        Err(failure) => complain(&failure.to_string()),
     });
+    if let Some(error) = untold {
+        complain(&format!("can't write the report to standard output: {error}"));
+    }
     match done {
         Undenied::All => ExitCode::SUCCESS,
         Undenied::Busy => ExitCode::from(EXIT_BUSY),
@@ -158,7 +166,7 @@ fn undeny(paths: &[PathBuf]) -> ExitCode {
 
 fn start(args: Args) -> Result<()> {
     #[cfg(feature = "mutants")]
-    eprintln!("pinfoldd: {}", pinfold_leases::mutant::warning());
+    complain(&pinfold_leases::mutant::warning());
     let _flushed_at_exit = start_log(args.log_format);
     #[cfg(feature = "mutants")]
     pinfold_leases::fault::obey()?;
@@ -204,6 +212,17 @@ fn start_log(format: LogFormat) -> WorkerGuard {
     guard
 }
 
+/// Prints a line. `println!` would panic where standard output is full or closed.
+fn say(line: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush())
+}
+
+/// Says on standard error what went wrong; `eprintln!` would panic where nobody can be told.
+fn complain(what: &str) {
+    let _ = writeln!(std::io::stderr(), "pinfoldd: {what}");
+}
+
 /// From the arguments and from the file, together.
 fn exports(
     mut exports: Vec<ExportConfig>,
@@ -223,19 +242,20 @@ async fn run(args: Args) -> Result<()> {
     let mut config = Config::new(exports(args.exports, args.config)?)
         .live_for(Duration::from_secs(args.time_to_live));
     config.rdma_devices = args.rdma_devices;
-    // Installed before anything is guarded, so that no signal finds us half-way.
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut signals = Signals::listen().context("can't listen for signals")?;
     let server = Server::start(config).await?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("can't listen on {}", args.listen))?;
-    println!("pinfoldd: listening on http://{}", listener.local_addr()?);
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    let url = format!("http://{}", listener.local_addr()?);
+    match say(&format!("pinfoldd: listening on {url}")) {
+        Ok(()) => tracing::info!(url, "listening"),
+        Err(error) => {
+            tracing::warn!(%error, url, "listening, but standard output can't be written");
         }
+    }
+    let shutdown = async move {
+        signals.ask_to_end().await;
         tracing::info!("going down");
     };
     Ok(server.serve(listener, shutdown).await?)
