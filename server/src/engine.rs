@@ -12,6 +12,7 @@ mod exports;
 mod files;
 mod obstacles;
 mod pins;
+mod reads;
 mod revocation;
 
 pub(crate) use revocation::drain_budget;

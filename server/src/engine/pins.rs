@@ -635,25 +635,6 @@ impl Engine {
         .await
     }
 
-    /// Reads bytes of a pin through the kernel.
-    pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
-        self.streaming(piece, move |engine| engine.read_inside(piece, len)).await
-    }
-
-    /// BLAKE3 of bytes of a pin, read through the kernel. No fence waits for the sum.
-    pub(crate) async fn stream_digest(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
-        let digest = move |data: Vec<u8>| blake3::hash(&data).as_bytes().to_vec();
-        self.streaming(piece, move |engine| engine.read_inside(piece, len).map(digest)).await
-    }
-
-    fn read_inside(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
-        self.inside(piece, len as u64, PinAccess::Read, |file, _| {
-            let mut data = vec![0; len];
-            file.read_at(&mut data, piece.offset)?;
-            Ok(data)
-        })
-    }
-
     /// Does a piece of stream work inside the file's gate, if the pin allows it.
     pub(super) fn inside<T>(
         &self,
@@ -713,9 +694,8 @@ impl Engine {
             let start = Instant::now();
             flusher.make_durable(range)?;
             let took = start.elapsed();
-            // Too late if the fence has fallen, or if the kernel has let somebody through itself.
-            engine.registry().demand_unfenced(view.guard, pin, generation)?;
-            if file.lapsed() { Err(stale().into()) } else { Ok(took) }
+            engine.demand_not_let_go(&file, pin, generation)?;
+            Ok(took)
         })
         .await
     }
