@@ -782,25 +782,26 @@ impl Pin {
         Err(told.map_or(error, |gone| self.gone(gone)))
     }
 
+    /// Everything that had returned when this began counts, so the proof begins after that.
     async fn commit_bytes(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
         self.check()?;
-        self.commit_after(self.prove_writes(), range).await
-    }
-
-    /// Where the writes that count are in the server's memory already.
-    async fn commit_proven(&self, range: Option<Range<u64>>) -> Result<CommitReport, Error> {
-        self.commit_after(std::future::ready(Ok(())), range).await
-    }
-
-    /// What had returned when this began counts, so the proof begins after that.
-    async fn commit_after(
-        &self,
-        proof: impl Future<Output = Result<(), Error>>,
-        range: Option<Range<u64>>,
-    ) -> Result<CommitReport, Error> {
         let streamed = self.streamed.load(Ordering::Acquire);
         let entry = self.enter_commit(range.clone());
-        proof.await?;
+        self.prove_writes().await?;
+        let whole = range.is_none();
+        let report = self.ask_for_commit(entry, range).await?;
+        if whole {
+            self.streamed_committed.fetch_max(streamed, Ordering::Release);
+        }
+        Ok(report)
+    }
+
+    /// The writes that count must be in the server's memory already.
+    async fn ask_for_commit(
+        &self,
+        entry: Option<CommitEntry<'_>>,
+        range: Option<Range<u64>>,
+    ) -> Result<CommitReport, Error> {
         let request = v1::CommitRequest {
             session_id: self.core.control.session_id.clone(),
             pin_id: self.grant.pin_id,
@@ -810,9 +811,6 @@ impl Pin {
         let doing = || format!("commit {}", self.file);
         let answer =
             self.core.control.call(doing, async |mut client| client.commit(request).await).await?;
-        if range.is_none() {
-            self.streamed_committed.fetch_max(streamed, Ordering::Release);
-        }
         if let Some(entry) = entry {
             entry.durable();
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use pinfold_verbs::Piece;
 
 use super::at_once::Wanted;
-use super::{Batch, CommitReport, Pin, WriteReport};
+use super::{Batch, CommitEntry, CommitReport, Pin, WriteReport};
 use crate::fabric::{Fabric, Of, Operation};
 use crate::lane::{Asked, Direction, Then};
 use crate::plan::{Part, Plan};
@@ -29,6 +29,22 @@ struct Chain {
     /// How many of them write.
     writes: usize,
     then: Then,
+}
+
+/// The commit of a write whose chain has ended: its line in the ledger, and whether the FLUSH or READ in
+/// the chain stands behind every write that the line would move to "committed".
+struct Claim<E> {
+    entry: E,
+    covers_all: bool,
+}
+
+impl<E> Claim<E> {
+    /// `enter` begins the line, `count` tells whether no other write has returned meanwhile. In this order:
+    /// an overlapping write that returns after the count belongs to a later commit then.
+    fn begin(enter: impl FnOnce() -> E, count: impl FnOnce() -> bool) -> Self {
+        let entry = enter();
+        Self { entry, covers_all: count() }
+    }
 }
 
 /// What has returned on a pin: batches of RDMA writes, and writes by the stream path.
@@ -70,7 +86,8 @@ impl Pin {
             Err(error) => return Err(TransferError::new(error, buffer)),
         };
         if let Some((fabric, chain)) = self.chain(plan, Then::Probe, part.stretch()) {
-            let (buffer, write, _) = self.run_chain(fabric, &chain, &part, buffer).await?;
+            let (buffer, write, before) = self.run_chain(fabric, &chain, &part, buffer).await?;
+            self.count_proof(before);
             return Ok((buffer, write));
         }
         let (buffer, write) = self.write(offset, buffer, len).await?;
@@ -102,8 +119,8 @@ impl Pin {
             Ok(mut begun) => {
                 begun.wait().await;
                 let buffer = begun.result()?;
-                let alone = self.count_proof(before);
-                return self.now_durable(then, &part, alone, (buffer, by_rdma(len))).await;
+                let claim = self.claim(part.stretch(), before);
+                return self.now_durable(then, &part, claim, (buffer, by_rdma(len))).await;
             }
             Err(buffer) => buffer,
         };
@@ -114,19 +131,19 @@ impl Pin {
         let Some((fabric, chain)) = self.chain(plan, then, part.stretch()) else {
             return self.write_and_then(&part, buffer).await;
         };
-        let (buffer, write, alone) = self.run_chain(fabric, &chain, &part, buffer).await?;
-        self.now_durable(then, &part, alone, (buffer, write)).await
+        let (buffer, write, before) = self.run_chain(fabric, &chain, &part, buffer).await?;
+        let claim = self.claim(part.stretch(), before);
+        self.now_durable(then, &part, claim, (buffer, write)).await
     }
 
     async fn now_durable(
         &self,
         then: Then,
         part: &Part,
-        alone: bool,
+        claim: Claim<Option<CommitEntry<'_>>>,
         (buffer, write): (Buffer, WriteReport),
     ) -> Result<(Buffer, DurableReport), TransferError> {
-        let enough = alone || self.ledger.is_none();
-        match self.after_chain(then, part.stretch(), enough).await {
+        match self.after_chain(then, part.stretch(), claim).await {
             Ok(commit) => Ok((buffer, DurableReport { write, commit })),
             Err(error) => Err(TransferError::new(error, buffer)),
         }
@@ -153,15 +170,14 @@ impl Pin {
         fits.then_some((fabric, Chain { requests, writes, then }))
     }
 
-    /// True: no other write has returned on this pin meanwhile. What is behind the write stands behind none
-    /// that has; and a pin that keeps account of its writes would count that one, too.
+    /// Also says what had returned on this pin before.
     async fn run_chain(
         &self,
         fabric: &Arc<Fabric>,
         chain: &Chain,
         part: &Part,
         buffer: Buffer,
-    ) -> Result<(Buffer, WriteReport, bool), TransferError> {
+    ) -> Result<(Buffer, WriteReport, Returned), TransferError> {
         let buffer = match buffer.into_registered(fabric.id()) {
             Ok(registered) => registered,
             Err(buffer) => return Err(TransferError::new(self.foreign_buffer(), buffer)),
@@ -190,7 +206,13 @@ impl Pin {
         if let Some(entry) = entry {
             entry.succeed();
         }
-        Ok((buffer, by_rdma(len), self.count_proof(before)))
+        Ok((buffer, by_rdma(len), before))
+    }
+
+    /// Begins the commit of a range that a chain has just written and proved.
+    fn claim(&self, range: Range<u64>, before: Returned) -> Claim<Option<CommitEntry<'_>>> {
+        let enter = || self.enter_commit(Some(range));
+        Claim::begin(enter, || self.count_proof(before) || self.ledger.is_none())
     }
 
     /// Counts what is behind a write that has just returned, if no other write has returned since `before`:
@@ -204,22 +226,24 @@ impl Pin {
         alone
     }
 
-    /// What is left to do when a chain has ended well. `enough`: it stands for all that counts.
+    /// Does what remains to be done when a chain has ended well.
     async fn after_chain(
         &self,
         then: Then,
         range: Range<u64>,
-        enough: bool,
+        claim: Claim<Option<CommitEntry<'_>>>,
     ) -> Result<Option<CommitReport>, Error> {
         match then {
-            Then::Flush if enough => {
-                if let Some(entry) = self.enter_commit(Some(range)) {
+            Then::Flush if claim.covers_all => {
+                if let Some(entry) = claim.entry {
                     entry.durable();
                 }
                 Ok(None)
             }
             Then::Flush => Ok(self.flush(range).await?.commit),
-            Then::Probe if enough => self.commit_proven(Some(range)).await.map(Some),
+            Then::Probe if claim.covers_all => {
+                self.ask_for_commit(claim.entry, Some(range)).await.map(Some)
+            }
             Then::Probe => self.commit_bytes(Some(range)).await.map(Some),
         }
     }
@@ -260,4 +284,66 @@ impl Pin {
 /// Of a write that went by RDMA as a whole.
 pub(super) fn by_rdma(len: usize) -> WriteReport {
     WriteReport { rdma_bytes: len as u64, stream_bytes: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use super::*;
+    use crate::ledger::{Ledger, Write};
+
+    /// An overlapping write of another task returns after the n-th step of a claim.
+    struct Other {
+        ledger: RefCell<Ledger>,
+        write: Cell<Option<Write>>,
+        has_returned: Cell<bool>,
+        after_step: usize,
+        step: Cell<usize>,
+    }
+
+    impl Other {
+        fn step_done(&self) {
+            if self.step.get() == self.after_step
+                && let Some(write) = self.write.take()
+            {
+                // As a write does it: counted first, acknowledged then.
+                self.has_returned.set(true);
+                self.ledger.borrow_mut().succeed(write);
+            }
+            self.step.set(self.step.get() + 1);
+        }
+    }
+
+    #[test]
+    fn a_write_that_returns_during_a_claim_is_not_called_committed_by_it() {
+        for after_step in 0..3 {
+            let mut ledger = Ledger::default();
+            let own = ledger.begin(0..10);
+            let write = ledger.begin(5..15);
+            ledger.succeed(own);
+            let other = Other {
+                ledger: RefCell::new(ledger),
+                write: Cell::new(Some(write)),
+                has_returned: Cell::new(false),
+                after_step,
+                step: Cell::new(0),
+            };
+            other.step_done();
+            let enter = || {
+                let commit = other.ledger.borrow_mut().begin_commit(Some(0..10));
+                other.step_done();
+                commit
+            };
+            let count = || {
+                let alone = !other.has_returned.get();
+                other.step_done();
+                alone
+            };
+            let claim = Claim::begin(enter, count);
+            other.ledger.borrow_mut().end_commit(claim.entry, claim.covers_all);
+            let fate = other.ledger.borrow().fate();
+            assert!(!fate.committed.iter().any(|range| range.end > 5), "{after_step}: {fate:?}");
+        }
+    }
 }
