@@ -21,12 +21,11 @@ mod sessions;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pinfold_leases::{Fenced, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
 use pinfold_proto::v1;
-use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc};
-use tonic::Status;
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast};
 
 use crate::breakers::{Breaks, Looks};
 use crate::config::{Config, DeviceChoice};
@@ -40,8 +39,8 @@ use crate::ladder::Ladder;
 use crate::lives::Lives;
 use crate::passage::Passages;
 use crate::registry::{Action, Limits, Record, Registry};
+use crate::session::Outbox;
 use crate::sync::locked;
-use crate::wire;
 use exports::Served;
 use sessions::random;
 
@@ -62,10 +61,9 @@ const PINS_WAITING_AT_A_TIME: usize = 64;
 /// Threads that destroy queue pairs, a session's on one: it hangs with a write that hangs in a fault.
 const SEVERING_THREADS: usize = 8;
 
-/// What a session's stream carries to the client.
-pub(crate) type Outbox = mpsc::Sender<Result<v1::SessionEvent, Status>>;
-/// The same without keeping the stream open.
-pub(crate) type WeakOutbox = mpsc::WeakSender<Result<v1::SessionEvent, Status>>;
+/// Files that are taken back on a worker of the runtime before other tasks get their turn, such as those
+/// that carry notices to the clients.
+const FILES_PER_TURN: usize = 64;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -120,6 +118,8 @@ struct SessionParts {
     link: Mutex<Option<Link>>,
     /// The name of the device, for who must not wait until the kernel has connected to it.
     device: OnceLock<String>,
+    /// When the session made its last call, apart from its stream.
+    last_call: Mutex<Instant>,
     /// Connecting may block in the kernel; one at a time.
     connecting: AsyncMutex<()>,
 }
@@ -232,10 +232,16 @@ impl Engine {
     fn perform_one(&self, action: Action) {
         match action {
             Action::NotifyDraining { session, pins, generation, reason, budget } => {
-                self.tell(session, wire::draining(&pins, generation, reason, budget));
+                let Some(parts) = self.parts(session) else { return };
+                parts.outbox.post(|notices, now| {
+                    notices.drain(pins, generation, reason, now + budget, now);
+                });
             }
             Action::NotifyRevoked { session, pins, generation, reason, timings } => {
-                self.tell(session, wire::revoked(&pins, generation, reason, &timings));
+                let Some(parts) = self.parts(session) else { return };
+                parts.outbox.post(|notices, now| {
+                    notices.revoke(pins, generation, reason, timings, now);
+                });
             }
             Action::LookAt { guard, at } | Action::FenceAt { guard, at } => {
                 self.order(Order::At(guard, at));
@@ -262,14 +268,6 @@ impl Engine {
             if let Some(parts) = self.parts(session) {
                 parts.disconnect();
             }
-        }
-    }
-
-    /// Never waits: a client that does not read its stream is fenced by the deadline.
-    fn tell(&self, id: SessionId, event: v1::SessionEvent) {
-        let Some(session) = self.parts(id) else { return };
-        if session.outbox.try_send(Ok(event)).is_err() {
-            tracing::warn!(session = %id, "a client does not read its events");
         }
     }
 

@@ -44,7 +44,7 @@ impl fmt::Display for PinId {
 
 /// One guarding of one file: (random incarnation of the server, one server-wide counter). Never
 /// used again, across restarts too.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Generation {
     /// Random for each run of the server.
     pub incarnation: u64,

@@ -821,14 +821,12 @@ impl Registry {
         self.take_back(guard, taking, times)
     }
 
-    /// The server goes down: every file is taken back, and nothing new starts.
-    pub(crate) fn shut_down(&mut self, now: Instant, budget: Duration) -> Vec<Action> {
+    /// The server goes down: nothing new starts. Returns the files that are to be taken back.
+    pub(crate) fn begin_shut_down(&mut self) -> Vec<GuardId> {
         self.shutting_down = true;
         let mut guards: Vec<GuardId> = self.files.keys().copied().collect();
         guards.sort_unstable();
-        let taking = Taking::because(Reason::Shutdown);
-        let times = BreakTimes { at: now, now, budget };
-        guards.into_iter().flat_map(|guard| self.take_back(guard, taking, &times)).collect()
+        guards
     }
 
     /// A client wants the file's extents changed: its pins are taken back first.
@@ -1482,12 +1480,7 @@ mod tests {
         world.file(1);
         world.file(2);
         world.pin(1, 1);
-        let actions = world.registry.shut_down(world.now, BUDGET);
-        assert_eq!(
-            actions.last(),
-            Some(&Action::FenceNow { guard: guard(2), urgent: true }),
-            "nobody is on 2"
-        );
+        assert_eq!(world.registry.begin_shut_down(), [guard(1), guard(2)]);
         assert_eq!(world.registry.open_session(session(3), "three"), Err(Refusal::ShuttingDown));
         assert_eq!(world.registry.add_file(inode(3), guard(3)), Err(Refusal::ShuttingDown));
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pinfold_proto::v1;
 use pinfold_proto::v1::pinfold_server::Pinfold;
-use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
+use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::held::smallest_page;
-use crate::ids::PinId;
+use crate::ids::{PinId, SessionId};
 use crate::registry::Standing;
 use crate::{session, wire};
 
@@ -30,13 +30,21 @@ impl Service {
     pub(crate) fn new(engine: Arc<Engine>, config: Config) -> Self {
         Self { engine, config }
     }
+
+    /// Whose call it is. Each call is a sign of life of its session: heartbeats can be held up by the
+    /// client's own bytes.
+    fn caller(&self, session_id: &[u8]) -> Result<SessionId, Error> {
+        let id = wire::session_id(session_id)?;
+        self.engine.note_call(id);
+        Ok(id)
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl Pinfold for Service {
-    type SessionStream = ReceiverStream<Result<v1::SessionEvent, Status>>;
+    type SessionStream = session::Events;
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::RevocationRecord, Status>> + Send>>;
 
     async fn session(
@@ -45,7 +53,7 @@ impl Pinfold for Service {
     ) -> Answer<Self::SessionStream> {
         let engine = Arc::clone(&self.engine);
         let events = session::start(engine, &self.config, request.into_inner()).await?;
-        Ok(Response::new(ReceiverStream::new(events)))
+        Ok(Response::new(events))
     }
 
     async fn connect_queue_pair(
@@ -53,7 +61,7 @@ impl Pinfold for Service {
         request: Request<v1::ConnectQueuePairRequest>,
     ) -> Answer<v1::ConnectQueuePairResponse> {
         let request = request.into_inner();
-        let id = wire::session_id(&request.session_id)?;
+        let id = self.caller(&request.session_id)?;
         let client = wire::endpoint(request.client)?;
         let number = wire::queue_pair_number(request.number)?;
         let connecting = self.engine.connect(id, number, client, request.server_device);
@@ -66,7 +74,7 @@ impl Pinfold for Service {
 
     async fn create(&self, request: Request<v1::CreateRequest>) -> Answer<v1::CreateResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let if_exists = request.if_exists();
         let path = wire::path(&request.path)?;
         let (export, size) = (request.export, wire::file_size(request.size)?);
@@ -85,7 +93,7 @@ impl Pinfold for Service {
 
     async fn stat(&self, request: Request<v1::StatRequest>) -> Answer<v1::StatResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let found = self.engine.locate(request.export, path).await?;
         let (generation, pins) = match self.engine.standing(found.identity()) {
@@ -110,7 +118,7 @@ impl Pinfold for Service {
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
         let request = request.into_inner();
-        let id = wire::session_id(&request.session_id)?;
+        let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let granted = self.engine.pin(id, wire::pin_order(request)?).await?;
         Ok(Response::new(wire::granted(granted)))
@@ -118,14 +126,14 @@ impl Pinfold for Service {
 
     async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Answer<v1::UnpinResponse> {
         let request = request.into_inner();
-        let id = wire::session_id(&request.session_id)?;
+        let id = self.caller(&request.session_id)?;
         self.engine.unpin(id, PinId(request.pin_id)).await?;
         Ok(Response::new(v1::UnpinResponse {}))
     }
 
     async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
         let request = request.into_inner();
-        let id = wire::session_id(&request.session_id)?;
+        let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let (pin, generation, range) = wire::commit(&request)?;
         let took = self.engine.commit(id, pin, generation, range).await?;
@@ -135,7 +143,7 @@ impl Pinfold for Service {
     async fn write(&self, request: Request<v1::WriteRequest>) -> Answer<v1::WriteResponse> {
         let v1::WriteRequest { session_id, pin_id, generation, offset, data } =
             request.into_inner();
-        let id = wire::session_id(&session_id)?;
+        let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         wire::piece_len(data.len())?;
         self.engine.stream_write(piece, data).await?;
@@ -145,7 +153,7 @@ impl Pinfold for Service {
     async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<v1::ReadResponse> {
         let v1::ReadRequest { session_id, pin_id, generation, offset, length } =
             request.into_inner();
-        let id = wire::session_id(&session_id)?;
+        let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         let len = wire::piece_len(length as usize)?;
         let data = self.engine.stream_read(piece, len).await?;
@@ -155,7 +163,7 @@ impl Pinfold for Service {
     async fn digest(&self, request: Request<v1::DigestRequest>) -> Answer<v1::DigestResponse> {
         let v1::DigestRequest { session_id, pin_id, generation, offset, length } =
             request.into_inner();
-        let id = wire::session_id(&session_id)?;
+        let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         let len = wire::piece_len(length as usize)?;
         let blake3 = self.engine.stream_digest(piece, len).await?;
@@ -167,7 +175,7 @@ impl Pinfold for Service {
         request: Request<v1::MakeFolderRequest>,
     ) -> Answer<v1::MakeFolderResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let created = self.engine.make_folder(request.export, path).await?;
         Ok(Response::new(v1::MakeFolderResponse { created }))
@@ -175,7 +183,7 @@ impl Pinfold for Service {
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         if request.export.is_empty() {
             // The operator's own list: never longer than a page.
             let entries = self.engine.export_entries();
@@ -194,7 +202,7 @@ impl Pinfold for Service {
 
     async fn grow(&self, request: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
         let valid_end = self.engine.grow(request.export, path, size).await?;
         Ok(Response::new(v1::GrowResponse { valid_end }))
@@ -202,7 +210,7 @@ impl Pinfold for Service {
 
     async fn shrink(&self, request: Request<v1::ShrinkRequest>) -> Answer<v1::ShrinkResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
         let revoked = self.engine.shrink(request.export, path, size).await?;
         Ok(Response::new(v1::ShrinkResponse { revoked_pins: wire::count(revoked) }))
@@ -210,7 +218,7 @@ impl Pinfold for Service {
 
     async fn remove(&self, request: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let revoked = self.engine.remove(request.export, path, request.revoke_pins).await?;
         Ok(Response::new(v1::RemoveResponse { revoked_pins: wire::count(revoked) }))
@@ -218,14 +226,14 @@ impl Pinfold for Service {
 
     async fn revoke(&self, request: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let revoked = self.engine.revoke(request.export, wire::path(&request.path)?).await?;
         Ok(Response::new(v1::RevokeResponse { revoked_pins: wire::count(revoked) }))
     }
 
     async fn quiesce(&self, request: Request<v1::QuiesceRequest>) -> Answer<v1::QuiesceResponse> {
         let request = request.into_inner();
-        let id = wire::session_id(&request.session_id)?;
+        let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let done = self.engine.quiesce(id, request.export).await?;
         let (revoked_pins, beside) = (wire::count(done.revoked_pins), done.beside);
@@ -234,19 +242,19 @@ impl Pinfold for Service {
 
     async fn resume(&self, request: Request<v1::ResumeRequest>) -> Answer<v1::ResumeResponse> {
         let request = request.into_inner();
-        self.engine.demand_session(wire::session_id(&request.session_id)?)?;
+        self.engine.demand_session(self.caller(&request.session_id)?)?;
         let was_quiesced = self.engine.resume(request.export).await?;
         Ok(Response::new(v1::ResumeResponse { was_quiesced }))
     }
 
     async fn inspect(&self, request: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {
-        let id = wire::session_id(&request.into_inner().session_id)?;
+        let id = self.caller(&request.into_inner().session_id)?;
         self.engine.demand_session(id)?;
         Ok(Response::new(self.engine.inspect(id)))
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
-        let id = wire::session_id(&request.into_inner().session_id)?;
+        let id = self.caller(&request.into_inner().session_id)?;
         self.engine.demand_session(id)?;
         let engine = Arc::clone(&self.engine);
         // A watcher that is too slow misses records; its stream goes on with the newest.

@@ -1,30 +1,30 @@
 //! Keeps one session alive, from its hello to its last sign of life.
 
+mod notices;
+mod outbox;
+mod silence;
+
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pinfold_proto::v1;
-use tokio::sync::mpsc;
 use tonic::{Status, Streaming};
 
 use crate::config::Config;
-use crate::engine::{Engine, WeakOutbox};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::fabric::QUEUE_PAIRS_MAX;
 use crate::ids::{PinId, SessionId};
 use crate::wire;
 
-/// Events that wait for a client to read them. One that lets more pile up loses them, and is fenced
-/// by the deadline.
-const OUTBOX_DEPTH: usize = 1024;
+pub(crate) use outbox::{Events, Mailbox, Outbox};
+use silence::{Silence, Verdict};
+
 /// This process may have been stopped itself: what came meanwhile is heard before a client's silence is
 /// held against it.
 const SECOND_LOOK: Duration = Duration::from_millis(100);
 /// Longest name of a client, in bytes.
 const LONGEST_NAME: usize = 256;
-
-/// What a session's stream carries to the client.
-pub(crate) type Events = mpsc::Receiver<Result<v1::SessionEvent, Status>>;
 
 /// Waits for the hello and starts the task that keeps the session.
 pub(crate) async fn start(
@@ -36,17 +36,15 @@ pub(crate) async fn start(
         .await
         .map_err(|_| malformed("no Hello came in time"))??;
     let name = client_name(hello)?;
-    let (outbox, events) = mpsc::channel(OUTBOX_DEPTH);
-    let id = engine.open_session(outbox.clone(), &name)?;
+    let mailbox = Mailbox::new(config.limits.pins_per_session);
+    let id = engine.open_session(Outbox::new(mailbox.clone()), &name)?;
     tracing::info!(session = %id, client = name, "session opened");
-    let welcome = wire::welcome(welcome(&engine, config, id));
-    // The queue is empty and its other end is held here.
-    let _ = outbox.try_send(Ok(welcome));
+    let events = mailbox.events(wire::welcome(welcome(&engine, config, id)));
     let keeper = Keeper {
         engine,
         id,
-        outbox: outbox.downgrade(),
-        grace: config.silence_grace(),
+        mailbox,
+        silence: Silence::new(config.silence_grace(), config.time_to_live, Instant::now()),
         time_to_live: config.time_to_live,
         pins_at_most: config.limits.pins_per_session,
     };
@@ -96,9 +94,9 @@ fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
 struct Keeper {
     engine: Arc<Engine>,
     id: SessionId,
-    /// Weak, so that the stream ends when the engine forgets the session.
-    outbox: WeakOutbox,
-    grace: Duration,
+    mailbox: Mailbox,
+    silence: Silence,
+    /// For as long a client may take nothing of what it is told.
     time_to_live: Duration,
     pins_at_most: usize,
 }
@@ -106,12 +104,12 @@ struct Keeper {
 /// What came from the client: as the stream gives it, or nothing in time.
 type Heard = Option<Result<Option<v1::SessionRequest>, Status>>;
 
-async fn hear(requests: &mut Streaming<v1::SessionRequest>, within: Duration) -> Heard {
-    tokio::time::timeout(within, requests.message()).await.ok()
+async fn hear(requests: &mut Streaming<v1::SessionRequest>, until: Instant) -> Heard {
+    tokio::time::timeout_at(until.into(), requests.message()).await.ok()
 }
 
 impl Keeper {
-    async fn run(self, mut requests: Streaming<v1::SessionRequest>) {
+    async fn run(mut self, mut requests: Streaming<v1::SessionRequest>) {
         let why = loop {
             match self.next(&mut requests).await {
                 Some(Ok(Some(request))) => self.handle(request),
@@ -119,33 +117,45 @@ impl Keeper {
                 Some(Err(_)) => break "its stream broke",
                 None => break "it was silent for too long",
             }
+            if self.mailbox.is_stuck(self.time_to_live) {
+                break "it does not read what it is told";
+            }
         };
         tracing::info!(session = %self.id, why, "session ended");
         self.engine.end_session(self.id).await;
     }
 
-    /// Cuts the client off when it is late, and gives it up when it is later still.
-    async fn next(&self, requests: &mut Streaming<v1::SessionRequest>) -> Heard {
-        if let Some(heard) = hear(requests, self.grace).await {
-            return Some(heard);
+    /// Cuts the client off when it is late, and gives it up (`None`) when it is later still. Its other
+    /// calls are signs of life too.
+    async fn next(&mut self, requests: &mut Streaming<v1::SessionRequest>) -> Heard {
+        loop {
+            let mut heard = hear(requests, self.silence.judge_at()).await;
+            if heard.is_none() {
+                heard = hear(requests, Instant::now() + SECOND_LOOK).await;
+            }
+            if let Some(call) = self.engine.last_call(self.id) {
+                self.silence.heard(call);
+            }
+            if heard.is_some() {
+                self.silence.heard(Instant::now());
+                return heard;
+            }
+            match self.silence.judge(Instant::now()) {
+                Verdict::Wait => {}
+                Verdict::CutOff => {
+                    tracing::info!(session = %self.id, "a client is silent; its queue pair is destroyed");
+                    self.engine.cut_off(self.id);
+                }
+                Verdict::Over => return None,
+            }
         }
-        if let Some(heard) = hear(requests, SECOND_LOOK).await {
-            return Some(heard);
-        }
-        tracing::info!(session = %self.id, "a client is silent; its queue pair is destroyed");
-        self.engine.cut_off(self.id);
-        hear(requests, self.time_to_live.saturating_sub(self.grace + SECOND_LOOK)).await
     }
 
     fn handle(&self, request: v1::SessionRequest) {
         use v1::session_request::Message;
         match request.message {
             Some(Message::Heartbeat(beat)) => {
-                // A full outbox: the client does not read; it will miss the reply and notice.
-                let reply = Ok(wire::heartbeat_reply(beat.sequence));
-                if let Some(outbox) = self.outbox.upgrade() {
-                    let _ = outbox.try_send(reply);
-                }
+                self.mailbox.post(|notices, _| notices.answer(beat.sequence));
             }
             Some(Message::Drained(drained)) if drained.pin_ids.len() > self.pins_at_most => {
                 tracing::warn!(session = %self.id, "drained more pins than a session can hold");

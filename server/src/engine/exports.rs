@@ -9,7 +9,7 @@ use pinfold_proto::v1;
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::obstacles::TRY_AGAIN;
-use super::{Engine, PATIENCE, locked};
+use super::{Engine, FILES_PER_TURN, PATIENCE, locked};
 use crate::config::ExportConfig;
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
@@ -251,8 +251,11 @@ impl Engine {
             // First: what was resumed meanwhile is nobody's to take back.
             let is_let_go = served.is_let_go()?;
             let files = self.files_reached_by(served);
-            for file in &files {
-                revoked_pins += self.begin_to_take_back(file, Reason::Quiesce);
+            for some in files.chunks(FILES_PER_TURN) {
+                for file in some {
+                    revoked_pins += self.begin_to_take_back(file, Reason::Quiesce);
+                }
+                tokio::task::yield_now().await;
             }
             if files.is_empty() && is_let_go {
                 break;

@@ -10,7 +10,7 @@ use pinfold_leases::{
 use pinfold_verbs::with_causes;
 
 use super::exports::Served;
-use super::{Cut, Engine, Inode, PATIENCE, Retired, locked};
+use super::{Cut, Engine, FILES_PER_TURN, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
@@ -283,8 +283,15 @@ impl Engine {
     /// any more, or when that takes far too long.
     pub(crate) async fn shut_down(&self) {
         let budget = self.break_budget();
-        let actions = self.registry().shut_down(Instant::now(), budget);
-        self.perform(actions);
+        let (now, guards) = (Instant::now(), self.registry().begin_shut_down());
+        for some in guards.chunks(FILES_PER_TURN) {
+            for guard in some {
+                let taken_back =
+                    self.registry().take_back_for(*guard, Reason::Shutdown, now, budget);
+                self.perform(taken_back);
+            }
+            tokio::task::yield_now().await;
+        }
         let give_up = tokio::time::Instant::now() + budget + PATIENCE;
         loop {
             let changed = self.retired.notified();

@@ -6,11 +6,12 @@ use std::time::Instant;
 use pinfold_verbs::{Endpoint, Mtu};
 use tokio::sync::Mutex as AsyncMutex;
 
-use super::{Engine, Outbox, SessionParts, locked};
+use super::{Engine, SessionParts, locked};
 use crate::error::{Error, Result};
 use crate::fabric::{Fabric, Link, Severed};
 use crate::ids::{PinId, SessionId};
 use crate::registry::Refusal;
+use crate::session::Outbox;
 
 impl SessionParts {
     /// What to connect a queue pair with: on the session's own device, if it has one already.
@@ -44,7 +45,7 @@ impl SessionParts {
 }
 
 impl Engine {
-    /// Takes a session up; its events go to `outbox`.
+    /// Takes a session up; what it is told goes to `outbox`.
     pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
         let id = SessionId::new(random());
         self.registry().open_session(id, client_name)?;
@@ -52,6 +53,7 @@ impl Engine {
             outbox,
             link: Mutex::default(),
             device: OnceLock::new(),
+            last_call: Mutex::new(Instant::now()),
             connecting: AsyncMutex::default(),
         };
         locked(&self.sessions).insert(id, Arc::new(parts));
@@ -76,6 +78,18 @@ impl Engine {
     /// Whether the session lives.
     pub(crate) fn demand_session(&self, id: SessionId) -> Result<()> {
         Ok(self.registry().demand_session(id)?)
+    }
+
+    /// A session makes a call, which is a sign of life.
+    pub(crate) fn note_call(&self, id: SessionId) {
+        if let Some(parts) = self.parts(id) {
+            *locked(&parts.last_call) = Instant::now();
+        }
+    }
+
+    /// When a session made its last call.
+    pub(crate) fn last_call(&self, id: SessionId) -> Option<Instant> {
+        self.parts(id).map(|parts| *locked(&parts.last_call))
     }
 
     /// A session has nothing in flight on these pins any more.

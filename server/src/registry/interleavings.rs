@@ -415,8 +415,10 @@ impl World {
         for guard in self.guardings.keys().copied().collect::<Vec<_>>() {
             self.wanted(guard, budget);
         }
-        let actions = self.registry.shut_down(self.now, budget);
-        self.perform(actions);
+        for guard in self.registry.begin_shut_down() {
+            let actions = self.registry.take_back_for(guard, Reason::Shutdown, self.now, budget);
+            self.perform(actions);
+        }
     }
 
     /// Somebody waits for a file: its clients have so long, from the first who wants it on.
