@@ -91,8 +91,9 @@ pub(crate) enum Command {
         resized, to have exactly the bytes of LOCAL. It is pinned, written (by one-sided RDMA \
         where both hosts have a device, else by gRPC), committed and unpinned: when the command \
         succeeds, the bytes survive power loss. Holes of LOCAL are not carried: they are allocated \
-        zeroes there. Modes, owners and times are not carried.\n\nWith -r the folder EXPORT/PATH has \
-        all that LOCAL has in the end, empty folders too; what else it had stays. Symbolic links and \
+        zeroes there. Modes, owners and times are not carried. Nobody else may have the file pinned \
+        meanwhile (exit code 6). If LOCAL changes meanwhile, the exit code is 12.\n\nWith -r the \
+        folder EXPORT/PATH has all that LOCAL has in the end, empty folders too; what else it had stays. Symbolic links and \
         special files in LOCAL are left out and named. A file that fails holds up no other: it is named, \
         and the exit code is 13.\n\n--resume takes nothing for granted: what is on the host is compared \
         with LOCAL, 1 MiB at a time, by a checksum that the server's processor makes, and only what \

@@ -39,7 +39,7 @@ Exit codes:
   9    permission denied, or the pin is for reading only
   10   a local file can't be read, or the output not written
   11   no space, or a limit of the server
-  12   what was copied is not the same on both sides (--verify)
+  12   the copy is not what the local file has: it changed meanwhile, or --verify found other bytes
   13   of several files some were not copied: each is named, with the reason
   130  interrupted";
 

@@ -23,6 +23,7 @@ use crate::failure::Failure;
 use crate::many::{self, Many, Outcome, Tally};
 use crate::partial::{Partial, sync_name, write_in_order};
 use crate::same::{self, Proof};
+use crate::stamp::demand_two_files;
 use crate::table::printable;
 use crate::transfer::{self, Carried, Copied, Job, blocking};
 use crate::{terminal, tree, work};
@@ -151,6 +152,10 @@ async fn get(
     let shown = (!target.is_stdout()).then(|| local.display().to_string());
     let report = |copied| Report { file: file.to_string(), local: shown, copied };
     let stat = session.stat(export, path).await?;
+    if let Target::File(partial) = &target {
+        let names = (file, local.display());
+        demand_two_files(session, partial.before.as_deref(), stat.identity, names)?;
+    }
     if stat.size == 0 {
         // There is nothing to pin.
         target.complete(0).await?;

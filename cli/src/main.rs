@@ -20,6 +20,7 @@ mod remove;
 mod resize;
 mod same;
 mod size;
+mod stamp;
 mod stat;
 mod table;
 mod taken_back;

@@ -47,7 +47,9 @@ struct Counts {
     folders: usize,
     /// Neither files nor folders.
     left_out: usize,
+    /// Files and folders.
     failed: usize,
+    failed_folders: usize,
     kept_bytes: u64,
     #[serde(skip)]
     rdma_bytes: u64,
@@ -89,6 +91,7 @@ impl Tally {
     pub(crate) fn new(done: &'static str, found: &[Found]) -> Self {
         let sizes = found.iter().filter_map(|found| match found.kind {
             Kind::File(len) => Some(len),
+            Kind::FailedFile(_) => Some(0),
             _ => None,
         });
         let (files, bytes) = (sizes.clone().count(), sizes.sum());
@@ -146,10 +149,11 @@ impl<'a> Many<'a> {
                 Kind::File(_) => files.push(path),
                 Kind::Folder => match make_folder(&path).await {
                     Ok(()) => self.tally.counts.borrow_mut().folders += 1,
-                    Err(failure) => self.failed(&name(&path), failure),
+                    Err(failure) => self.failed_folder(&name(&path), failure),
                 },
                 Kind::Other(why) => self.left_out(&name(&path), why),
-                Kind::Failed(failure) => self.failed(&name(&path), failure),
+                Kind::FailedFile(failure) => self.failed(&name(&path), failure),
+                Kind::FailedFolder(failure) => self.failed_folder(&name(&path), failure),
             }
         }
         each(files, self.job.how.parallel as usize, async |path: String| {
@@ -223,6 +227,13 @@ impl<'a> Many<'a> {
         });
     }
 
+    fn failed_folder(&self, folder: &str, failure: Failure) {
+        let before = self.tally.counts.borrow().failed;
+        self.failed(folder, failure);
+        let mut counts = self.tally.counts.borrow_mut();
+        counts.failed_folders += counts.failed - before;
+    }
+
     /// Beside the bar, if there is one. Who can't be told any more wants no more.
     fn tell(&self, tell: impl FnOnce(bool) -> Result<(), Failure>) {
         if let Err(failure) = self.job.bar.suspend(|| tell(self.job.how.json)) {
@@ -245,7 +256,8 @@ impl<'a> Many<'a> {
         }
         match total.counts.failed {
             0 => Ok(()),
-            failed => {
+            _ => {
+                let failed = total.counts.failures();
                 let what =
                     format!("{failed} failed, {} of {files} files were {done}", total.counts.files);
                 Err(Failure::new(Exit::Partial, what).or_hint(
@@ -253,6 +265,19 @@ impl<'a> Many<'a> {
                 ))
             }
         }
+    }
+}
+
+impl Counts {
+    /// Such as "1 folder and 2 files".
+    fn failures(&self) -> String {
+        let counted = |count: usize, what: &str| {
+            let plural = if count == 1 { "" } else { "s" };
+            (count > 0).then(|| format!("{count} {what}{plural}"))
+        };
+        let files = counted(self.failed - self.failed_folders, "file");
+        let folders = counted(self.failed_folders, "folder");
+        folders.into_iter().chain(files).collect::<Vec<_>>().join(" and ")
     }
 }
 

@@ -1,7 +1,7 @@
 //! The file beside the one to be, until all of it is there.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,8 @@ pub(crate) struct Partial {
     pub(crate) target: PathBuf,
     /// Bytes of an earlier one, if it is to be gone on with.
     pub(crate) earlier: u64,
+    /// The file that it replaces, if there is one.
+    pub(crate) before: Option<Box<Metadata>>,
     resume: bool,
     placed: bool,
 }
@@ -38,7 +40,7 @@ impl Partial {
             Err(error) => return Err(failed(error)),
         };
         let before = match fs::metadata(&target) {
-            Ok(metadata) if metadata.is_file() => Some(metadata),
+            Ok(metadata) if metadata.is_file() => Some(Box::new(metadata)),
             Ok(_) => {
                 let what = format!("cannot replace {}: it is no regular file", local.display());
                 return Err(
@@ -66,8 +68,9 @@ impl Partial {
             }
         };
         let earlier = file.metadata().map_err(failed)?.len();
-        let partial = Self { file: Arc::new(file), path, target, earlier, resume, placed: false };
-        if let Some(before) = before {
+        let file = Arc::new(file);
+        let partial = Self { file, path, target, earlier, before, resume, placed: false };
+        if let Some(before) = &partial.before {
             partial.file.set_permissions(before.permissions()).map_err(failed)?;
         }
         Ok(partial)

@@ -3,7 +3,7 @@
 //! A fixed number of buffers go round: each is filled from the local file, written by RDMA or by
 //! stream, and filled again when the server has taken it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -27,6 +27,7 @@ use crate::failure::Failure;
 use crate::holes::{self, Pieces};
 use crate::many::{self, Many, Outcome, Tally};
 use crate::same::Proof;
+use crate::stamp::{Stamp, demand_two_files};
 use crate::table::printable;
 use crate::transfer::{self, Carried, Copied, Job};
 use crate::tree;
@@ -65,6 +66,8 @@ struct Source {
     file: Arc<File>,
     path: PathBuf,
     len: u64,
+    /// As it was when it was opened.
+    metadata: Metadata,
 }
 
 /// How far a copy has come; shared by its workers.
@@ -137,22 +140,23 @@ async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Fa
     let begin = Instant::now();
     let (source, session) = (Arc::new(source), job.session);
     let give_up = begin + job.wait();
+    demand_another_file(session, &source, file).await?;
     let made = make_room(job, &source, file, give_up).await?;
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
+        demand_unchanged(&source, file)?;
         let copied = Copied::nothing(begin, job.how.verify);
         return Ok(Report::new(file, made.created, copied, Some(Duration::ZERO)));
     }
+    // Exclusive: with two copies at once the file would end up with stripes of both, and a reader would
+    // get a mixture. It also keeps what `--resume` has compared.
     let mut request = PinRequest::read_write(&file.export, &file.path)
+        .exclusive()
         .expect_identity(made.identity)
         .transport(job.transport.into())
         .wait(left_until(give_up));
     if made.size != source.len {
         request = request.range(0..source.len);
-    }
-    if job.how.resume {
-        // What was compared stays so: nobody else writes, nor does what an earlier put has on its way.
-        request = request.exclusive();
     }
     // Before the pin, so that nothing about it is missed.
     let mut events = session.events();
@@ -178,6 +182,7 @@ async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Fa
             return Err(unverified(&source, file, flush, cause));
         }
     };
+    demand_unchanged(&source, file)?;
     let (by_rdma, by_stream) = progress.by_path();
     // The check is no part of the rate.
     let carried = Carried::new(begin + checked.unwrap_or_default(), by_rdma, by_stream);
@@ -190,6 +195,43 @@ async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Fa
     };
     transfer::give_back(pin).await;
     Ok(Report::new(file, made.created, copied, flush))
+}
+
+/// The file that is on the server may be the local one.
+async fn demand_another_file(
+    session: &Session,
+    source: &Source,
+    file: &FileArg,
+) -> Result<(), Failure> {
+    if !session.is_on_server_host() {
+        return Ok(());
+    }
+    match session.stat(&file.export, &file.path).await {
+        Ok(there) => {
+            let names = (source.path.display(), file);
+            demand_two_files(session, Some(&source.metadata), there.identity, names)
+        }
+        // There is none yet, or the next call is refused for the same reason.
+        Err(error) if error.reason().is_some() => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What was read at different times need not belong together.
+fn demand_unchanged(source: &Source, file: &FileArg) -> Result<(), Failure> {
+    let path = source.path.display();
+    let unreadable = |error| Failure::local(format!("cannot look at {path} again"), error);
+    match Stamp::of(&source.metadata).change(&source.file).map_err(unreadable)? {
+        None => Ok(()),
+        Some(change) => {
+            let what = format!(
+                "{path} changed while it was copied into {file}: {change}; the copy may be a mixture \
+                 of old and new bytes"
+            );
+            Err(Failure::new(Exit::Differs, what)
+                .or_hint("put it again, while no program writes to it"))
+        }
+    }
 }
 
 /// Makes the file as long as the local one. A device has the size that it has: there it must fit.
@@ -414,7 +456,8 @@ impl Source {
                 false => failure,
             });
         }
-        Ok(Self { file: Arc::new(file), path: path.to_owned(), len: metadata.len() })
+        let (path, len) = (path.to_owned(), metadata.len());
+        Ok(Self { file: Arc::new(file), path, len, metadata })
     }
 
     /// Reads the next piece into the buffer, which comes back; without one at the end.
@@ -526,8 +569,9 @@ mod tests {
 
     #[test]
     fn a_file_that_was_cut_to_nothing_is_told_like_any_other_size() {
-        let source =
-            Source { file: tempfile::tempfile().unwrap().into(), path: "app.log".into(), len: 10 };
+        let file = tempfile::tempfile().unwrap();
+        let metadata = file.metadata().unwrap();
+        let source = Source { file: file.into(), path: "app.log".into(), len: 10, metadata };
         let file = FileArg { export: "data".to_owned(), path: "log".to_owned() };
         let refused = |reason| Error::Refused {
             doing: "pin data/log".to_owned(),

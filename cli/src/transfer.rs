@@ -17,6 +17,8 @@ use crate::same;
 /// Longer than a drain takes by default.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(6);
 
+const AGAIN_UNDISTURBED: &str = "copy it again, while no program writes to either of the two";
+
 /// What the pin's pages, and the chunks with them, are aligned to at least.
 const PAGE_BYTES: usize = 4096;
 
@@ -75,9 +77,18 @@ impl Job<'_> {
         let differs = |stretch: Range<u64>| {
             let Range { start, end } = stretch;
             let what = format!("verification: the two files differ between byte {start} and {end}");
-            Failure::new(Exit::Differs, what)
-                .or_hint("copy it again, while no program writes to either of the two")
+            Failure::new(Exit::Differs, what).or_hint(AGAIN_UNDISTURBED)
         };
+        // Bytes behind the end of what was copied are compared with nothing.
+        let there = local
+            .metadata()
+            .map_err(|error| Failure::local("cannot look at the local file again", error))?;
+        if there.len() != len {
+            let there = there.len();
+            let what =
+                format!("verification: the local file has {there} bytes, and {len} were copied");
+            return Err(Failure::new(Exit::Differs, what).or_hint(AGAIN_UNDISTURBED));
+        }
         match same::difference(pin, local, len, self.how.requests.window).await? {
             None => Ok(Some(begin.elapsed())),
             Some(stretch) => Err(differs(stretch)),

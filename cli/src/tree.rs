@@ -26,8 +26,19 @@ pub(crate) enum Kind {
     File(u64),
     /// Left out, for this reason.
     Other(&'static str),
-    /// Can't be copied.
-    Failed(Failure),
+    /// A file that can't be copied.
+    FailedFile(Failure),
+    /// A folder that can't be read or named: what is in it is not known.
+    FailedFolder(Failure),
+}
+
+impl Kind {
+    fn failed(failure: Failure, is_folder: bool) -> Self {
+        match is_folder {
+            true => Self::FailedFolder(failure),
+            false => Self::FailedFile(failure),
+        }
+    }
 }
 
 const NO_UTF8: &str = "its name is no UTF-8, and the protocol knows no other names";
@@ -82,7 +93,8 @@ impl Walk {
         match found {
             Ok(found) => self.left.extend(found.into_iter().rev()),
             Err(failure) => {
-                self.done.push(Found { path: folder.to_owned(), kind: Kind::Failed(failure) });
+                self.done
+                    .push(Found { path: folder.to_owned(), kind: Kind::FailedFolder(failure) });
             }
         }
     }
@@ -98,7 +110,11 @@ fn names_in(folder: &Path, above: &str) -> std::io::Result<Vec<Found>> {
         let Some(name) = name.to_str() else {
             let what = format!("cannot put {}: {NO_UTF8}", full.display());
             let path = above.to_owned() + &name.to_string_lossy();
-            return Found { path, kind: Kind::Failed(Failure::new(Exit::BadRequest, what)) };
+            let failure = Failure::new(Exit::BadRequest, what);
+            return Found {
+                path,
+                kind: Kind::failed(failure, full.is_dir() && !full.is_symlink()),
+            };
         };
         Found { path: above.to_owned() + name, kind: kind_of(&full) }
     };
@@ -112,7 +128,7 @@ fn kind_of(path: &Path) -> Kind {
         Ok(metadata) if metadata.is_symlink() => Kind::Other("a symbolic link"),
         Ok(_) => Kind::Other("no regular file"),
         Err(error) => {
-            Kind::Failed(Failure::local(format!("cannot look at {}", path.display()), error))
+            Kind::FailedFile(Failure::local(format!("cannot look at {}", path.display()), error))
         }
     }
 }
@@ -140,7 +156,8 @@ fn sorted(mut listed: Vec<Entry>, top: &FolderArg, above: &str) -> Vec<Found> {
         let kind = match untellable(&entry.name) {
             Some(why) => {
                 let what = format!("cannot get {}: {why}", top.join(&path));
-                Kind::Failed(Failure::new(Exit::BadRequest, what))
+                let failure = Failure::new(Exit::BadRequest, what);
+                Kind::failed(failure, entry.kind == EntryKind::Folder)
             }
             None => match entry.kind {
                 EntryKind::Folder => Kind::Folder,
@@ -175,7 +192,8 @@ mod tests {
             Kind::Folder => "folder".to_owned(),
             Kind::File(len) => format!("file {len}"),
             Kind::Other(why) => (*why).to_owned(),
-            Kind::Failed(failure) => (failure.exit as u8).to_string(),
+            Kind::FailedFile(failure) => (failure.exit as u8).to_string(),
+            Kind::FailedFolder(failure) => format!("folder, {}", failure.exit as u8),
         };
         found.iter().map(|found| (found.path.as_str(), kind(&found.kind))).collect()
     }
@@ -234,9 +252,9 @@ mod tests {
         let found = sorted(listed, &top, "in/");
         let all = [
             ("in/", "5"),
-            ("in/..", "5"),
+            ("in/..", "folder, 5"),
             ("in/..good", "folder"),
-            ("in//etc", "5"),
+            ("in//etc", "folder, 5"),
             ("in/a/b", "5"),
             ("in/good", "file 7"),
             ("in/nul\0", "5"),

@@ -6,6 +6,8 @@
 
 #[path = "with_server/copies.rs"]
 mod copies;
+#[path = "with_server/unmixed.rs"]
+mod unmixed;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read};

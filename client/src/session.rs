@@ -44,6 +44,7 @@ const STREAM_PIECE_BYTES_MAX: u64 = 1 << 20;
 pub struct Session {
     core: Arc<Core>,
     server_version: String,
+    on_server_host: bool,
     /// Says true, or is dropped, to end the session.
     closing: watch::Sender<bool>,
     keeper: JoinHandle<()>,
@@ -155,12 +156,14 @@ impl Session {
             device => device,
         };
         let server_version = welcome.server_version.clone();
+        let on_server_host =
+            pinfold_proto::boot_id().is_some_and(|here| here == welcome.host_boot_id);
         let kept = Kept::start(client, opened, &options);
         let rdma = connect_device(device, &kept, &options).await?;
         let Kept { control, pins, events, closing, keeper, .. } = kept;
         let runtime = Handle::current();
         let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
-        Ok(Self { core: Arc::new(core), server_version, closing, keeper })
+        Ok(Self { core: Arc::new(core), server_version, on_server_host, closing, keeper })
     }
 
     /// Whether pins of this session can go by RDMA.
@@ -537,6 +540,12 @@ impl Session {
     /// The server's version.
     pub fn server_version(&self) -> &str {
         &self.server_version
+    }
+
+    /// Whether the server runs under the same kernel as this program, in a container or not. Then a
+    /// [`FileIdentity`](crate::FileIdentity) has the device and inode number that stat(2) reports here.
+    pub fn is_on_server_host(&self) -> bool {
+        self.on_server_host
     }
 
     /// Ends the session and waits until the server has ended it too: every key is dead then.

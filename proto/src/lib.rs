@@ -4,8 +4,10 @@
 //! as the documentation of [`v1`]. [`Reason`] names the errors that programs can tell apart.
 #![forbid(unsafe_code)]
 
+mod host;
 mod reason;
 
+pub use host::boot_id;
 pub use prost::bytes::Bytes;
 pub use reason::{ERROR_DOMAIN, Reason};
 

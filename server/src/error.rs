@@ -85,14 +85,16 @@ pub enum Error {
         path: PathBuf,
     },
     /// The file has pins.
-    #[error("{} has {} on it; try again when {} given back, or have {} revoked", path.display(),
-            counted(*pins), if *pins == 1 { "it is" } else { "they are" },
-            if *pins == 1 { "it" } else { "them" })]
+    #[error("{} has {} on it, {} of {holder}; try again when {} given back, or have {} revoked",
+            path.display(), counted(*pins), if *pins == 1 { "the pin" } else { "one" },
+            if *pins == 1 { "it is" } else { "they are" }, if *pins == 1 { "it" } else { "them" })]
     FilePinned {
         /// The file.
         path: PathBuf,
         /// How many.
         pins: usize,
+        /// The client of one of them.
+        holder: String,
     },
     /// The range holds nothing.
     #[error("bytes {start}..{end} hold nothing: {why}")]

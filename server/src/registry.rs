@@ -577,6 +577,13 @@ impl Registry {
         }
     }
 
+    /// The client of the file's first pin, by its name.
+    pub(crate) fn a_holder(&self, guard: GuardId) -> Option<&str> {
+        let pin = self.files.get(&guard)?.pins.first()?;
+        let session = self.sessions.get(&self.pins.get(pin)?.session)?;
+        Some(&session.client_name)
+    }
+
     /// Lets a file go that turned out to have no use.
     pub(crate) fn release_if_unused(&mut self, guard: GuardId) -> Option<Action> {
         let file = self.files.get_mut(&guard)?;

@@ -88,6 +88,7 @@ fn welcome(engine: &Engine, config: &Config, id: SessionId) -> v1::Welcome {
         stream_piece_bytes_max: wire::count(wire::STREAM_PIECE_BYTES_MAX),
         rdma_devices: devices,
         queue_pairs_max: QUEUE_PAIRS_MAX,
+        host_boot_id: pinfold_proto::boot_id().unwrap_or_default(),
     }
 }
 

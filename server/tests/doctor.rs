@@ -106,3 +106,22 @@ fn the_help_has_an_example_and_the_exit_codes() {
     assert_eq!(bare.status.code(), Some(2), "{}", text(&bare.stderr));
     assert!(text(&bare.stderr).contains("--export"), "{}", text(&bare.stderr));
 }
+
+#[test]
+fn of_what_is_no_directory_nothing_is_said_to_be_in_order() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    for path in ["/nonexistent", file.path().to_str().unwrap()] {
+        let report = report(&doctor(&["--json", path]));
+        let findings = report["findings"].as_array().unwrap().iter();
+        let ok: Vec<_> = findings.filter(|f| f["subject"] == path && f["result"] == "ok").collect();
+        // How much room there is on the file's disk is true of the file as well.
+        assert!(ok.iter().all(|finding| finding["check"] == "space"), "{path}: {ok:?}");
+    }
+    let report = report(&doctor(&["--json", "/proc"]));
+    let made = finding(&report, "/proc", "temporary_file");
+    let remedy = made["remedy"].as_str().unwrap();
+    assert!(
+        remedy.contains("a file system that keeps files"),
+        "another user would not help: {made}"
+    );
+}

@@ -24,8 +24,8 @@ struct Facts {
     file_system: Option<String>,
     /// Free bytes, and all.
     space: Option<(u64, u64)>,
-    /// Whether others than owner and group get to the directory.
-    open_to_others: bool,
+    /// Whether others than owner and group get to the directory; absent if it is none.
+    open_to_others: Option<bool>,
     trial: Result<Tried, TrialError>,
 }
 
@@ -52,7 +52,7 @@ impl Facts {
         Self {
             file_system: kind_of_mount(&mounts, &whole),
             space: space.map(|s| (s.f_bavail * s.f_frsize, s.f_blocks * s.f_frsize)),
-            open_to_others: open_to_others(&whole),
+            open_to_others: whole.is_dir().then(|| open_to_others(&whole)),
             trial: Trial::start(&whole).map(|trial| Tried::by(&trial, fabrics)),
         }
     }
@@ -68,7 +68,7 @@ impl Facts {
             }
         }
         findings.extend(self.space.map(judge_space));
-        findings.push(judge_access(self.open_to_others));
+        findings.extend(self.open_to_others.map(judge_access));
         findings
     }
 }
@@ -77,6 +77,9 @@ impl TrialError {
     fn judge(&self, file_system: &str) -> Finding {
         let (found, remedy) = match self.check {
             "directory" => ("can't be used", "name a directory that this user may search"),
+            "temporary_file" if self.no_such_files => {
+                ("can't be made", "export a directory of a file system that keeps files")
+            }
             "temporary_file" => (
                 "can't be made",
                 "run it as the user that serves, who needs write permission and room for 4 MiB",
@@ -287,7 +290,7 @@ mod tests {
         Facts {
             file_system: Some("ext4".to_owned()),
             space: Some((50, 100)),
-            open_to_others: false,
+            open_to_others: Some(false),
             trial: Ok(tried),
         }
     }
@@ -344,7 +347,7 @@ mod tests {
                 Limited,
             ),
             (Facts { space: Some((4, 100)), ..facts(tried()) }, "space", Limited),
-            (Facts { open_to_others: true, ..facts(tried()) }, "access", Limited),
+            (Facts { open_to_others: Some(true), ..facts(tried()) }, "access", Limited),
         ];
         for (facts, check, verdict) in lacks {
             assert_eq!(wrong(&facts), [(check, verdict)]);
@@ -359,7 +362,7 @@ mod tests {
             ("file_system", "ext4, XFS"),
             ("guard", "memory and threads"),
         ] {
-            let error = TrialError { check, why: "no".to_owned() };
+            let error = TrialError { check, why: "no".to_owned(), no_such_files: false };
             let facts = Facts { trial: Err(error), ..facts(tried()) };
             assert_eq!(wrong(&facts), [(check, Verdict::Missing)]);
             let remedy = facts.judge()[0].remedy.clone().unwrap();

@@ -32,6 +32,8 @@ pub(super) struct TrialError {
     /// The finding that it belongs to.
     pub(super) check: &'static str,
     pub(super) why: String,
+    /// The file system makes no files, as procfs does: no permission would help.
+    pub(super) no_such_files: bool,
 }
 
 /// What became of a guarded mapping.
@@ -45,7 +47,13 @@ pub(super) struct Guarded {
 
 impl Trial {
     pub(super) fn start(folder: &Path) -> Result<Self, TrialError> {
-        let failed = |check| move |error: Error| TrialError { check, why: with_causes(&error) };
+        let failed = |check| {
+            move |error: Error| TrialError {
+                check,
+                why: with_causes(&error),
+                no_such_files: matches!(error, Error::NotFound { .. }),
+            }
+        };
         let export = Export::open(folder).map_err(failed("directory"))?;
         let name = RelativePath::parse(&new_name()).map_err(failed("directory"))?;
         let create = Create { size: LEN, mode: 0o600, dax: false };

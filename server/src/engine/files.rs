@@ -143,7 +143,11 @@ impl Engine {
 
     pub(super) async fn demand_unpinned(&self, located: &Located) -> Result<()> {
         match self.settled(located).await? {
-            Some((file, pins)) => Err(Error::FilePinned { path: file.path().to_owned(), pins }),
+            Some((file, pins)) => {
+                let holder = self.registry().a_holder(file.id()).map(str::to_owned);
+                let holder = holder.unwrap_or_else(|| "a session that is ending".to_owned());
+                Err(Error::FilePinned { path: file.path().to_owned(), pins, holder })
+            }
             None => Ok(()),
         }
     }
