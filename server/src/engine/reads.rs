@@ -58,13 +58,13 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use pinfold_leases::RelativePath;
-    use tokio::sync::mpsc;
 
     use super::super::{PinOrder, TransportWish};
     use super::*;
     use crate::config::{Config, ExportConfig};
     use crate::error::Error;
     use crate::registry::Stage;
+    use crate::session::{Mailbox, Outbox};
 
     const LEN: usize = 4096;
 
@@ -100,7 +100,7 @@ mod tests {
         let mut config = Config::new(vec![ExportConfig::new("data", folder.path())]);
         config.rdma_devices = Vec::new();
         let engine = Engine::start(&config).unwrap();
-        let (outbox, _events) = mpsc::channel(16);
+        let outbox = Outbox::new(Mailbox::new(16));
         let session = engine.open_session(outbox, "reader").unwrap();
         let pin = engine.pin(session, order()).await.unwrap();
         let generation = pin.generation;
