@@ -115,7 +115,8 @@ impl Exit {
             | Reason::FileDraining
             | Reason::FilePinned
             | Reason::RangeHeld
-            | Reason::ExportQuiesced => Self::Busy,
+            | Reason::ExportQuiesced
+            | Reason::ExportStalled => Self::Busy,
             Reason::FileChanged
             | Reason::FileModified
             | Reason::UnknownPin
@@ -181,7 +182,7 @@ mod tests {
                 | "BAD_RANGE"
                 | "RANGE_PAST_END" => 5,
                 "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD"
-                | "EXPORT_QUIESCED" => 6,
+                | "EXPORT_QUIESCED" | "EXPORT_STALLED" => 6,
                 "FILE_CHANGED" | "FILE_MODIFIED" | "UNKNOWN_PIN" | "STALE_GENERATION" => 7,
                 "NO_RDMA_DEVICE"
                 | "NO_QUEUE_PAIR"

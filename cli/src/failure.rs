@@ -154,6 +154,9 @@ fn refusal_hint(reason: Reason) -> Option<&'static str> {
         Reason::ExportQuiesced => {
             Some("retry when the export is resumed; `pinfold ls -l` shows it")
         }
+        Reason::ExportStalled => {
+            Some("thaw the file system on the server, or look after its device, then retry")
+        }
         Reason::NoSpace => Some("free some space on the server's file system"),
         Reason::DeviceCannotRegister => Some("`pinfoldd doctor` on the server says what it can"),
         _ => None,

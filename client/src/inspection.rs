@@ -220,6 +220,20 @@ impl Inspection {
         let exports = wire.exports.into_iter().map(ExportInfo::from).collect();
         Ok(Self { sessions, files, broken, exports })
     }
+
+    /// Adds the next page. Its first file may be the last one of this, with further pins.
+    pub(crate) fn add(&mut self, page: Self) {
+        self.sessions.extend(page.sessions);
+        self.broken.extend(page.broken);
+        self.exports.extend(page.exports);
+        let mut files = page.files.into_iter().peekable();
+        if let Some(last) = self.files.last_mut()
+            && let Some(more) = files.next_if(|file| file.generation == last.generation)
+        {
+            last.pins.extend(more.pins);
+        }
+        self.files.extend(files);
+    }
 }
 
 impl FileInfo {
@@ -317,5 +331,38 @@ impl From<v1::FileState> for FileState {
             v1::FileState::Fencing => Self::Fencing,
             v1::FileState::Released => Self::Released,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(counter: u64, pins: &[u64]) -> FileInfo {
+        let pin = |pin_id: &u64| PinInfo {
+            pin_id: *pin_id,
+            session: 1,
+            range: 0..1,
+            access: Access::Read,
+            exclusive: false,
+            transport: Transport::Stream,
+        };
+        FileInfo {
+            path: "/x".to_owned(),
+            generation: Generation { incarnation: 1, counter },
+            guard: GuardTier::Lease,
+            state: FileState::Held,
+            pins: pins.iter().map(pin).collect(),
+        }
+    }
+
+    #[test]
+    fn a_file_that_goes_on_on_the_next_page_is_one_file() {
+        let page = |files| Inspection { files, ..Inspection::default() };
+        let mut seen = page(vec![file(1, &[1]), file(2, &[2, 3])]);
+        seen.add(page(vec![file(2, &[4]), file(3, &[5])]));
+        seen.add(page(vec![file(4, &[6])]));
+        let expected = [file(1, &[1]), file(2, &[2, 3, 4]), file(3, &[5]), file(4, &[6])];
+        assert_eq!(seen.files, expected);
     }
 }

@@ -56,8 +56,9 @@ fn reason_passes(reason: Reason, code: Code) -> bool {
         | Reason::FileDraining
         | Reason::FilePinned
         | Reason::RangeHeld
-        // An operator resumes it.
+        // An operator resumes it, or thaws its file system.
         | Reason::ExportQuiesced
+        | Reason::ExportStalled
         // Others use up a limit: it had room for this pin before.
         | Reason::QuotaExceeded
         | Reason::NoSpace
@@ -109,8 +110,8 @@ mod tests {
             let expected = match reason.as_str() {
                 "UNKNOWN_SESSION" | "SHUTTING_DOWN" | "UNKNOWN_PIN" | "STALE_GENERATION"
                 | "FILE_BUSY" | "FILE_DRAINING" | "FILE_PINNED" | "RANGE_HELD"
-                | "EXPORT_QUIESCED" | "QUOTA_EXCEEDED" | "NO_SPACE" | "NO_QUEUE_PAIR"
-                | "QUEUE_PAIR_FAILED" => true,
+                | "EXPORT_QUIESCED" | "EXPORT_STALLED" | "QUOTA_EXCEEDED" | "NO_SPACE"
+                | "NO_QUEUE_PAIR" | "QUEUE_PAIR_FAILED" => true,
                 "MALFORMED_REQUEST"
                 | "EXPORT_NOT_FOUND"
                 | "PATH_OUTSIDE_EXPORT"

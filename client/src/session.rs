@@ -34,6 +34,9 @@ use crate::{
 /// waiting behind it.
 const FRAME_BYTES_MAX: u32 = 256 << 10;
 
+/// Files and pins on one page of an inspection.
+const INSPECT_PAGE: u32 = 4096;
+
 /// The server may take longer pieces of the stream path than it is good to hold in memory.
 const STREAM_PIECE_BYTES_MAX: u64 = 1 << 20;
 
@@ -401,17 +404,30 @@ impl Session {
         Ok(answer.was_quiesced)
     }
 
-    /// Tells who holds what on the server now, over all sessions.
+    /// Tells who holds what on the server now, over all sessions. Of a long list the pages are taken one
+    /// after the other, so that what changes meanwhile may be missing or be seen twice.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with the server's reason.
     pub async fn inspect(&self) -> Result<Inspection, Error> {
         let doing = || "inspect the server".to_owned();
-        let request = v1::InspectRequest { session_id: self.core.control.session_id.clone() };
-        let answer =
-            self.core.control.call(doing, async |mut client| client.inspect(request).await).await?;
-        Inspection::parse(answer).map_err(|malformed| Error::from_malformed(malformed, doing()))
+        let mut seen = Inspection::default();
+        let mut page_token = Vec::new();
+        loop {
+            let session_id = self.core.control.session_id.clone();
+            let request = v1::InspectRequest { session_id, page_size: INSPECT_PAGE, page_token };
+            let answer =
+                self.core.control.call(doing, async |mut client| client.inspect(request).await);
+            let mut answer = answer.await?;
+            page_token = std::mem::take(&mut answer.next_page_token);
+            let page = Inspection::parse(answer)
+                .map_err(|malformed| Error::from_malformed(malformed, doing()))?;
+            seen.add(page);
+            if page_token.is_empty() {
+                return Ok(seen);
+            }
+        }
     }
 
     /// Tells of every revocation on the server from now on, of all sessions, when it is complete.

@@ -248,7 +248,8 @@ fn on_storage_host(prefix: &[&str], port: u16) -> Command {
 }
 
 fn configure(command: &mut Command, exports: &[(&str, &Path)], arguments: &[&str]) {
-    command.args(["--log-format", "json"]).args(arguments);
+    // Some tests serve several file systems from one process, to see how far one keeps up the others.
+    command.args(["--log-format", "json", "--share-fate"]).args(arguments);
     for (name, folder) in exports {
         command.arg("--export").arg(format!("{name}={}", folder.display()));
     }

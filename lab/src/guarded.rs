@@ -152,6 +152,31 @@ impl Drop for LeaseBreakTimeSet {
     }
 }
 
+/// A sysctl, set for a test and put back after it.
+#[derive(Debug)]
+pub struct Sysctl {
+    path: String,
+    before: String,
+}
+
+impl Sysctl {
+    /// Sets it by its name, as in `vm.max_map_count`.
+    pub fn set(name: &str, value: &str) -> Self {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        let before = std::fs::read_to_string(&path).unwrap();
+        let this = Self { path, before };
+        std::fs::write(&this.path, value).unwrap();
+        this
+    }
+}
+
+impl Drop for Sysctl {
+    fn drop(&mut self) {
+        // Every other test has limits of its own.
+        let _ = std::fs::write(&self.path, self.before.trim());
+    }
+}
+
 /// Defines each test once for ext4 and once for XFS, both with DAX, with a [`Bench`] there.
 #[macro_export]
 macro_rules! on_each_bench {

@@ -34,13 +34,13 @@ pub use daemon::{Daemon, SystemCall};
 pub use devdax::DevDax;
 pub use flushes::{Flushes, rdma_core_version};
 pub use foreign::{ForeignClient, ForeignLane, reason_of};
-pub use guarded::{Bench, Holder, LeaseBreakTimeSet};
+pub use guarded::{Bench, Holder, LeaseBreakTimeSet, Sysctl};
 pub use pattern::Pattern;
 pub use pinned::truncate_under_pinned_registration;
 pub use place::{FileSystem, Unmounted, device_name, required};
 pub use process::{
     Busy, Frozen, HugePages, Mounted, Opener, Process, Truncation, read_by_another_process,
-    remote_fault_hangs, rewrite_by_another_process, shell, tool,
+    remote_fault_hangs, remote_faults_that_hang, rewrite_by_another_process, shell, tool,
 };
 pub use queue_pairs::queue_pairs;
 pub use random::Random;

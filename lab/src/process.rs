@@ -200,12 +200,18 @@ impl Drop for Frozen {
 
 /// Whether a NIC's write waits, inside a page fault, for the thaw of a file system.
 pub fn remote_fault_hangs() -> bool {
-    let hangs = |stack: String| stack.contains("rxe_") && stack.contains("percpu_rwsem_wait");
+    remote_faults_that_hang() > 0
+}
+
+/// How many do.
+pub fn remote_faults_that_hang() -> usize {
+    let hangs = |stack: &str| stack.contains("rxe_") && stack.contains("percpu_rwsem_wait");
     // Processes come and go, and only kernel threads are asked for.
     std::fs::read_dir("/proc")
         .unwrap()
         .filter_map(|entry| std::fs::read_to_string(entry.ok()?.path().join("stack")).ok())
-        .any(hangs)
+        .filter(|stack| hangs(stack))
+        .count()
 }
 
 /// What another process finds in a file, by CPU loads: a READ by the NIC could repeat a mistake of

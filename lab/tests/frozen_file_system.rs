@@ -7,13 +7,15 @@ use pinfold_lab::{
     DEADLINE, Daemon, EXPORT, FileSystem, ForeignClient, ForeignLane, Frozen, Lab,
     LeaseBreakTimeSet, Opener, SystemCall, Truncation, device_name, eventually, in_time,
     next_revocation, on_each_file_system, queue_pairs, read_by_another_process, remote_fault_hangs,
-    remote_slice,
+    remote_faults_that_hang, remote_slice,
 };
 use pinfold_proto::v1;
 
 const PAGE: usize = 4096;
 /// Clients have two seconds to drain.
 const LEASE_BREAK_TIME: u32 = 6;
+/// And so that the kernel's own time is far off.
+const LONG_BREAK: u32 = 45;
 
 /// Another process opens the file, which takes as long as the kernel makes it wait. That works on a
 /// frozen file system.
@@ -126,10 +128,14 @@ struct Holder {
 
 impl Holder {
     async fn of(daemon: &Daemon, export: &str) -> Self {
+        Self::of_file(daemon, export, "file").await
+    }
+
+    async fn of_file(daemon: &Daemon, export: &str, name: &str) -> Self {
         let mut client = ForeignClient::open(&daemon.url).await;
         let lane = client.connect().await;
         let export = export.to_owned();
-        let request = v1::PinRequest { export, ..client.pin_request("file") };
+        let request = v1::PinRequest { export, ..client.pin_request(name) };
         let pin = client.stub.pin(request).await.unwrap().into_inner();
         Self { client, lane, pin }
     }
@@ -218,6 +224,74 @@ fn the_last_rung_takes_the_connections_of_those_that_have_the_file_and_no_other(
     {
         in_time(DEADLINE, the_last_rung(frozen, other));
     }
+}
+
+/// More files hang than one file system has threads to deregister with.
+async fn many_hang(frozen: FileSystem, other: FileSystem) {
+    /// One more than those threads.
+    const STUCK: usize = 17;
+    let _short = LeaseBreakTimeSet::to(LONG_BREAK);
+    let folder = |at: FileSystem| tempfile::tempdir_in(at.mount_point()).unwrap();
+    let (cold, warm) = (folder(frozen), folder(other));
+    let make = |path: std::path::PathBuf| {
+        std::fs::write(&path, [0; PAGE]).unwrap();
+        std::fs::File::open(path).unwrap().sync_all().unwrap();
+    };
+    let name = |number: usize| format!("file{number}");
+    (0..STUCK).for_each(|number| make(cold.path().join(name(number))));
+    make(warm.path().join("file"));
+    let daemon = Daemon::start(&[(EXPORT, cold.path()), ("warm", warm.path())]);
+    let mut apart = Holder::of(&daemon, "warm").await;
+    apart.write(b'1').await;
+    let mut stuck = Vec::new();
+    for number in 0..STUCK {
+        stuck.push(Holder::of_file(&daemon, EXPORT, &name(number)).await);
+    }
+
+    let ice = Frozen::start(frozen.mount_point());
+    let hanging: Vec<_> = stuck
+        .into_iter()
+        .map(|Holder { lane, pin, client }| {
+            let key = pin.segments[0];
+            tokio::spawn(async move {
+                let _client = client;
+                lane.write(&key, 0, &[b'2'; PAGE]).await
+            })
+        })
+        .collect();
+    let all_hang = async || remote_faults_that_hang() >= STUCK;
+    eventually("each of the writes hangs in a fault", all_hang).await;
+    let readers: Vec<_> = (0..STUCK)
+        .map(|number| {
+            let path = cold.path().join(name(number));
+            tokio::task::spawn_blocking(move || Opener::reading(&path))
+        })
+        .collect();
+    for number in 0..STUCK {
+        daemon.logged_of(&cold.path().join(name(number)), "regions hang too");
+    }
+
+    let path = warm.path().join("file");
+    let reader = tokio::task::spawn_blocking(move || Opener::reading(&path));
+    apart.client.next_draining().await;
+    apart.client.say_drained(&[apart.pin.pin_id]);
+    drop(reader.await.unwrap());
+    let timings = apart.client.next_revoked().await.timings.unwrap();
+    println!("the file of the other file system: {timings:?}");
+    assert!(timings.break_pending_at_release, "the kernel's time ran out: {timings:?}");
+    assert!(remote_faults_that_hang() >= STUCK, "it was thawed too soon");
+    ice.thaw();
+    for reader in readers {
+        drop(reader.await.unwrap());
+    }
+    for hanging in hanging {
+        println!("a write that hung: {}", hanging.await.unwrap());
+    }
+}
+
+#[test]
+fn files_that_hang_use_up_the_threads_of_their_own_file_system_only() {
+    in_time(DEADLINE, many_hang(FileSystem::Ext4, FileSystem::Xfs));
 }
 
 /// A sealed file on ext4 and a guarded one on XFS, of one server.

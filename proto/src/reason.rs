@@ -46,6 +46,8 @@ reasons! {
     ExportNotFound = "EXPORT_NOT_FOUND",
     /// The export is quiesced: it is not served until it is resumed.
     ExportQuiesced = "EXPORT_QUIESCED",
+    /// Calls don't come back from the export's file system: it is frozen, or its device is stuck.
+    ExportStalled = "EXPORT_STALLED",
     /// The path leaves the export, is absolute, or crosses a symbolic link.
     PathOutsideExport = "PATH_OUTSIDE_EXPORT",
     /// No file of that name.

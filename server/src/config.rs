@@ -29,6 +29,8 @@ pub struct Config {
     pub time_to_live: Duration,
     /// What one server holds at most.
     pub limits: Limits,
+    /// Exports of different file systems may be served, although what holds one up may hold up all.
+    pub share_fate: bool,
 }
 
 /// A session that is silent for this part of its time-to-live loses its queue pair.
@@ -45,6 +47,7 @@ impl Config {
             heartbeat_interval: Duration::from_secs(10) / HEARTBEATS,
             time_to_live: Duration::from_secs(10),
             limits: Limits::default(),
+            share_fate: false,
         }
     }
 
@@ -114,6 +117,17 @@ impl FromStr for ExportConfig {
 #[serde(deny_unknown_fields)]
 struct ConfigFile {
     exports: BTreeMap<String, ExportTable>,
+    #[serde(default)]
+    share_fate: bool,
+}
+
+/// What a configuration file says, checked.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FileSettings {
+    /// In the order of their names.
+    pub exports: Vec<ExportConfig>,
+    /// As [`Config::share_fate`].
+    pub share_fate: bool,
 }
 
 /// `[exports.NAME]`. A struct that is flattened can't refuse unknown keys, so [`Settings`] does.
@@ -124,8 +138,8 @@ struct ExportTable {
     settings: toml::Table,
 }
 
-/// Reads the exports from the text of a configuration file.
-pub fn exports_of(text: &str) -> Result<Vec<ExportConfig>, String> {
+/// Reads the text of a configuration file.
+pub fn settings_of(text: &str) -> Result<FileSettings, String> {
     let file: ConfigFile = toml::from_str(text).map_err(|error| error.to_string())?;
     let export = |(name, table): (String, ExportTable)| {
         let settings: Settings = table
@@ -134,14 +148,16 @@ pub fn exports_of(text: &str) -> Result<Vec<ExportConfig>, String> {
             .map_err(|error| format!("export {name}: {}", toml::de::Error::message(&error)))?;
         ExportConfig::checked(&name, table.path, &settings)
     };
-    file.exports.into_iter().map(export).collect()
+    let share_fate = file.share_fate;
+    let exports = file.exports.into_iter().map(export).collect::<Result<_, _>>()?;
+    Ok(FileSettings { exports, share_fate })
 }
 
-/// As [`exports_of`], from the file itself.
-pub fn read_exports(path: &Path) -> Result<Vec<ExportConfig>, String> {
+/// As [`settings_of`], from the file itself.
+pub fn read_settings(path: &Path) -> Result<FileSettings, String> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| format!("can't read {}: {error}", path.display()))?;
-    exports_of(&text).map_err(|why| format!("{}: {why}", path.display()))
+    settings_of(&text).map_err(|why| format!("{}: {why}", path.display()))
 }
 
 /// Each export has a name and a directory of its own, or it is not clear which policy holds.
@@ -251,9 +267,10 @@ mod tests {
 
     #[test]
     fn a_file_says_the_same_as_the_options() {
-        let text = "[exports.logs]\npath = \"/mnt/a,b\"\non_read = \"outwait\"\n\
+        let text = "share_fate = true\n[exports.logs]\npath = \"/mnt/a,b\"\non_read = \"outwait\"\n\
                     outwait_max_s = 3\n\n[exports.scratch]\npath = \"/mnt/c\"\nguard = \"none\"\n";
-        let exports = exports_of(text).unwrap();
+        let FileSettings { exports, share_fate } = settings_of(text).unwrap();
+        assert!(share_fate);
         let scratch: ExportConfig = "scratch=/mnt/c,guard=none".parse().unwrap();
         assert_eq!(exports[1], scratch);
         let longest = Duration::from_secs(3);
@@ -268,7 +285,7 @@ mod tests {
             ("[exports.a]\npath = \"/x\"\noutwait_max_s = 1", "export a: outwait_max_s"),
             ("[exports.\"a/b\"]\npath = \"/x\"", "holds a slash"),
         ] {
-            let refused = exports_of(bad).unwrap_err();
+            let refused = settings_of(bad).unwrap_err();
             assert!(refused.contains(why), "{bad}: {refused}");
         }
     }

@@ -8,8 +8,10 @@
 //! Here are the engine's parts, its threads and how actions are carried out; `sessions`, `files`
 //! and `pins` hold what clients ask for, `revocation` what the kernel does.
 
+mod ending;
 mod exports;
 mod files;
+mod inspection;
 mod obstacles;
 mod pins;
 mod reads;
@@ -19,17 +21,18 @@ pub(crate) use revocation::drain_budget;
 mod sessions;
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{Fenced, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
 use pinfold_proto::v1;
-use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast};
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc, oneshot};
 
 use crate::breakers::{Breaks, Looks};
 use crate::config::{Config, DeviceChoice};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fabric::{Fabric, Link, Severed};
 use crate::fence::{self, Order};
 use crate::gate::Gate;
@@ -38,10 +41,12 @@ use crate::ids::{PinId, SessionId};
 use crate::ladder::Ladder;
 use crate::lives::Lives;
 use crate::passage::Passages;
+use crate::pool::Pool;
 use crate::registry::{Action, Limits, Record, Registry};
+use crate::room::{self, Room};
 use crate::session::Outbox;
 use crate::sync::locked;
-use exports::Served;
+use exports::{Opened, Served};
 use sessions::random;
 
 pub(crate) use files::PageOrder;
@@ -51,15 +56,26 @@ pub(crate) use pins::{Granted, PinOrder, StreamPiece, TransportWish};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Revocation records that a slow watcher may be behind.
 const RECORDS_KEPT: usize = 256;
-/// Calls of clients that may block at a time.
-const CLIENT_WORK_AT_A_TIME: usize = 64;
-/// Pieces of the stream path at a time.
-const STREAM_WORK_AT_A_TIME: usize = 32;
+/// Queue pairs that are connected at a time: the kernel may take a second to resolve an address.
+const CONNECTING_AT_A_TIME: usize = 8;
+/// How long an unpin is waited for; it goes on after that.
+const UNPIN_AT_MOST: Duration = Duration::from_secs(60);
+/// Pages of what operators see that are made at a time.
+const OPERATORS_AT_A_TIME: usize = 2;
+/// How long one may take.
+const INSPECT_AT_MOST: Duration = Duration::from_secs(30);
+/// Threads of a server without an export.
+const THREADS_OF_ITS_OWN: usize = 64;
+/// How long connecting one may take.
+const CONNECT_AT_MOST: Duration = Duration::from_secs(60);
 /// Pins that wait for others to close a file.
 const PINS_WAITING_AT_A_TIME: usize = 64;
 
-/// Threads that destroy queue pairs, a session's on one: it hangs with a write that hangs in a fault.
-const SEVERING_THREADS: usize = 8;
+/// Threads that stop queue pairs, which waits for no write.
+const SEVERING_THREADS: usize = 2;
+/// Threads that destroy queue pairs that have stopped, a session's on one: it hangs with a write that hangs
+/// in a fault.
+const DESTROYING_THREADS: usize = 8;
 
 /// Files that are taken back on a worker of the runtime before other tasks get their turn, such as those
 /// that carry notices to the clients.
@@ -79,17 +95,17 @@ pub(crate) struct Engine {
     fences: Sender<Order>,
     ladder: Ladder,
     teardowns: Sender<Retired>,
-    severances: Sender<Severed>,
+    severances: Sender<Severance>,
     /// Sealed files that are fenced: letting them go writes to their file system.
     unseals: Sender<Cut>,
-    /// Of the threads that may block, so many at most work for clients: the rest is for ending
-    /// sessions, which must not wait for other clients' slow calls.
-    client_work: Arc<Semaphore>,
+    /// Where queue pairs are connected.
+    connecting: Pool,
+    /// What operators ask for, which waits for no file system.
+    operators: Pool,
     /// So many pins at most wait for others to close a file: each looks again and again.
     waiting_pins: Arc<Semaphore>,
-    /// And so many at most move bytes for them, so that pins and commits need not wait behind those.
-    stream_work: Arc<Semaphore>,
     limits: Limits,
+    room: Room,
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
@@ -97,6 +113,10 @@ pub(crate) struct Engine {
     lives: Mutex<Lives>,
     breaks: Mutex<Breaks>,
     looks: Mutex<Looks>,
+    /// Pins that end while a stream transfer of theirs is inside the kernel: the last one out orders the rest.
+    leaving: Mutex<HashMap<(GuardId, PinId), Leaving>>,
+    /// Sessions that are over, as long as something of them is left.
+    ended: Mutex<HashMap<SessionId, Weak<SessionParts>>>,
     retired: Notify,
     records: broadcast::Sender<v1::RevocationRecord>,
 }
@@ -124,6 +144,26 @@ struct SessionParts {
     connecting: AsyncMutex<()>,
 }
 
+/// Queue pairs that are to be destroyed.
+#[derive(Debug)]
+struct Severance {
+    queue_pairs: Severed,
+    /// The session's stream ends when the last of these goes, and a client takes its end for the end of its
+    /// keys.
+    _parts: Arc<SessionParts>,
+    /// Closed when it is done.
+    _done: Option<mpsc::Sender<Infallible>>,
+}
+
+/// What is left to do for a pin that has ended.
+#[derive(Debug)]
+struct Leaving {
+    /// As in [`Severance`].
+    parts: Option<Arc<SessionParts>>,
+    /// Told when its keys are dead.
+    done: Option<oneshot::Sender<()>>,
+}
+
 /// A file that is fenced, and is to be let go.
 #[derive(Debug)]
 struct Cut {
@@ -143,14 +183,15 @@ struct Retired {
 impl Engine {
     /// Opens the exports and the device, and starts the threads. Blocks for the device's self-test.
     pub(crate) fn start(config: &Config) -> Result<Arc<Self>> {
-        let mut exports = BTreeMap::new();
-        for export in &config.exports {
-            exports.insert(export.name.clone(), Served::open(export)?);
-        }
+        let opened = Opened::all(config)?;
         let fabrics = Fabric::open_all(&config.rdma_devices)?.into_iter().map(Arc::new).collect();
         let (watcher, breaks) = Watcher::start()?;
         let (fences, orders) = fence::queue();
+        room::demand_to_start(THREADS_OF_ITS_OWN + opened.threads()?)?;
+        let exports = opened.start(&fences)?;
         let ladder = Ladder::start(&fences)?;
+        let operators = Pool::start("pinfold-operator", OPERATORS_AT_A_TIME, INSPECT_AT_MOST)?;
+        let connecting = Pool::start("pinfold-connect", CONNECTING_AT_A_TIME, CONNECT_AT_MOST)?;
         let (teardowns, retired_files) = channel();
         let (severances, severed) = channel();
         let (unseals, sealed) = channel();
@@ -168,10 +209,11 @@ impl Engine {
             teardowns,
             severances,
             unseals,
-            client_work: Arc::new(Semaphore::new(CLIENT_WORK_AT_A_TIME)),
+            connecting,
+            operators,
             waiting_pins: Arc::new(Semaphore::new(PINS_WAITING_AT_A_TIME)),
-            stream_work: Arc::new(Semaphore::new(STREAM_WORK_AT_A_TIME)),
             limits: config.limits,
+            room: Room::default(),
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
@@ -179,6 +221,8 @@ impl Engine {
             lives: Mutex::default(),
             breaks: Mutex::default(),
             looks: Mutex::default(),
+            leaving: Mutex::default(),
+            ended: Mutex::default(),
             retired: Notify::new(),
             records: broadcast::Sender::new(RECORDS_KEPT),
         });
@@ -202,7 +246,18 @@ impl Engine {
                 with(&this, |engine| engine.let_go(cut));
             }
         })?;
-        fence::vital_crew("pinfold-sever", SEVERING_THREADS, severed, Severed::destroy)?;
+        let (stopped, to_destroy) = channel();
+        let stop = move |severance: Severance| {
+            severance.queue_pairs.stop();
+            // The threads end only with the engine.
+            let _ = stopped.send(severance);
+        };
+        fence::vital_crew("pinfold-sever", SEVERING_THREADS, severed, stop)?;
+        let destroy = |severance: Severance| {
+            let Severance { queue_pairs, _parts, _done } = severance;
+            queue_pairs.destroy();
+        };
+        fence::vital_crew("pinfold-destroy", DESTROYING_THREADS, to_destroy, destroy)?;
         Ok(engine)
     }
 
@@ -221,8 +276,7 @@ impl Engine {
         self.registry().incarnation()
     }
 
-    /// Deregistering and destroying block, so this is for threads that may, but for what a break
-    /// and a drain lead to: notices and orders.
+    /// Waits for nothing: what may block is ordered from threads that were started before.
     fn perform(&self, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
             self.perform_one(action);
@@ -248,25 +302,15 @@ impl Engine {
             }
             Action::FenceNow { guard, urgent: true } => self.order(Order::Now(guard)),
             Action::FenceNow { guard, urgent: false } => self.order(Order::Idle(guard)),
-            Action::DropRegions { guard, pin, session } => self.drop_regions(guard, pin, session),
+            Action::DropRegions { guard, pin, session } => {
+                let parts = self.parts(session);
+                self.drop_when_out(guard, pin, Leaving { parts, done: None });
+            }
             Action::DropSession { session } => {
                 let parts = locked(&self.sessions).remove(&session);
                 if let Some(parts) = parts {
-                    parts.disconnect();
+                    self.sever(parts, None);
                 }
-            }
-        }
-    }
-
-    fn drop_regions(&self, guard: GuardId, pin: PinId, session: SessionId) {
-        let Some(file) = self.file(guard) else { return };
-        let failed = file.drop_segments(pin);
-        self.registry().left(guard, pin);
-        if failed > 0 {
-            // A key lives on. Only through the queue pair of its own session, which shares its
-            // protection domain, could it be used; so that goes.
-            if let Some(parts) = self.parts(session) {
-                parts.disconnect();
             }
         }
     }
@@ -276,37 +320,24 @@ impl Engine {
         let _ = self.fences.send(order);
     }
 
-    /// Does a client's work where it may block.
-    async fn blocking<T: Send + 'static>(
+    /// Does a call's work that names an export, on the threads of its file system.
+    async fn call<T: Send + 'static>(
         &self,
+        export: &str,
         work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        self.blocking_within(&self.client_work, work).await
+        self.long_call(export, 0, work).await
     }
 
-    /// Does a piece of stream work for a session that there is.
-    async fn streaming<T: Send + 'static>(
+    /// The same of a call that may touch so many bytes.
+    async fn long_call<T: Send + 'static>(
         &self,
-        piece: StreamPiece,
-        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
-        self.demand_session(piece.session)?;
-        self.blocking_within(&self.stream_work, work).await
-    }
-
-    async fn blocking_within<T: Send + 'static>(
-        &self,
-        limit: &Arc<Semaphore>,
+        export: &str,
+        bytes: u64,
         work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let engine = self.arc();
-        // Never closed. It goes with the work: a call that is given up does not make room.
-        let place = Arc::clone(limit).acquire_owned().await.map_err(|_| Error::Task)?;
-        let work = move || {
-            let _place = place;
-            work(&engine)
-        };
-        tokio::task::spawn_blocking(work).await.map_err(|_| Error::Task)?
+        self.file_system(export)?.call(bytes, move || work(&engine)).await
     }
 
     fn arc(&self) -> Arc<Self> {

@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::ids::PinId;
+pub use crate::pool::NotDone;
 use crate::registry::Refusal;
+use crate::room::MAP_AREAS_RESERVED;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -233,6 +236,60 @@ pub enum Error {
         path: PathBuf,
         /// The device, the limit and the remedy.
         source: pinfold_verbs::Error,
+    },
+    /// Nothing comes back from the file system, or not this call.
+    #[error(
+        "{why} on the file system of {exports} (is it frozen, or its device stuck?); try again later"
+    )]
+    ExportStalled {
+        /// Each with its name.
+        exports: String,
+        /// What does not come back.
+        why: NotDone,
+    },
+    /// What is left is kept for revocations.
+    #[error(
+        "this server has {used} of {limit} descriptors open, and keeps the rest for revocations; give \
+             pins back, or raise the limit of open files of pinfoldd (LimitNOFILE= in its unit)"
+    )]
+    NoDescriptors {
+        /// Open now.
+        used: usize,
+        /// `RLIMIT_NOFILE`.
+        limit: usize,
+    },
+    /// What is left is kept for revocations, and for the server itself.
+    #[error(
+        "this server has {used} memory mappings of {limit} that the kernel allows a process, and keeps \
+             the last {MAP_AREAS_RESERVED} for itself; give pins back, or raise the sysctl \
+             vm.max_map_count on the storage host"
+    )]
+    NoMapAreas {
+        /// Mapped now.
+        used: usize,
+        /// The sysctl.
+        limit: usize,
+    },
+    /// A pin's end does not come back.
+    #[error("pin {pin} is given back, but after {} s a transfer of it is still inside the kernel (is the file \
+             system frozen, or its device stuck?); its keys die when that is out", waited.as_secs())]
+    UnpinHangs {
+        /// The pin.
+        pin: PinId,
+        /// How long its client waited.
+        waited: Duration,
+    },
+    /// Exports of several file systems in one process.
+    #[error(
+        "exports {one} and {other} lie on different file systems, and if one of them freezes, or its \
+             device hangs, one process can be held up with both; start a pinfoldd for each, or accept \
+             that with --share-fate (share_fate = true in the configuration file)"
+    )]
+    SharedFate {
+        /// One export.
+        one: String,
+        /// One on another file system.
+        other: String,
     },
     /// A thread of ours died.
     #[error("a task of the server failed; its log has the details")]

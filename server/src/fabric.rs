@@ -261,17 +261,19 @@ impl Link {
 }
 
 /// Queue pairs that belong to no session any more.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 #[must_use = "they transfer until they are destroyed"]
 pub(crate) struct Severed(Vec<QueuePair<Connected>>);
 
 impl Severed {
+    /// Has them take no more requests. This waits for none that is under way, as their end does, which can
+    /// hang with a write that hangs in a fault.
+    pub(crate) fn stop(&self) {
+        self.0.iter().for_each(|queue_pair| said(queue_pair.fail()));
+    }
+
     /// Destroys the queue pairs: when this returns, no request of theirs lands any more.
     pub(crate) fn destroy(self) {
-        if let [_, _, ..] = self.0[..] {
-            // One can hang with a write that hangs in a fault, and the others are not to wait for that.
-            self.0.iter().for_each(|queue_pair| said(queue_pair.fail()));
-        }
         self.0.into_iter().for_each(|queue_pair| said(queue_pair.destroy()));
     }
 }

@@ -70,6 +70,11 @@ impl Gate {
         state.closed && state.writing == 0
     }
 
+    /// Whether a transfer of this pin is inside. Once the pin is refused before the gate, "no" is final.
+    pub(crate) fn is_inside(&self, pin: PinId) -> bool {
+        self.state().inside.contains_key(&pin)
+    }
+
     /// Waits until no transfer of this pin is inside. The pin must be refused before the gate by
     /// then, or this may never end.
     pub(crate) fn wait_until_out(&self, pin: PinId) {

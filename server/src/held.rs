@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
+use crate::file_system::FileSystem;
 use crate::gate::Gate;
 use crate::ids::{Life, PinId};
 use crate::ladder::Cutting;
@@ -37,6 +38,7 @@ pub(crate) struct HeldFile {
     page_size_bytes: AtomicU32,
     kind: MappingKind,
     path: PathBuf,
+    file_system: Arc<FileSystem>,
     description: Description,
     life: Life,
     guard: Mutex<Option<Guard>>,
@@ -102,13 +104,22 @@ struct Failed {
     retry: usize,
 }
 
+/// What a file has of the export by which it is pinned first.
+#[derive(Debug)]
+pub(crate) struct Exported {
+    /// What the operator wants of it.
+    pub(crate) policy: Policy,
+    /// What it lies on.
+    pub(crate) file_system: Arc<FileSystem>,
+}
+
 impl HeldFile {
     /// Of a file that was just guarded and mapped.
     pub(crate) fn new(
         description: Description,
         life: Life,
         kind: MappingKind,
-        policy: Policy,
+        Exported { policy, file_system }: Exported,
         takes_stream_writes: bool,
         (guard, mapping): (Guard, Mapping),
     ) -> Self {
@@ -122,6 +133,7 @@ impl HeldFile {
             page_size_bytes: AtomicU32::new(smallest_page()),
             kind,
             path: description.path().to_owned(),
+            file_system,
             description,
             life,
             guard: Mutex::new(Some(guard)),
@@ -271,6 +283,11 @@ impl HeldFile {
     /// The mapping, until it is given up.
     pub(crate) fn mapping(&self) -> Option<Arc<Mapping>> {
         locked(&self.mapping).clone()
+    }
+
+    /// What it lies on.
+    pub(crate) fn file_system(&self) -> &Arc<FileSystem> {
+        &self.file_system
     }
 
     /// The gate of the stream path.

@@ -14,6 +14,7 @@
 //!
 //! A file whose own region is the one that hangs is beyond all of them until the thaw.
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
@@ -32,10 +33,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// How long regions may take at most before the last rung, which costs clients their connections that
 /// have done nothing to lose them: on a machine that is busy everything takes long.
 const LONGEST_WITH_REGIONS: Duration = Duration::from_secs(2);
-/// Threads that deregister. As many files may hang at a time before they keep others waiting.
-const THREADS: usize = 16;
-/// Files that wait for such a thread. Room is made beforehand: handing one over needs no memory.
-const WAITING: usize = 4096;
+/// Threads that deregister, for each file system. As many of its files may hang at a time before they keep
+/// others of the same one waiting.
+pub(crate) const THREADS: usize = 16;
 
 /// How a fence ended.
 type Outcome = Result<Fenced, FenceFailed>;
@@ -46,10 +46,78 @@ pub(crate) struct Ladder {
     fences: SyncSender<Arc<HeldFile>>,
     /// The thread of the first rung has not come back from an earlier file.
     busy: Arc<AtomicBool>,
-    regions: SyncSender<Arc<HeldFile>>,
-    /// Threads for one file whose pages are pinned. More than there are processors only get in each
-    /// other's way.
+    /// See the function of this name.
     side_by_side: usize,
+}
+
+/// The threads of the second rung, of one file system.
+#[derive(Debug)]
+pub(crate) struct Regions(Arc<Waiting>);
+
+/// Files whose regions are to be deregistered.
+#[derive(Debug, Default)]
+struct Waiting {
+    files: Mutex<VecDeque<Arc<HeldFile>>>,
+    more: Condvar,
+    closed: AtomicBool,
+}
+
+impl Regions {
+    /// Starts the threads.
+    pub(crate) fn start(orders: &Sender<Order>) -> crate::error::Result<Self> {
+        let waiting = Arc::<Waiting>::default();
+        for _ in 0..THREADS {
+            let (waiting, orders) = (Arc::clone(&waiting), orders.clone());
+            fence::vital("pinfold-regions", move || {
+                while let Some(file) = waiting.next() {
+                    deregister(&file, &orders);
+                }
+            })?;
+        }
+        Ok(Self(waiting))
+    }
+
+    /// Makes room for so many files at a time: handing one over needs no memory then.
+    pub(crate) fn make_room(&self, files: usize) {
+        let mut waiting = locked(&self.0.files);
+        let room = files * side_by_side();
+        let more = room.saturating_sub(waiting.len());
+        waiting.reserve(more);
+    }
+
+    /// Never waits, however many files hang.
+    fn hand_over(&self, file: &Arc<HeldFile>, threads: usize) {
+        let mut waiting = locked(&self.0.files);
+        for _ in 0..threads {
+            waiting.push_back(Arc::clone(file));
+        }
+        drop(waiting);
+        self.0.more.notify_all();
+    }
+}
+
+impl Drop for Regions {
+    fn drop(&mut self) {
+        self.0.closed.store(true, Ordering::SeqCst);
+        // With the lock, so that nobody is between looking and waiting.
+        drop(locked(&self.0.files));
+        self.0.more.notify_all();
+    }
+}
+
+impl Waiting {
+    fn next(&self) -> Option<Arc<HeldFile>> {
+        let files = locked(&self.files);
+        let idle =
+            |files: &mut VecDeque<_>| files.is_empty() && !self.closed.load(Ordering::SeqCst);
+        let waited = self.more.wait_while(files, idle);
+        waited.unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+/// Threads for one file whose pages are pinned. More than there are processors only get in each other's way.
+fn side_by_side() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS)
 }
 
 /// How far a file has come.
@@ -75,12 +143,7 @@ impl Ladder {
         let (fences, to_fence) = sync_channel(1);
         let (sender, free) = (orders.clone(), Arc::clone(&busy));
         fence::vital("pinfold-cut", move || cut_off(&to_fence, &sender, &free))?;
-        let (regions, files) = sync_channel(WAITING);
-        let sender = orders.clone();
-        let work = move |file| deregister(&file, &sender);
-        fence::vital_crew("pinfold-regions", THREADS, files, work)?;
-        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Ok(Self { fences, busy, regions, side_by_side: processors.min(THREADS) })
+        Ok(Self { fences, busy, side_by_side: side_by_side() })
     }
 
     /// Takes a file as far as it can be taken in [`PATIENCE`]. For the fence thread only.
@@ -119,10 +182,7 @@ impl Ladder {
         // not take them all.
         let threads = if hangs.is_some() { 1 } else { regions.clamp(1, self.side_by_side) };
         let climbed = file.cutting().leave_to(threads, hangs);
-        for _ in 0..threads {
-            // Waits only if thousands of files wait for threads that all hang.
-            let _ = self.regions.send(Arc::clone(file));
-        }
+        file.file_system().regions().hand_over(file, threads);
         climbed
     }
 }

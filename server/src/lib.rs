@@ -2,7 +2,8 @@
 //!
 //! `registry` decides and does nothing (no clock, no I/O); `engine` does what it decided, against
 //! leases and verbs; `fence` is the thread with the deadlines, `ladder`
-//! what is done when a fence hangs; `held` is one guarded file, `fabric`
+//! what is done when a fence hangs; `file_system` has the threads for one file system, `pool` those of calls,
+//! `ends` those of what ends; `held` is one guarded file, `fabric`
 //! the RDMA device; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
 //! errors, `audit` writes the record of each revocation; `doctor` says what a host is good for.
 #![forbid(unsafe_code)]
@@ -12,10 +13,13 @@ pub mod doctor;
 
 mod audit;
 mod breakers;
+mod door;
+mod ends;
 mod engine;
 mod error;
 mod fabric;
 mod fence;
+mod file_system;
 mod gate;
 mod held;
 mod ids;
@@ -23,7 +27,9 @@ mod ladder;
 mod lives;
 mod passage;
 mod policy;
+mod pool;
 mod registry;
+mod room;
 mod service;
 mod session;
 mod status;
@@ -35,13 +41,13 @@ use std::future::Future;
 
 use pinfold_proto::v1::pinfold_server::PinfoldServer;
 use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 
-pub use error::{Error, Result};
+pub use error::{Error, NotDone, Result};
 pub use registry::Limits;
 pub use undeny::{Undenied, undeny};
 
 use config::Config;
+use door::Door;
 use engine::Engine;
 use service::Service;
 
@@ -84,6 +90,7 @@ impl Server {
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), tonic::transport::Error> {
         let engine = std::sync::Arc::clone(&self.engine);
+        let limits = door::Limits::new(self.config.limits.sessions, room::descriptor_limit());
         let service = PinfoldServer::new(Service::new(self.engine, self.config))
             .max_decoding_message_size(wire::LARGEST_MESSAGE);
         let (gone, all_taken_back) = tokio::sync::oneshot::channel();
@@ -93,8 +100,7 @@ impl Server {
             // Nobody waits: the connections have closed already.
             let _ = gone.send(());
         };
-        // A notice must not wait for the acknowledgement of the message before it.
-        let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let connections = Door::new(listener, limits);
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(Some(CALLS_AT_A_TIME))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pinfold_server::config::{
     Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_exports, check_listen_address,
-    read_exports,
+    read_settings,
 };
 use pinfold_server::{Server, Undenied, doctor};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -52,6 +52,11 @@ struct Args {
     /// Where to listen for clients; port 0 takes a free one and prints it
     #[arg(long, value_name = "ADDRESS", default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)))]
     listen: SocketAddr,
+
+    /// Serve exports of different file systems from this one process: if one of them freezes, or its device
+    /// hangs, exports of the others may be held up with it
+    #[arg(long)]
+    share_fate: bool,
 
     /// The RDMA device to use, auto for the first with an active port, if there is one, or none; may
     /// be given several times
@@ -140,7 +145,9 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         Some(pinfold_server::Error::File(pinfold_leases::Error::ExportLocked { .. })) => {
             ExitCode::from(EXIT_BUSY)
         }
-        Some(pinfold_server::Error::DevicePolicy { .. }) => ExitCode::from(EXIT_ARGUMENTS),
+        Some(
+            pinfold_server::Error::DevicePolicy { .. } | pinfold_server::Error::SharedFate { .. },
+        ) => ExitCode::from(EXIT_ARGUMENTS),
         Some(pinfold_server::Error::Verbs(_)) => ExitCode::from(EXIT_DEVICE),
         _ => ExitCode::FAILURE,
     }
@@ -173,6 +180,8 @@ fn start(args: Args) -> Result<()> {
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers())
+        // For the start alone: what may block later has threads of its own, which are there by then.
+        .max_blocking_threads(1)
         .enable_all()
         .build()?;
     let served = runtime.block_on(run(args));
@@ -224,22 +233,27 @@ fn complain(what: &str) {
 }
 
 /// From the arguments and from the file, together.
-fn exports(
+fn settings(
     mut exports: Vec<ExportConfig>,
+    mut share_fate: bool,
     file: Option<PathBuf>,
-) -> Result<Vec<ExportConfig>, BadConfiguration> {
+) -> Result<Config, BadConfiguration> {
     if let Some(file) = file {
-        exports.extend(read_exports(&file).map_err(BadConfiguration)?);
+        let settings = read_settings(&file).map_err(BadConfiguration)?;
+        exports.extend(settings.exports);
+        share_fate |= settings.share_fate;
     }
     check_exports(&exports).map_err(BadConfiguration)?;
-    Ok(exports)
+    let mut config = Config::new(exports);
+    config.share_fate = share_fate;
+    Ok(config)
 }
 
 async fn run(args: Args) -> Result<()> {
     if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
         bail!(reason);
     }
-    let mut config = Config::new(exports(args.exports, args.config)?)
+    let mut config = settings(args.exports, args.share_fate, args.config)?
         .live_for(Duration::from_secs(args.time_to_live));
     config.rdma_devices = args.rdma_devices;
     let mut signals = Signals::listen().context("can't listen for signals")?;

@@ -521,7 +521,7 @@ impl Registry {
         self.sessions.get(&id).map(drop).ok_or(Refusal::UnknownSession)
     }
 
-    /// Ends a session: its queue pair goes first, then its pins.
+    /// Ends a session: fences are ordered, then its queue pairs go, then its pins.
     pub(crate) fn end_session(&mut self, id: SessionId, now: Instant) -> Vec<Action> {
         let Some(session) = self.sessions.get(&id) else { return Vec::new() };
         let pins: Vec<PinId> = session.pins.iter().copied().collect();
@@ -530,8 +530,13 @@ impl Registry {
             actions.extend(self.drop_pin(pin, now));
         }
         self.sessions.remove(&id);
-        // All orders first: what hangs with one file must not keep the fence of another.
-        actions.sort_by_key(|action| matches!(action, Action::DropRegions { .. }));
+        // All orders first: what hangs with the queue pairs or with one file must not keep the fence of
+        // another.
+        actions.sort_by_key(|action| match action {
+            Action::DropSession { .. } => 1,
+            Action::DropRegions { .. } => 2,
+            _ => 0,
+        });
         actions
     }
 
@@ -1071,8 +1076,8 @@ impl Registry {
         Ok(entry)
     }
 
-    /// Who holds what, ordered.
-    pub(crate) fn view(&self) -> (Vec<SessionView>, Vec<FileView>) {
+    /// All sessions, ordered by number.
+    pub(crate) fn sessions_view(&self) -> Vec<SessionView> {
         let mut sessions: Vec<SessionView> = self
             .sessions
             .iter()
@@ -1084,25 +1089,31 @@ impl Registry {
             })
             .collect();
         sessions.sort_by_key(|session| session.number);
-        let mut files: Vec<FileView> =
-            self.files.iter().map(|(guard, file)| self.file_view(*guard, file)).collect();
-        files.sort_by_key(|file| file.generation.counter);
-        (sessions, files)
+        sessions
     }
 
-    fn file_view(&self, guard: GuardId, file: &File) -> FileView {
+    /// A file with so many of its pins from `first` on, and which comes after those.
+    fn file_view(
+        &self,
+        guard: GuardId,
+        file: &File,
+        first: PinId,
+        at_most: usize,
+    ) -> (FileView, Option<PinId>) {
         let stage = match file.phase {
             Phase::Held => Stage::Held,
             Phase::Draining { .. } => Stage::Draining,
             Phase::Fencing { .. } => Stage::Fencing,
             Phase::Released => Stage::Released,
         };
-        let pins = file.pins.iter().map(|id| {
+        let mut ids = file.pins.range(first..);
+        let pins = ids.by_ref().take(at_most).map(|id| {
             let pin = &self.pins[id];
             let session = self.sessions.get(&pin.session).map_or(0, |session| session.number);
             (*id, session, pin.terms.clone(), pin.transport)
         });
-        FileView { guard, generation: file.generation, stage, pins: pins.collect() }
+        let pins = pins.collect();
+        (FileView { guard, generation: file.generation, stage, pins }, ids.next().copied())
     }
 
     /// A flush that returned before the fence was complete made its range durable; later it is
@@ -1153,6 +1164,10 @@ fn by_session(
     }
     groups
 }
+
+mod pages;
+
+pub(crate) use pages::{InspectPage, PagePlace};
 
 #[cfg(test)]
 mod interleavings;
@@ -1446,8 +1461,8 @@ mod tests {
         assert_eq!(
             world.registry.end_session(session(1), world.now),
             [
-                Action::DropSession { session: session(1) },
                 Action::FenceNow { guard: guard(1), urgent: true },
+                Action::DropSession { session: session(1) },
                 Action::DropRegions { guard: guard(1), pin, session: session(1) }
             ]
         );

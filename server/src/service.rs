@@ -11,6 +11,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::audit::micros;
 use crate::config::Config;
+use crate::door::Connection;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::held::smallest_page;
@@ -38,6 +39,41 @@ impl Service {
         self.engine.note_call(id);
         Ok(id)
     }
+
+    /// A call's message. If its session lives, its connection may stay.
+    fn message<T: OfSession>(&self, mut request: Request<T>) -> T {
+        let connection = request.extensions_mut().remove::<Connection>();
+        let message = request.into_inner();
+        if let Some(connection) = connection.filter(Connection::is_new)
+            && let Ok(id) = wire::session_id(message.session_id())
+            && self.engine.demand_session(id).is_ok()
+        {
+            connection.settle();
+        }
+        message
+    }
+}
+
+/// A call of a session.
+trait OfSession {
+    fn session_id(&self) -> &[u8];
+}
+
+macro_rules! of_session {
+    ($($request:ident),* $(,)?) => {
+        $(impl OfSession for v1::$request {
+            fn session_id(&self) -> &[u8] {
+                &self.session_id
+            }
+        })*
+    };
+}
+
+of_session! {
+    ConnectQueuePairRequest, CreateRequest, StatRequest, PinRequest, UnpinRequest, CommitRequest,
+    WriteRequest, ReadRequest, DigestRequest, MakeFolderRequest, ListRequest, GrowRequest,
+    ShrinkRequest, RemoveRequest, RevokeRequest, QuiesceRequest, ResumeRequest, InspectRequest,
+    WatchRequest,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -49,10 +85,14 @@ impl Pinfold for Service {
 
     async fn session(
         &self,
-        request: Request<Streaming<v1::SessionRequest>>,
+        mut request: Request<Streaming<v1::SessionRequest>>,
     ) -> Answer<Self::SessionStream> {
         let engine = Arc::clone(&self.engine);
+        let connection = request.extensions_mut().remove::<Connection>();
         let events = session::start(engine, &self.config, request.into_inner()).await?;
+        if let Some(connection) = connection {
+            connection.settle();
+        }
         Ok(Response::new(events))
     }
 
@@ -60,7 +100,7 @@ impl Pinfold for Service {
         &self,
         request: Request<v1::ConnectQueuePairRequest>,
     ) -> Answer<v1::ConnectQueuePairResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         let client = wire::endpoint(request.client)?;
         let number = wire::queue_pair_number(request.number)?;
@@ -73,7 +113,7 @@ impl Pinfold for Service {
     }
 
     async fn create(&self, request: Request<v1::CreateRequest>) -> Answer<v1::CreateResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let if_exists = request.if_exists();
         let path = wire::path(&request.path)?;
@@ -92,7 +132,7 @@ impl Pinfold for Service {
     }
 
     async fn stat(&self, request: Request<v1::StatRequest>) -> Answer<v1::StatResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let found = self.engine.locate(request.export, path).await?;
@@ -117,7 +157,7 @@ impl Pinfold for Service {
     }
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let granted = self.engine.pin(id, wire::pin_order(request)?).await?;
@@ -125,14 +165,14 @@ impl Pinfold for Service {
     }
 
     async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Answer<v1::UnpinResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         self.engine.unpin(id, PinId(request.pin_id)).await?;
         Ok(Response::new(v1::UnpinResponse {}))
     }
 
     async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let (pin, generation, range) = wire::commit(&request)?;
@@ -142,7 +182,7 @@ impl Pinfold for Service {
 
     async fn write(&self, request: Request<v1::WriteRequest>) -> Answer<v1::WriteResponse> {
         let v1::WriteRequest { session_id, pin_id, generation, offset, data } =
-            request.into_inner();
+            self.message(request);
         let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         wire::piece_len(data.len())?;
@@ -152,7 +192,7 @@ impl Pinfold for Service {
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<v1::ReadResponse> {
         let v1::ReadRequest { session_id, pin_id, generation, offset, length } =
-            request.into_inner();
+            self.message(request);
         let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         let len = wire::piece_len(length as usize)?;
@@ -162,7 +202,7 @@ impl Pinfold for Service {
 
     async fn digest(&self, request: Request<v1::DigestRequest>) -> Answer<v1::DigestResponse> {
         let v1::DigestRequest { session_id, pin_id, generation, offset, length } =
-            request.into_inner();
+            self.message(request);
         let id = self.caller(&session_id)?;
         let piece = wire::stream_piece(id, pin_id, generation, offset)?;
         let len = wire::piece_len(length as usize)?;
@@ -174,7 +214,7 @@ impl Pinfold for Service {
         &self,
         request: Request<v1::MakeFolderRequest>,
     ) -> Answer<v1::MakeFolderResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let created = self.engine.make_folder(request.export, path).await?;
@@ -182,7 +222,7 @@ impl Pinfold for Service {
     }
 
     async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         if request.export.is_empty() {
             // The operator's own list: never longer than a page.
@@ -201,7 +241,7 @@ impl Pinfold for Service {
     }
 
     async fn grow(&self, request: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
         let valid_end = self.engine.grow(request.export, path, size).await?;
@@ -209,7 +249,7 @@ impl Pinfold for Service {
     }
 
     async fn shrink(&self, request: Request<v1::ShrinkRequest>) -> Answer<v1::ShrinkResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
         let revoked = self.engine.shrink(request.export, path, size).await?;
@@ -217,7 +257,7 @@ impl Pinfold for Service {
     }
 
     async fn remove(&self, request: Request<v1::RemoveRequest>) -> Answer<v1::RemoveResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
         let revoked = self.engine.remove(request.export, path, request.revoke_pins).await?;
@@ -225,14 +265,14 @@ impl Pinfold for Service {
     }
 
     async fn revoke(&self, request: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let revoked = self.engine.revoke(request.export, wire::path(&request.path)?).await?;
         Ok(Response::new(v1::RevokeResponse { revoked_pins: wire::count(revoked) }))
     }
 
     async fn quiesce(&self, request: Request<v1::QuiesceRequest>) -> Answer<v1::QuiesceResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
         let done = self.engine.quiesce(id, request.export).await?;
@@ -241,20 +281,22 @@ impl Pinfold for Service {
     }
 
     async fn resume(&self, request: Request<v1::ResumeRequest>) -> Answer<v1::ResumeResponse> {
-        let request = request.into_inner();
+        let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let was_quiesced = self.engine.resume(request.export).await?;
         Ok(Response::new(v1::ResumeResponse { was_quiesced }))
     }
 
     async fn inspect(&self, request: Request<v1::InspectRequest>) -> Answer<v1::InspectResponse> {
-        let id = self.caller(&request.into_inner().session_id)?;
+        let request = self.message(request);
+        let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
-        Ok(Response::new(self.engine.inspect(id)))
+        let page = wire::inspect_page(request.page_size, &request.page_token)?;
+        Ok(Response::new(self.engine.inspect(id, page).await?))
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Answer<Self::WatchStream> {
-        let id = self.caller(&request.into_inner().session_id)?;
+        let id = self.caller(&self.message(request).session_id)?;
         self.engine.demand_session(id)?;
         let engine = Arc::clone(&self.engine);
         // A watcher that is too slow misses records; its stream goes on with the newest.

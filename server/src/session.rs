@@ -102,6 +102,13 @@ struct Keeper {
     pins_at_most: usize,
 }
 
+/// Whatever ends the keeper, a panic or the end of the runtime included, ends the session.
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.engine.end_session(self.id);
+    }
+}
+
 /// What came from the client: as the stream gives it, or nothing in time.
 type Heard = Option<Result<Option<v1::SessionRequest>, Status>>;
 
@@ -123,7 +130,6 @@ impl Keeper {
             }
         };
         tracing::info!(session = %self.id, why, "session ended");
-        self.engine.end_session(self.id).await;
     }
 
     /// Cuts the client off when it is late, and gives it up (`None`) when it is later still. Its other

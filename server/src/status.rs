@@ -8,7 +8,7 @@ use pinfold_verbs::with_causes;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::error::Error;
+use crate::error::{Error, NotDone};
 use crate::registry::Refusal;
 
 impl From<Error> for Status {
@@ -55,13 +55,20 @@ fn classify(error: &Error) -> (Code, Reason) {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
         // Only at the start, where nobody is told by gRPC.
-        Error::DevicePolicy { .. } => (Code::Internal, Reason::Internal),
+        Error::DevicePolicy { .. } | Error::SharedFate { .. } => (Code::Internal, Reason::Internal),
         Error::HeldOtherwise { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
         Error::StillDraining { .. } | Error::WrittenLate { .. } => {
             (Code::Unavailable, Reason::FileDraining)
         }
         Error::Verbs(error) | Error::Registration { source: error, .. } => of_verbs(error),
+        Error::NoDescriptors { .. } | Error::NoMapAreas { .. } => {
+            (Code::ResourceExhausted, Reason::QuotaExceeded)
+        }
+        Error::UnpinHangs { .. } | Error::ExportStalled { why: NotDone::TooLong { .. }, .. } => {
+            (Code::DeadlineExceeded, Reason::ExportStalled)
+        }
+        Error::ExportStalled { .. } => (Code::Unavailable, Reason::ExportStalled),
         Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
     }
 }

@@ -20,7 +20,8 @@ use crate::fabric::{QUEUE_PAIRS_MAX, Segment};
 use crate::held::HeldFile;
 use crate::ids::{Generation, Life, PinId, SessionId};
 use crate::registry::{
-    FileView, PinAccess, Reason, Record, SessionView, Stage, Timings, Transport,
+    FileView, InspectPage, PagePlace, PinAccess, Reason, Record, SessionView, Stage, Timings,
+    Transport,
 };
 
 /// Longest path in bytes (`PATH_MAX`).
@@ -58,6 +59,32 @@ pub(crate) fn page(size: u32, token: Vec<u8>) -> Result<PageOrder> {
     }
     let size = NonZeroUsize::new(size as usize).map_or(LARGEST_PAGE, |size| size.min(LARGEST_PAGE));
     Ok(PageOrder { after: token, size })
+}
+
+/// Items of a page of an inspection, if its client has no wish.
+const INSPECT_PAGE: NonZeroUsize = NonZeroUsize::MIN.saturating_add(32_767);
+
+/// Which page of an inspection to make.
+pub(crate) fn inspect_page(size: u32, token: &[u8]) -> Result<InspectPage> {
+    let size = NonZeroUsize::new(size as usize).map_or(INSPECT_PAGE, |size| size.min(INSPECT_PAGE));
+    let from = match token {
+        [] => None,
+        token => Some(parse_inspect_token(token).ok_or_else(|| {
+            malformed("page_token is invalid: pass next_page_token of the page before")
+        })?),
+    };
+    Ok(InspectPage { from, size })
+}
+
+fn parse_inspect_token(token: &[u8]) -> Option<PagePlace> {
+    let (counter, pin) = token.split_first_chunk()?;
+    let pin = PinId(u64::from_be_bytes(pin.try_into().ok()?));
+    Some(PagePlace { counter: u64::from_be_bytes(*counter), pin })
+}
+
+/// What names a page for the client.
+pub(crate) fn inspect_token(place: PagePlace) -> Vec<u8> {
+    [place.counter.to_be_bytes(), place.pin.0.to_be_bytes()].concat()
 }
 
 /// A size that a file can have (`off_t`).

@@ -49,6 +49,7 @@ fn without_a_directory_the_host_is_looked_at_and_it_says_so() {
         "cap_sys_admin",
         "memlock",
         "open_files",
+        "map_areas",
         "pending_signals",
         "rdma_devices",
     ] {

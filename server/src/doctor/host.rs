@@ -13,6 +13,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use super::bytes;
 use super::trial::{Trial, TrialError};
 use crate::engine::drain_budget;
+use crate::room;
 
 /// Without these nothing can be served.
 pub(super) const ESSENTIAL: [&str; 2] = ["guards", "leases_enable"];
@@ -27,6 +28,8 @@ const SHORT_BUDGET: Duration = Duration::from_secs(1);
 const LONG_WAIT: Duration = Duration::from_secs(120);
 const MANY_FILES: u64 = 65_536;
 const MANY_SIGNALS: u64 = 1024;
+/// Of [`MANY_FILES`] those that are kept free, or are connections.
+const OTHER_DESCRIPTORS: u64 = 2816;
 
 /// What there is.
 #[derive(Clone, Debug)]
@@ -40,6 +43,7 @@ struct Facts {
     memlock: Option<u64>,
     open_files: Option<u64>,
     signals: Option<u64>,
+    map_areas: u64,
 }
 
 /// Looks at the host.
@@ -63,6 +67,7 @@ impl Facts {
             // The daemon raises its own limit to this.
             open_files: getrlimit(Resource::Nofile).maximum,
             signals: getrlimit(Resource::Sigpending).current,
+            map_areas: room::max_map_count() as u64,
         }
     }
 
@@ -77,6 +82,7 @@ impl Facts {
             self.judge_cap_sys_admin(),
             self.judge_memlock(),
             self.judge_open_files(),
+            self.judge_map_areas(),
             self.judge_signals(),
         ]
     }
@@ -190,6 +196,24 @@ impl Facts {
             .remedy(format!("LimitNOFILE={MANY_FILES} in the unit, or `ulimit -Hn {MANY_FILES}`"))
     }
 
+    /// Against what the descriptors allow, or what the unit asks for if that is less.
+    fn judge_map_areas(&self) -> Finding {
+        let files = self.open_files.unwrap_or(MANY_FILES).min(MANY_FILES);
+        let files = files.saturating_sub(OTHER_DESCRIPTORS);
+        let found = self.map_areas.to_string();
+        let for_files = self.map_areas.saturating_sub(room::MAP_AREAS_RESERVED as u64);
+        if for_files >= files {
+            return Finding::ok("map_areas", found);
+        }
+        let why = format!(
+            "each pinned file takes a memory mapping: pins are refused from some {for_files} files on, before \
+             the limit of open files is reached"
+        );
+        let enough = files + 2 * room::MAP_AREAS_RESERVED as u64;
+        Finding::limited("map_areas", found, why)
+            .remedy(format!("`sysctl vm.max_map_count={enough}`"))
+    }
+
     fn judge_signals(&self) -> Finding {
         let Some(limit) = self.signals else { return Finding::ok("pending_signals", "no limit") };
         if limit >= MANY_SIGNALS {
@@ -256,6 +280,7 @@ mod tests {
             memlock: Some(8 << 20),
             open_files: Some(1 << 20),
             signals: Some(30_000),
+            map_areas: 65_530,
         }
     }
 
@@ -301,6 +326,7 @@ mod tests {
                 Limited,
             ),
             (Facts { open_files: Some(1024), ..good() }, "open_files", Limited),
+            (Facts { map_areas: 10_000, ..good() }, "map_areas", Limited),
             (Facts { signals: Some(100), ..good() }, "pending_signals", Limited),
         ];
         for (facts, check, verdict) in lacks {

@@ -1,6 +1,8 @@
 //! The exports, and an operator's verbs: revoke a file's pins, quiesce an export, resume it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -10,8 +12,10 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use super::obstacles::TRY_AGAIN;
 use super::{Engine, FILES_PER_TURN, PATIENCE, locked};
-use crate::config::ExportConfig;
+use crate::config::{Config, ExportConfig};
 use crate::error::{Error, Result};
+use crate::fence::Order;
+use crate::file_system::{self, FileSystem};
 use crate::held::HeldFile;
 use crate::ids::SessionId;
 use crate::policy::Policy;
@@ -26,6 +30,7 @@ pub(super) struct Served {
     pub(super) policy: Policy,
     /// A DAX device.
     is_device: bool,
+    pub(super) file_system: Arc<FileSystem>,
     state: Mutex<State>,
     /// One at a time: a second one would meet the lock of the first.
     resuming: Arc<AsyncMutex<()>>,
@@ -60,6 +65,82 @@ struct Quiet {
     by: String,
 }
 
+/// Exports that are opened, before any thread is started for them.
+#[derive(Debug)]
+pub(super) struct Opened(Vec<(ExportConfig, Export)>);
+
+/// What exports share if they freeze and die together.
+#[derive(Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Fate {
+    /// `st_dev`. Subvolumes of one btrfs have each their own.
+    FileSystem(u64),
+    /// A DAX device is one by itself.
+    Device(PathBuf),
+}
+
+impl Opened {
+    /// Opens all, if they may be served by one process.
+    pub(super) fn all(config: &Config) -> Result<Self> {
+        let opened = config.exports.iter().map(|config| {
+            let export = Export::open(&config.directory)?;
+            Ok((config.clone(), export))
+        });
+        let opened = Self(opened.collect::<Result<_>>()?);
+        if !config.share_fate {
+            opened.demand_one_fate()?;
+        }
+        Ok(opened)
+    }
+
+    fn demand_one_fate(&self) -> Result<()> {
+        let mut first: Option<(&str, Fate)> = None;
+        for (config, export) in &self.0 {
+            let fate = Fate::of(export)?;
+            match &first {
+                None => first = Some((&config.name, fate)),
+                Some((_, known)) if *known == fate => {}
+                Some((one, _)) => {
+                    let (one, other) = ((*one).to_owned(), config.name.clone());
+                    return Err(Error::SharedFate { one, other });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How many threads they want.
+    pub(super) fn threads(&self) -> Result<usize> {
+        let fates = self.0.iter().map(|(_, export)| Fate::of(export));
+        Ok(fates.collect::<Result<BTreeSet<_>>>()?.len() * file_system::THREADS)
+    }
+
+    /// Starts the threads of each file system.
+    pub(super) fn start(self, fences: &Sender<Order>) -> Result<BTreeMap<String, Served>> {
+        let mut names: BTreeMap<Fate, Vec<String>> = BTreeMap::new();
+        for (config, export) in &self.0 {
+            names.entry(Fate::of(export)?).or_default().push(config.name.clone());
+        }
+        let start = |(fate, names): (Fate, Vec<String>)| {
+            Ok((fate, Arc::new(FileSystem::start(names.join(", "), fences)?)))
+        };
+        let started: BTreeMap<_, _> = names.into_iter().map(start).collect::<Result<_>>()?;
+        let serve = |(config, export): (ExportConfig, Export)| {
+            let file_system = Arc::clone(&started[&Fate::of(&export)?]);
+            Ok((config.name.clone(), Served::new(&config, export, file_system)?))
+        };
+        self.0.into_iter().map(serve).collect()
+    }
+}
+
+impl Fate {
+    fn of(export: &Export) -> Result<Self> {
+        Ok(match export.device() {
+            Some(device) => Self::Device(device.path().to_owned()),
+            None => Self::FileSystem(export.identity()?.device),
+        })
+    }
+}
+
 /// What quiescing an export did.
 #[derive(Debug)]
 pub(crate) struct Quieted {
@@ -70,9 +151,8 @@ pub(crate) struct Quieted {
 }
 
 impl Served {
-    /// Opens and locks a directory or device.
-    pub(super) fn open(config: &ExportConfig) -> Result<Self> {
-        let export = Export::open(&config.directory)?;
+    /// Locks a directory or device.
+    fn new(config: &ExportConfig, export: Export, file_system: Arc<FileSystem>) -> Result<Self> {
         if export.device().is_some() && config.policy != Policy::default() {
             let (name, path) = (config.name.clone(), config.directory.clone());
             return Err(Error::DevicePolicy { name, path });
@@ -89,6 +169,7 @@ impl Served {
             directory: config.directory.clone(),
             policy: config.policy,
             is_device,
+            file_system,
             state: Mutex::new(state),
             resuming: Arc::default(),
         })
@@ -193,6 +274,11 @@ impl Engine {
         self.served(name)?.export()
     }
 
+    /// What an export lies on.
+    pub(super) fn file_system(&self, name: &str) -> Result<&Arc<FileSystem>> {
+        Ok(&self.served(name)?.file_system)
+    }
+
     /// What the operator wants of an export.
     pub(super) fn policy(&self, name: &str) -> Result<Policy> {
         Ok(self.served(name)?.policy)
@@ -232,7 +318,7 @@ impl Engine {
     /// it runs to its end.
     pub(crate) async fn quiesce(&self, id: SessionId, name: String) -> Result<Quieted> {
         self.served(&name)?;
-        let (sessions, _) = self.registry().view();
+        let sessions = self.registry().sessions_view();
         let asker = sessions.into_iter().find(|session| session.id == id);
         let by = asker.map(|session| session.client_name).unwrap_or_default();
         let engine = self.arc();
@@ -337,7 +423,7 @@ impl Engine {
     /// Serves a quiesced export again; false: it was not quiesced.
     pub(crate) async fn resume(&self, name: String) -> Result<bool> {
         let turn = Arc::clone(&self.served(&name)?.resuming).lock_owned().await;
-        self.blocking(move |engine| {
+        self.call(&name.clone(), move |engine| {
             let _turn = turn;
             let resumed = engine.served(&name)?.resume()?;
             if resumed {

@@ -10,15 +10,13 @@ use pinfold_leases::{
     Create, Description, Entry, Error as FileError, FileIdentity, GuardId, Located, Page,
     RelativePath,
 };
-use pinfold_proto::v1;
 
 use super::obstacles::{Obstacles, TRY_AGAIN};
 use super::{Engine, Inode, PATIENCE, locked};
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
-use crate::ids::{PinId, SessionId};
+use crate::ids::PinId;
 use crate::registry::{Reason, Refusal, Standing};
-use crate::wire;
 
 /// Permission bits of the files that clients create, before the umask.
 const FILE_MODE: u32 = 0o644;
@@ -89,7 +87,7 @@ impl Inode {
 impl Engine {
     /// Finds a file without opening it.
     pub(crate) async fn locate(&self, export: String, path: RelativePath) -> Result<Located> {
-        self.blocking(move |engine| Ok(engine.export(&export)?.locate(&path)?)).await
+        self.call(&export.clone(), move |engine| Ok(engine.export(&export)?.locate(&path)?)).await
     }
 
     /// How a file stands now, if it is guarded.
@@ -105,14 +103,18 @@ impl Engine {
         size: u64,
     ) -> Result<FileIdentity> {
         let create = Create { size, mode: FILE_MODE, dax: self.policy(&export)?.dax };
-        self.blocking(move |engine| Ok(engine.export(&export)?.create(&path, &create)?.identity()))
-            .await
+        self.long_call(&export.clone(), size, move |engine| {
+            Ok(engine.export(&export)?.create(&path, &create)?.identity())
+        })
+        .await
     }
 
     /// Makes a folder, its name durable; false: it was there.
     pub(crate) async fn make_folder(&self, export: String, path: RelativePath) -> Result<bool> {
-        self.blocking(move |engine| Ok(engine.export(&export)?.make_folder(&path, FOLDER_MODE)?))
-            .await
+        self.call(&export.clone(), move |engine| {
+            Ok(engine.export(&export)?.make_folder(&path, FOLDER_MODE)?)
+        })
+        .await
     }
 
     /// The guarded file, if it is one now.
@@ -132,7 +134,7 @@ impl Engine {
         let identity = located.identity();
         let turn = self.take_turn(&located).await?;
         self.demand_unpinned(&located).await?;
-        self.blocking(move |engine| {
+        self.long_call(&export.clone(), size, move |engine| {
             // A caller that goes away gives its turn up only when this is done.
             let _turn = turn;
             engine.resize_unguarded(&export, &path, &located, size, Resize::Exactly)?;
@@ -194,7 +196,7 @@ impl Engine {
         let located = self.locate(export.clone(), path.clone()).await?;
         let turn = self.take_turn(&located).await?;
         let held = self.settled(&located).await?;
-        self.blocking(move |engine| {
+        self.long_call(&export.clone(), size, move |engine| {
             let _turn = turn;
             match held {
                 Some((file, _)) => engine.grow_guarded(&file, size)?,
@@ -237,7 +239,7 @@ impl Engine {
         let turn = self.take_turn(&located).await?;
         self.demand_still_named(&export, &path, &located).await?;
         let revoked = self.take_back(&located, Reason::Shrink).await?;
-        self.blocking(move |engine| {
+        self.call(&export.clone(), move |engine| {
             let _turn = turn;
             engine.resize_unguarded(&export, &path, &located, size, Resize::Shorter)?;
             Ok(revoked)
@@ -260,7 +262,7 @@ impl Engine {
         }
         self.demand_still_named(&export, &path, &located).await?;
         let revoked = self.take_back(&located, Reason::Remove).await?;
-        self.blocking(move |engine| {
+        self.call(&export.clone(), move |engine| {
             let _turn = turn;
             engine.demand_named(&export, &path, located.identity())?;
             lift_leftover(&located)?;
@@ -289,7 +291,7 @@ impl Engine {
         path: Option<RelativePath>,
         order: PageOrder,
     ) -> Result<(Vec<(Entry, usize)>, Option<Vec<u8>>)> {
-        self.blocking(move |engine| {
+        self.call(&export.clone(), move |engine| {
             let page = Page { after: &order.after, size: order.size };
             let listing = engine.export(&export)?.list(path.as_ref(), &page)?;
             let with_pins = |entry: Entry| {
@@ -304,24 +306,6 @@ impl Engine {
         .await
     }
 
-    /// Who holds what now, as seen by one session.
-    pub(crate) fn inspect(&self, id: SessionId) -> v1::InspectResponse {
-        let (sessions, files) = self.registry().view();
-        let device = |id| self.parts(id)?.device.get().cloned();
-        let sessions = sessions
-            .into_iter()
-            .map(|view| wire::session_info(&view, view.id == id, device(view.id)))
-            .collect();
-        let files = files
-            .into_iter()
-            .filter_map(|view| Some(wire::file_info(&view, self.file(view.guard)?.as_ref())))
-            .collect();
-        let now = Instant::now();
-        let broken = locked(&self.breaks).view(now);
-        let broken = broken.into_iter().map(|broken| wire::broken_file(broken, now)).collect();
-        v1::InspectResponse { sessions, files, exports: self.export_infos(), broken }
-    }
-
     /// Asked before pins are revoked, so that nobody loses them for a path that names another file
     /// by now.
     pub(super) async fn demand_still_named(
@@ -330,8 +314,8 @@ impl Engine {
         path: &RelativePath,
         located: &Located,
     ) -> Result<()> {
-        let (export, path, identity) = (export.to_owned(), path.clone(), located.identity());
-        self.blocking(move |engine| engine.demand_named(&export, &path, identity)).await
+        let (name, path, identity) = (export.to_owned(), path.clone(), located.identity());
+        self.call(export, move |engine| engine.demand_named(&name, &path, identity)).await
     }
 
     /// The path must still name the file: it may have been renamed or replaced since we looked.

@@ -12,18 +12,19 @@ use pinfold_proto::{Bytes, v1};
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, Quirks, RegistrationMode, with_causes};
 use tokio::sync::oneshot;
 
+use super::ending::Unpinned;
 use super::files::still_draining;
 use super::obstacles::{FileWait, KeptOpen, Obstacles, TRY_AGAIN, keep_open};
 use super::sessions::no_device;
-use super::{Engine, PATIENCE, SessionParts, locked};
+use super::{Engine, PATIENCE, SessionParts, UNPIN_AT_MOST, locked};
 use crate::config::{GuardWish, OnTruncate, Policy};
 use crate::error::{Error, Result};
 use crate::fabric::{self, Fabric};
 use crate::fence::Order;
 use crate::gate::Inside;
-use crate::held::HeldFile;
+use crate::held::{Exported, HeldFile};
 use crate::ids::{Generation, Life, PinId, SessionId};
-use crate::registry::{Action, PinAccess, Reason, Refusal, Standing, Terms, Transport};
+use crate::registry::{PinAccess, Reason, Refusal, Standing, Terms, Transport};
 use crate::wire;
 
 /// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
@@ -250,7 +251,7 @@ impl Engine {
     ) -> Result<Granted> {
         let session = self.session(id)?;
         let (wanted, parts, slot) = (order.clone(), Arc::clone(&session), kept_open.clone());
-        let tried = self.blocking(move |engine| {
+        let tried = self.call(&order.export, move |engine| {
             let asker = Asker { id, session: &parts, order: &wanted, kept_open: slot.as_ref() };
             engine.pin_at_once(&asker)
         });
@@ -274,7 +275,7 @@ impl Engine {
         }
         let held = self.settled(located).await?.map(|(file, _)| file);
         let order = order.clone();
-        self.blocking(move |engine| {
+        self.call(&order.export.clone(), move |engine| {
             let _turn = turn;
             let (session, kept_open) = (session.as_ref(), kept_open.as_ref());
             engine.pin_in_turn(&Asker { id, session, order: &order, kept_open }, &found, held)
@@ -332,7 +333,7 @@ impl Engine {
         let policy = self.policy(&order.export)?;
         let file = match held {
             Some(file) => file,
-            None => self.guard(&found.located, policy, order.reserve_end, kept_open)?,
+            None => self.guard(&found.located, policy, order, kept_open)?,
         };
         if file.policy() != policy {
             let (path, tier) = (file.path().to_owned(), file.tier());
@@ -365,31 +366,41 @@ impl Engine {
         &self,
         located: &Located,
         policy: Policy,
-        reserve_end: u64,
+        order: &PinOrder,
         kept_open: Option<&KeptOpen>,
     ) -> Result<Arc<HeldFile>> {
+        let file_system = Arc::clone(self.file_system(&order.export)?);
+        let exported = Exported { policy, file_system };
         // Refused before it is opened: that alone may change the file.
         located.kind()?;
         let guardable = located.can_be_guarded()?;
         if policy.guard != GuardWish::None && !guardable {
             return Err(Error::CannotBeGuarded { path: located.path().to_owned() });
         }
+        self.room.demand_for_file()?;
         self.demand_quiet(located)?;
         self.let_breakers_pass(located)?;
         let description = self.open(located)?;
         keep_open(kept_open, &description);
         let kind = description.kind()?;
-        let held = self.arm_and_map(&description, policy, reserve_end).inspect_err(|error| {
-            // So early that there was nothing to take back yet.
-            if matches!(error, Error::File(FileError::Broken)) {
-                self.begin_passage(&description, description.times().changed_ns);
-            }
-        })?;
+        let held =
+            self.arm_and_map(&description, policy, order.reserve_end).inspect_err(|error| {
+                // So early that there was nothing to take back yet.
+                if matches!(error, Error::File(FileError::Broken)) {
+                    self.begin_passage(&description, description.times().changed_ns);
+                }
+            })?;
         let identity = description.identity();
         let life = self.life(&description);
-        let file = Arc::new(HeldFile::new(description, life, kind, policy, guardable, held));
+        let file = HeldFile::new(description, life, kind, exported, guardable, held);
+        let file = Arc::new(file);
         // Known to the fence before it is known to the registry.
-        locked(&self.files).insert(file.id(), Arc::clone(&file));
+        let files = {
+            let mut files = locked(&self.files);
+            files.insert(file.id(), Arc::clone(&file));
+            files.len()
+        };
+        file.file_system().regions().make_room(files);
         let added = self.registry().add_file(identity, file.id());
         if let Err(refusal) = added {
             // It has no regions yet.
@@ -461,7 +472,7 @@ impl Engine {
         let ready = self.make_ready(session, &job);
         let (generation, ways) = ready.map_err(|error| {
             // The session may have ended meanwhile, and then nobody else knows of the regions.
-            self.drop_regions(file.id(), pin, id);
+            self.drop_regions(file, pin, Some(session));
             let actions = self.registry().abandon_pin(pin, Instant::now());
             self.perform(actions);
             // What fails on a mapping that is being fenced fails for that reason.
@@ -601,22 +612,20 @@ impl Engine {
 
     /// Gives a pin back. When this returns its keys are dead.
     pub(crate) async fn unpin(&self, id: SessionId, pin: PinId) -> Result<()> {
-        let last_of = self.blocking(move |engine| {
-            let actions = engine.registry().unpin(id, pin, Instant::now())?;
-            let last_of = actions.iter().find_map(|action| match action {
-                Action::FenceNow { guard, .. } => engine.file(*guard),
-                _ => None,
-            });
-            let of = actions.iter().find_map(|action| match action {
-                Action::DropRegions { guard, .. } => engine.file(*guard),
-                _ => None,
-            });
-            engine.perform(actions);
-            let being_fenced = of.filter(|file| engine.registry().is_fencing(file.id()));
-            Ok(last_of.or(being_fenced))
-        });
-        if let Some(file) = last_of.await? {
-            // The fence kills the keys that its threads took out of this call's hands.
+        let Unpinned { fenced, done } = match self.begin_unpin(id, pin) {
+            Err(error @ Error::Refused(Refusal::UnknownSession)) => {
+                // A client takes this for the end of its keys.
+                self.until_ended(id).await;
+                return Err(error);
+            }
+            begun => begun?,
+        };
+        if let Some(done) = done
+            && tokio::time::timeout(UNPIN_AT_MOST, done).await.is_err()
+        {
+            return Err(Error::UnpinHangs { pin, waited: UNPIN_AT_MOST });
+        }
+        if let Some(file) = fenced {
             let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
             released.map_err(|_| still_draining(file.path()))?;
         }
@@ -625,7 +634,7 @@ impl Engine {
 
     /// Writes bytes of a pin through the kernel.
     pub(crate) async fn stream_write(&self, piece: StreamPiece, data: Bytes) -> Result<()> {
-        self.streaming(piece, move |engine| {
+        self.streaming(piece, PinAccess::ReadWrite, move |engine| {
             let len = data.len() as u64;
             engine.inside(piece, len, PinAccess::ReadWrite, |file, inside| {
                 file.demand_stream_writes()?;
@@ -633,6 +642,21 @@ impl Engine {
             })
         })
         .await
+    }
+
+    /// Does a piece of stream work on the threads of the file system.
+    pub(super) async fn streaming<T: Send + 'static>(
+        &self,
+        piece: StreamPiece,
+        access: PinAccess,
+        work: impl FnOnce(&Arc<Self>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let StreamPiece { session, pin, generation, .. } = piece;
+        let view = self.registry().begin_transfer(session, pin, generation, access)?;
+        let file = self.file(view.guard).ok_or(Refusal::Draining)?;
+        let (engine, file_system) = (self.arc(), Arc::clone(file.file_system()));
+        drop(file);
+        file_system.piece(move || work(&engine)).await
     }
 
     /// Does a piece of stream work inside the file's gate, if the pin allows it.
@@ -655,6 +679,7 @@ impl Engine {
             work(&file, &inside)
         });
         drop(inside);
+        self.drop_if_out(&file, pin);
         self.fence_if_awaited(&file);
         if file.gate().is_empty_for_good() {
             let identity = file.description().identity();
@@ -681,23 +706,36 @@ impl Engine {
         generation: Generation,
         range: Option<Range<u64>>,
     ) -> Result<Duration> {
-        self.blocking(move |engine| {
-            let view = engine.registry().begin_commit(id, pin, generation)?;
-            let stale = || Refusal::Stale { pin, asked: generation };
-            let file = engine.file(view.guard).ok_or_else(stale)?;
-            let range = committed_range(range, &view.range, file.description().size()?)?;
-            let kind = file.kind();
-            if !kind.can_be_durable() {
-                return Err(Error::NotDurable { path: file.path().to_owned(), kind });
-            }
-            let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
-            let start = Instant::now();
-            flusher.make_durable(range)?;
-            let took = start.elapsed();
-            engine.demand_not_let_go(&file, pin, generation)?;
-            Ok(took)
-        })
-        .await
+        let view = self.registry().begin_commit(id, pin, generation)?;
+        let stale = || Refusal::Stale { pin, asked: generation };
+        let file = self.file(view.guard).ok_or_else(stale)?;
+        let (engine, file_system) = (self.arc(), Arc::clone(file.file_system()));
+        let bytes = view.range.end - view.range.start;
+        drop(file);
+        file_system.call(bytes, move || engine.commit_at_once(id, pin, generation, range)).await
+    }
+
+    fn commit_at_once(
+        &self,
+        id: SessionId,
+        pin: PinId,
+        generation: Generation,
+        range: Option<Range<u64>>,
+    ) -> Result<Duration> {
+        let view = self.registry().begin_commit(id, pin, generation)?;
+        let stale = || Refusal::Stale { pin, asked: generation };
+        let file = self.file(view.guard).ok_or_else(stale)?;
+        let range = committed_range(range, &view.range, file.description().size()?)?;
+        let kind = file.kind();
+        if !kind.can_be_durable() {
+            return Err(Error::NotDurable { path: file.path().to_owned(), kind });
+        }
+        let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
+        let start = Instant::now();
+        flusher.make_durable(range)?;
+        let took = start.elapsed();
+        self.demand_not_let_go(&file, pin, generation)?;
+        Ok(took)
     }
 }
 

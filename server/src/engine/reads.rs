@@ -11,7 +11,10 @@ use crate::registry::{PinAccess, Refusal};
 impl Engine {
     /// Reads bytes of a pin through the kernel.
     pub(crate) async fn stream_read(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
-        self.streaming(piece, move |engine| engine.read_inside(piece, len, HeldFile::read_at)).await
+        self.streaming(piece, PinAccess::Read, move |engine| {
+            engine.read_inside(piece, len, HeldFile::read_at)
+        })
+        .await
     }
 
     /// BLAKE3 of bytes of a pin, read through the kernel. No fence waits for the sum.
@@ -19,7 +22,7 @@ impl Engine {
         let digest = move |data: Vec<u8>| blake3::hash(&data).as_bytes().to_vec();
         let work =
             move |engine: &Arc<Self>| engine.read_inside(piece, len, HeldFile::read_at).map(digest);
-        self.streaming(piece, work).await
+        self.streaming(piece, PinAccess::Read, work).await
     }
 
     /// A fence does not wait for reads, so `copy` may return bytes of the file's next life. The
@@ -55,6 +58,7 @@ impl Engine {
 mod tests {
     use std::fs;
     use std::io::Write as _;
+    use std::num::NonZeroUsize;
     use std::time::{Duration, Instant};
 
     use pinfold_leases::RelativePath;
@@ -63,7 +67,7 @@ mod tests {
     use super::*;
     use crate::config::{Config, ExportConfig};
     use crate::error::Error;
-    use crate::registry::Stage;
+    use crate::registry::{InspectPage, Stage};
     use crate::session::{Mailbox, Outbox};
 
     const LEN: usize = 4096;
@@ -107,7 +111,8 @@ mod tests {
         let piece = StreamPiece { session, pin: pin.pin, generation, offset: 0 };
         drop(pin.file);
         let stage = move |engine: &Engine| {
-            let (_, files) = engine.registry().view();
+            let all = InspectPage { from: None, size: NonZeroUsize::MAX };
+            let (files, _) = engine.registry().files_view(all);
             files.into_iter().find(|file| file.generation == generation).map(|file| file.stage)
         };
         let reading = Arc::clone(&engine);

@@ -8,6 +8,7 @@ use pinfold_leases::{
     waiting_breakers,
 };
 use pinfold_verbs::with_causes;
+use tokio::sync::mpsc;
 
 use super::exports::Served;
 use super::{Cut, Engine, FILES_PER_TURN, Inode, PATIENCE, Retired, locked};
@@ -20,6 +21,8 @@ use crate::wire;
 
 /// A drain takes a third of lease-break-time, and never longer than this.
 const LONGEST_DRAIN: Duration = Duration::from_secs(5);
+/// How long their queue pairs may keep a server that goes down.
+const LAST_QUEUE_PAIRS: Duration = Duration::from_secs(5);
 /// How soon a fence that could not be completed is tried again.
 const FENCE_RETRY_FIRST: Duration = Duration::from_millis(5);
 /// … and how late at most.
@@ -307,9 +310,21 @@ impl Engine {
             // From here on another server may have them.
             self.exports.values().for_each(Served::unlock);
         }
+        self.disconnect_all().await;
+    }
+
+    /// Destroys the queue pairs of all sessions, and ends their streams. A write that hangs in a fault holds
+    /// up its own session's, and not the end of this server.
+    async fn disconnect_all(&self) {
         let sessions = std::mem::take(&mut *locked(&self.sessions));
-        // Their queue pairs go with them, and their streams end.
-        let _ = tokio::task::spawn_blocking(move || drop(sessions)).await;
+        let (done, mut all_done) = mpsc::channel(1);
+        for parts in sessions.into_values() {
+            self.sever(parts, Some(done.clone()));
+        }
+        drop(done);
+        if tokio::time::timeout(LAST_QUEUE_PAIRS, all_done.recv()).await.is_err() {
+            tracing::error!("queue pairs hang; they end with this process");
+        }
     }
 }
 

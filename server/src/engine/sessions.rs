@@ -6,8 +6,8 @@ use std::time::Instant;
 use pinfold_verbs::{Endpoint, Mtu};
 use tokio::sync::Mutex as AsyncMutex;
 
-use super::{Engine, SessionParts, locked};
-use crate::error::{Error, Result};
+use super::{CONNECT_AT_MOST, Engine, SessionParts, locked};
+use crate::error::{Error, NotDone, Result};
 use crate::fabric::{Fabric, Link, Severed};
 use crate::ids::{PinId, SessionId};
 use crate::registry::Refusal;
@@ -33,20 +33,21 @@ impl SessionParts {
 
     /// Destroys the queue pairs: when this returns, no request of the session lands any more.
     pub(super) fn disconnect(&self) {
-        if let Some(severed) = self.sever() {
-            severed.destroy();
-        }
+        let severed = self.sever();
+        severed.stop();
+        severed.destroy();
     }
 
     /// Takes the queue pairs out: what the client connects later are others.
-    fn sever(&self) -> Option<Severed> {
-        locked(&self.link).as_mut().map(Link::sever)
+    pub(super) fn sever(&self) -> Severed {
+        locked(&self.link).as_mut().map(Link::sever).unwrap_or_default()
     }
 }
 
 impl Engine {
     /// Takes a session up; what it is told goes to `outbox`.
     pub(crate) fn open_session(&self, outbox: Outbox, client_name: &str) -> Result<SessionId> {
+        self.room.demand_descriptors()?;
         let id = SessionId::new(random());
         self.registry().open_session(id, client_name)?;
         let parts = SessionParts {
@@ -58,21 +59,6 @@ impl Engine {
         };
         locked(&self.sessions).insert(id, Arc::new(parts));
         Ok(id)
-    }
-
-    /// Ends a session: its queue pairs go at once, then its pins.
-    pub(crate) async fn end_session(&self, id: SessionId) {
-        let engine = self.arc();
-        let ended = tokio::task::spawn_blocking(move || {
-            // The stream ends when these go, and a client takes its end for the end of its keys.
-            let parts = engine.parts(id);
-            let actions = engine.registry().end_session(id, Instant::now());
-            engine.perform(actions);
-            drop(parts);
-        });
-        if ended.await.is_err() {
-            tracing::error!(session = %id, "ending a session failed");
-        }
     }
 
     /// Whether the session lives.
@@ -97,14 +83,6 @@ impl Engine {
         let actions = self.registry().drained(id, pins, Instant::now());
         // Only orders to the fence thread come out of this, so it does not block.
         self.perform(actions);
-    }
-
-    /// Destroys a session's queue pairs, on a thread that may block; the session lives on.
-    pub(crate) fn cut_off(&self, id: SessionId) {
-        if let Some(severed) = self.parts(id).and_then(|parts| parts.sever()) {
-            // The threads end only with the engine.
-            let _ = self.severances.send(severed);
-        }
     }
 
     pub(super) fn session(&self, id: SessionId) -> Result<Arc<SessionParts>> {
@@ -132,7 +110,8 @@ impl Engine {
         let for_link = Arc::clone(&session);
         // One at a time, and those that wait hold no thread.
         let _connecting = session.connecting.lock().await;
-        self.blocking(move |engine| {
+        let engine = self.arc();
+        let connecting = self.connecting.run(CONNECT_AT_MOST, move || {
             let link = for_link.link_on(fabric)?;
             // Without the lock: the kernel may take a second to resolve the address, and whoever has
             // to cut this session off must not wait for that.
@@ -146,8 +125,11 @@ impl Engine {
             // us.
             engine.demand_session(id).inspect_err(|_| for_link.disconnect())?;
             Ok(answer)
-        })
-        .await
+        });
+        connecting.await.map_err(|why| match why {
+            NotDone::Panicked => Error::Task,
+            why => Error::QueuePair { why: format!("{why}; is the server's network up?") },
+        })?
     }
 
     pub(super) fn fabric_named(&self, name: &str) -> Result<Arc<Fabric>> {

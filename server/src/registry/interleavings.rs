@@ -3,6 +3,7 @@
 //! design are looked at; in the end nothing may be left.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::num::NonZeroUsize;
 
 use proptest::prelude::*;
 
@@ -268,7 +269,13 @@ impl World {
         let pins: Vec<PinId> = self.pins_of(id);
         self.forget_undrained(&pins);
         let actions = self.registry.end_session(id, self.now);
-        assert_eq!(actions.first(), Some(&Action::DropSession { session: id }));
+        let goes = |action: &Action| *action == Action::DropSession { session: id };
+        let at = actions.iter().position(goes).expect("its queue pairs go");
+        let late = |action: &Action| matches!(action, Action::DropRegions { .. });
+        assert!(
+            !actions[..at].iter().any(late) && actions[at + 1..].iter().all(late),
+            "{actions:?}"
+        );
         self.perform(actions);
     }
 
@@ -643,7 +650,8 @@ impl World {
 
     /// Each pin is held, or dropped, or has gone with its file; and no two that may not overlap do.
     fn check_pins(&self) {
-        let (_, files) = self.registry.view();
+        let all = InspectPage { from: None, size: NonZeroUsize::MAX };
+        let (files, _) = self.registry.files_view(all);
         let mut held = HashSet::new();
         for file in files {
             let guarding = &self.guardings[&file.guard];

@@ -89,6 +89,11 @@ impl Daemon {
         found.unwrap_or_else(|| panic!("{words:?} is not in the log"))
     }
 
+    /// How many lines of the log hold these words.
+    pub(crate) fn times_logged(&self, words: &str) -> usize {
+        self.log.lines().iter().filter(|line| line.contains(words)).count()
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -234,7 +239,7 @@ impl Client {
     }
 
     pub(crate) async fn inspect(&mut self) -> Result<v1::InspectResponse, Status> {
-        let request = v1::InspectRequest { session_id: self.id.clone() };
+        let request = v1::InspectRequest { session_id: self.id.clone(), ..Default::default() };
         self.stub.inspect(request).await.map(tonic::Response::into_inner)
     }
 }
