@@ -142,6 +142,7 @@ async fn put(job: &Job<'_>, source: Source, file: &FileArg) -> Result<Report, Fa
     let give_up = begin + job.wait();
     demand_another_file(session, &source, file).await?;
     let made = make_room(job, &source, file, give_up).await?;
+    transfer::allocated(job, file);
     if source.len == 0 {
         // Its name is durable, and there is nothing to pin.
         demand_unchanged(&source, file)?;
@@ -242,7 +243,7 @@ async fn make_room(
     give_up: Instant,
 ) -> Result<Room, Failure> {
     let len = source.len;
-    let refused = match create_when_free(job.session, file, len, give_up).await {
+    let refused = match create_when_free(job, file, len, give_up).await {
         Ok(made) if made.created => return Ok(Room::of(made, len, true)),
         Ok(made) => return blank(job, source, file, made).await,
         Err(refused) if refused.reason() == Some(Reason::FixedSize) => refused,
@@ -271,20 +272,25 @@ async fn blank(
     }
     let FileArg { export, path } = file;
     job.session.create(export, path, 0, IfExists::Resize).await?;
-    let again = job.session.create(export, path, source.len, IfExists::Resize).await?;
+    let shown = transfer::allocation(job, file);
+    let again =
+        job.session.create_with_progress(export, path, source.len, IfExists::Resize, shown).await?;
     Ok(Room { created: made.created, ..Room::of(again, source.len, true) })
 }
 
 /// Makes the file, or gives it another size, as soon as nobody has it open. Only a pin can wait for that.
 async fn create_when_free(
-    session: &Session,
+    job: &Job<'_>,
     file: &FileArg,
     len: u64,
     give_up: Instant,
 ) -> Result<Created, Error> {
     let FileArg { export, path } = file;
+    let session = job.session;
     loop {
-        let refused = match session.create(export, path, len, IfExists::Resize).await {
+        let shown = transfer::allocation(job, file);
+        let made = session.create_with_progress(export, path, len, IfExists::Resize, shown).await;
+        let refused = match made {
             Err(refused) if is_in_use(&refused) => refused,
             done => return done,
         };

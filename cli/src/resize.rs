@@ -1,5 +1,7 @@
 //! `pinfold grow` and `pinfold shrink`.
 
+use indicatif::BinaryBytes;
+use pinfold_client::AllocationProgress;
 use serde::Serialize;
 
 use crate::args::{Connection, FileArg, Grow, Shrink};
@@ -32,7 +34,12 @@ pub(crate) async fn grow(connection: Connection, args: Grow) -> Result<(), Failu
                 target_size(&args.file, args.size, session.stat(export, path).await?.size)?
             }
         };
-        Ok(session.grow(export, path, size).await?)
+        let shown = |progress: AllocationProgress| {
+            let (done, total) =
+                (BinaryBytes(progress.done_bytes), BinaryBytes(progress.total_bytes));
+            spinner.set_message(format!("growing {}: {done} of {total}", args.file));
+        };
+        Ok(session.grow_with_progress(export, path, size, shown).await?)
     })
     .await;
     spinner.finish_and_clear();

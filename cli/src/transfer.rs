@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use pinfold_client::{Error, Events, Grant, Pin, Reason, Session};
+use indicatif::{BinaryBytes, HumanBytes, ProgressBar, ProgressStyle};
+use pinfold_client::{AllocationProgress, Error, Events, Grant, Pin, Reason, Session};
 use serde::Serialize;
 
-use crate::args::{Copying, TransportArg};
+use crate::args::{Copying, FileArg, TransportArg};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::same;
@@ -221,6 +221,24 @@ pub(crate) fn progress_bar(of: String, len: u64, hidden: bool) -> ProgressBar {
     match ProgressStyle::with_template(TEMPLATE) {
         Ok(style) => bar.with_style(style.progress_chars("━╸─")),
         Err(_) => bar,
+    }
+}
+
+/// Shows on the bar of a single file how much of it the server has allocated.
+pub(crate) fn allocation(job: &Job<'_>, file: &FileArg) -> impl FnMut(AllocationProgress) {
+    let (bar, of, shown) = (job.bar.clone(), file.to_string(), !job.how.recursive);
+    move |AllocationProgress { done_bytes, total_bytes }| {
+        if shown {
+            let (done, total) = (BinaryBytes(done_bytes), BinaryBytes(total_bytes));
+            bar.set_message(format!("{of}: allocated {done} of {total}"));
+        }
+    }
+}
+
+/// Ends what [`allocation`] shows.
+pub(crate) fn allocated(job: &Job<'_>, file: &FileArg) {
+    if !job.how.recursive {
+        job.bar.set_message(file.to_string());
     }
 }
 

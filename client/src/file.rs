@@ -4,6 +4,7 @@ use std::fmt;
 
 use pinfold_proto::v1;
 
+use crate::grant::Malformed;
 use crate::{Generation, GuardTier, Quiesced};
 
 /// Names one inode for good, where a path may come to name another one.
@@ -36,6 +37,13 @@ pub struct Created {
     pub identity: FileIdentity,
     /// False where the file was there and was resized.
     pub created: bool,
+}
+
+impl Created {
+    pub(crate) fn parse(answer: v1::CreateResponse) -> Result<Self, Malformed> {
+        let identity = answer.identity.ok_or(Malformed("a file without identity"))?;
+        Ok(Self { identity: identity.into(), created: answer.created })
+    }
 }
 
 /// What [`stat`](crate::Session::stat) knows about a file.

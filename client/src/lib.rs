@@ -41,6 +41,7 @@
 //! * **A queue pair that breaks is replaced** by the next call; other pins go on.
 #![forbid(unsafe_code)]
 
+mod allocate;
 mod backoff;
 pub mod blocking;
 mod book;
@@ -71,6 +72,7 @@ mod session;
 mod stream;
 mod transfer;
 
+pub use allocate::AllocationProgress;
 pub use backoff::KeepPolicy;
 pub use buffer::{Buffer, BufferPool};
 pub use error::{Error, TransferError};

@@ -112,6 +112,14 @@ impl Rdma {
 }
 
 impl Session {
+    pub(crate) fn session_id(&self) -> Vec<u8> {
+        self.core.control.session_id.clone()
+    }
+
+    pub(crate) fn control(&self) -> &Control {
+        &self.core.control
+    }
+
     /// Opens a session: device, stream, queue pair. Without RDMA it goes by the stream path, unless
     /// a device was asked for by its name.
     ///
@@ -182,7 +190,8 @@ impl Session {
         }
     }
 
-    /// Makes a file of exactly `size` bytes, allocated and zeroed on the medium, its name durable.
+    /// Creates a file of exactly `size` bytes, allocated and zeroed. Its name appears only once all of that is
+    /// durable. [`create_with_progress`](Self::create_with_progress) shows how far it is.
     ///
     /// # Errors
     ///
@@ -206,10 +215,7 @@ impl Session {
         };
         let answer =
             self.core.control.call(doing, async |mut client| client.create(request).await).await?;
-        let identity = answer
-            .identity
-            .ok_or_else(|| Error::from_malformed(Malformed("a file without identity"), doing()))?;
-        Ok(Created { identity: identity.into(), created: answer.created })
+        Created::parse(answer).map_err(|malformed| Error::from_malformed(malformed, doing()))
     }
 
     /// Makes a folder, its name durable; false: it was there. The folder that it lies in must be there.
@@ -298,7 +304,9 @@ impl Session {
     /// # Errors
     ///
     /// [`Error::Refused`], among others with [`Reason::BadRange`](crate::Reason::BadRange) for a
-    /// size below the present one and [`Reason::NoSpace`](crate::Reason::NoSpace).
+    /// size below the present one, [`Reason::NoSpace`](crate::Reason::NoSpace), after which the size is what
+    /// it was, and [`Reason::FileDraining`](crate::Reason::FileDraining) if a local process wants the file
+    /// meanwhile: then it has grown to the size that the message tells, and another call goes on there.
     pub async fn grow(&self, export: &str, path: &str, size: u64) -> Result<u64, Error> {
         let doing = || format!("grow {}", FileName::new(export, path));
         let request = v1::GrowRequest {

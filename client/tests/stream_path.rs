@@ -8,14 +8,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 
 use pinfold_client::{
-    Access, Buffer, ConnectOptions, Durability, EntryKind, Error, Event, FileState, IfExists, Pin,
-    PinRequest, RdmaDevice, ReadReport, Reason, Revocation, RevocationReason, Session, Transport,
-    WriteReport,
+    Access, AllocationProgress, Buffer, ConnectOptions, Durability, EntryKind, Error, Event,
+    FileState, IfExists, Pin, PinRequest, RdmaDevice, ReadReport, Reason, Revocation,
+    RevocationReason, Session, Transport, WriteReport,
 };
 use pinfold_server::Server;
 use pinfold_server::config::{Config, ExportConfig};
@@ -420,6 +420,103 @@ async fn a_file_grows_under_a_pin_that_has_reserved_room() {
     pin.unpin().await.unwrap();
     let bytes = host.bytes("file");
     assert_eq!((bytes.len(), &bytes[3998..]), (7001, pattern(3003).as_slice()));
+    host.stop().await;
+}
+
+/// Appends to a file as a program of the host does: it waits for a guard on it.
+fn append(path: &Path, record: &str) {
+    let mut file = fs::File::options().append(true).open(path).unwrap();
+    file.write_all(record.as_bytes()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn growing_keeps_what_local_processes_append_meanwhile() {
+    const ROUNDS: usize = 10;
+    const GROWTH: u64 = 64 << 20;
+    let host = Host::start().await;
+    let session = host.connect().await;
+    let (mut grown, mut stopped) = (0, 0);
+    for round in 0..ROUNDS {
+        let (name, record) = (format!("log{round}"), format!("<record {round}>"));
+        let path = host.path(&name);
+        fs::write(&path, b"").unwrap();
+        let (begun, begins) = std::sync::mpsc::channel();
+        let appending = tokio::task::spawn_blocking({
+            let (path, record) = (path.clone(), record.clone());
+            move || {
+                // In the middle of the growth, or behind it if it shows no progress.
+                let _ = begins.recv();
+                append(&path, &record);
+            }
+        });
+        let shown = |_| {
+            let _ = begun.send(());
+        };
+        match session.grow_with_progress("data", &name, GROWTH, shown).await {
+            Ok(_) => grown += 1,
+            Err(error) if error.reason() == Some(Reason::FileDraining) => stopped += 1,
+            Err(error) => panic!("{error}"),
+        }
+        drop(begun);
+        appending.await.unwrap();
+        let mut found = fs::read(&path).unwrap();
+        found.retain(|byte| *byte != 0);
+        assert_eq!(String::from_utf8(found).unwrap(), record);
+        fs::remove_file(path).unwrap();
+    }
+    println!("{grown} growths beside an append, and {stopped} that stopped for it");
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_appears_when_it_is_whole_and_shows_its_progress() {
+    const SIZE: u64 = 768 << 20;
+    let host = Host::start().await;
+    let session = host.connect().await;
+    let mut last = 0;
+    let created = session
+        .create_with_progress("data", "file", SIZE, IfExists::Fail, |progress| {
+            let AllocationProgress { done_bytes, total_bytes } = progress;
+            assert!(done_bytes >= last && done_bytes < SIZE && total_bytes == SIZE, "{progress:?}");
+            last = done_bytes;
+        })
+        .await
+        .unwrap();
+    assert!(created.created);
+    assert_eq!(fs::metadata(host.path("file")).unwrap().len(), SIZE);
+    // Nobody has it open any more: it can be pinned at once.
+    let pin = session.pin(everything()).await.unwrap();
+    let (read, _) = get(&session, &pin, SIZE - 4096, 4096).await;
+    assert_eq!(read, vec![0; 4096]);
+    pin.unpin().await.unwrap();
+    let taken = session.create("data", "file", 1, IfExists::Fail).await.unwrap_err();
+    assert_eq!(taken.reason(), Some(Reason::FileExists));
+    let end = session.grow_with_progress("data", "file", SIZE + 1, |_| {}).await.unwrap();
+    assert_eq!(end, SIZE + 1);
+    let names: Vec<_> = fs::read_dir(host.folder.path()).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_there_is_no_room_for_changes_nothing() {
+    let host = Host::start().await;
+    let session = host.connect().await;
+    session.create("data", "file", 8192, IfExists::Fail).await.unwrap();
+    let before = session.stat("data", "file").await.unwrap();
+    let pin = session.pin(everything()).await.unwrap();
+    let grow_in_vain = async || {
+        let refused = session.grow("data", "file", 1 << 46).await.unwrap_err();
+        assert_eq!(refused.reason(), Some(Reason::NoSpace), "{refused}");
+        let after = session.stat("data", "file").await.unwrap();
+        assert_eq!((after.size, after.allocated), (before.size, before.allocated));
+    };
+    grow_in_vain().await;
+    pin.unpin().await.unwrap();
+    grow_in_vain().await;
+    let refused = session.create("data", "new", 1 << 46, IfExists::Fail).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::NoSpace), "{refused}");
+    assert!(!host.path("new").exists());
     host.stop().await;
 }
 

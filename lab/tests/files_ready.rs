@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use pinfold_lab::{Bench, FileSystem, on_each_bench};
-use pinfold_leases::{Create, Error, Export, MappingKind, RelativePath};
+use pinfold_leases::{Create, Error, Export, GuardTier, MappingKind, RelativePath, Resized, Under};
 
 const HUGE: u64 = 2 << 20;
 
@@ -69,16 +69,90 @@ fn a_quota_that_is_used_up_is_refused_and_the_file_stays_as_it_was() {
         Error::NoSpace { source, .. } => source.raw_os_error() == Some(nix::libc::EDQUOT),
         error => panic!("{error}"),
     };
-    assert!(used_up(file.resize(HUGE).unwrap_err()));
+    let armed = file.arm_at_most(&bench.watcher, GuardTier::Lease).unwrap();
+    assert!(used_up(armed.grow(HUGE, &mut |_| true).unwrap_err()));
+    drop(armed);
     let (guard, mapping) = file.arm(&bench.watcher).unwrap().map(4096).unwrap();
-    assert!(used_up(file.grow(HUGE).unwrap_err()));
+    let under = Under { tier: guard.tier(), lapsed: &|| false };
+    assert!(used_up(file.grow(HUGE, under, &mut |_| true).unwrap_err()));
     assert_eq!(file.size().unwrap(), 4096);
     guard.release(mapping.fence().unwrap()).unwrap();
     assert!(bench.rest().is_empty());
     drop((file, mapping));
 }
 
+/// Free space of the file system that has this file, in bytes.
+fn free_bytes(file: &std::path::Path) -> u64 {
+    let stat = nix::sys::statvfs::statvfs(file).unwrap();
+    stat.blocks_available() * stat.fragment_size()
+}
+
 on_each_bench! {
+    fn a_growth_that_finds_no_room_on_its_way_gives_back_what_it_took(bench in Bench) {
+        let path = bench.make("file", &[7; 4096]);
+        let file = bench.open("file");
+        let used = file.allocated().unwrap();
+        for tier in [GuardTier::Lease, GuardTier::Delegation] {
+            let free = free_bytes(&path);
+            let (guard, mapping) = file.arm_at_most(&bench.watcher, tier).unwrap().map(4096).unwrap();
+            assert_eq!(guard.tier(), tier);
+            let under = Under { tier, lapsed: &|| false };
+            // There is room when the growth begins, and others take it then.
+            let taken = bench.path("taken");
+            let refused = file.grow(free / 4 * 3, under, &mut |_| {
+                let others = std::fs::File::create(&taken).unwrap();
+                nix::fcntl::fallocate(others, nix::fcntl::FallocateFlags::empty(), 0, (free / 2) as i64)
+                    .unwrap();
+                true
+            });
+            let Err(Error::NoSpace { kept_bytes, .. }) = refused else { panic!("{refused:?}") };
+            println!("{tier}: {kept_bytes} bytes of {free} are kept");
+            std::fs::remove_file(taken).unwrap();
+            assert_eq!(file.size().unwrap(), 4096);
+            // ext4 frees nothing past the end under a delegation.
+            let ext4 = FileSystem::Ext4.mount_point();
+            assert!(kept_bytes == 0 || (tier == GuardTier::Delegation && path.starts_with(ext4)));
+            guard.release(mapping.fence().unwrap()).unwrap();
+            drop(mapping);
+            let armed = file.arm_at_most(&bench.watcher, GuardTier::Lease).unwrap();
+            armed.give_back().unwrap();
+            assert_eq!(file.allocated().unwrap(), used);
+        }
+        assert!(bench.rest().is_empty());
+    }
+
+    fn a_growth_on_dax_writes_zeroes_and_stops_for_others(bench in Bench) {
+        let path = bench.make("file", &[7; 4096]);
+        let file = bench.open("file");
+        let armed = file.arm_at_most(&bench.watcher, GuardTier::Lease).unwrap();
+        let grown = armed.grow(2 * HUGE, &mut |_| true).unwrap();
+        assert_eq!(grown, Resized { size: 2 * HUGE, complete: true });
+        let layout = file.layout().unwrap();
+        println!("{layout:?}");
+        let mut child = None;
+        let stopped = armed.grow(32 * HUGE, &mut |progress| {
+            if progress.done_bytes > 0 && child.is_none() {
+                let append = Command::new("sh").args(["-c", "printf x >> \"$1\"", "sh"]).arg(&path).spawn();
+                child = Some(append.unwrap());
+                while armed.is_held() {
+                    std::thread::yield_now();
+                }
+            }
+            true
+        });
+        let stopped = stopped.unwrap();
+        assert!(!stopped.complete && stopped.size > 2 * HUGE && stopped.size < 32 * HUGE, "{stopped:?}");
+        let spare = file.allocated().unwrap().saturating_sub(stopped.size.next_multiple_of(HUGE));
+        println!("stopped at {}, {spare} bytes allocated past it", stopped.size);
+        drop(armed);
+        assert!(child.unwrap().wait().unwrap().success());
+        assert_eq!(file.size().unwrap(), stopped.size + 1);
+        let mut last = [0];
+        file.read_at(&mut last, stopped.size).unwrap();
+        assert_eq!(&last, b"x");
+        assert!(spare < HUGE, "what was not used is given back");
+    }
+
     fn the_layout_says_which_pieces_can_have_huge_pages(bench in Bench) {
         let create = Create { size: 4 * HUGE + 10, mode: 0o600, dax: false };
         let file = bench.export.create(&RelativePath::parse("large").unwrap(), &create).unwrap();

@@ -6,12 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use rustix::fs::FallocateFlags;
-
 use crate::dax_device::DaxDevice;
 use crate::door::pass;
 use crate::error::{Error, Result};
-use crate::export::{Attributes, Root, denied_or_failed, write_zeroes};
+use crate::export::{Attributes, Root};
 use crate::lock::RangeLocks;
 
 /// Names one inode for good. Inode numbers are used again, so the birth time belongs to it. Of a DAX
@@ -231,65 +229,21 @@ impl Description {
         kind_of(self.fd(), self.attributes()?.dax, self.path())
     }
 
-    fn attributes(&self) -> Result<Attributes> {
+    pub(crate) fn attributes(&self) -> Result<Attributes> {
         Attributes::of(self.fd(), self.path())
     }
 
-    /// Makes the file exactly `size` bytes long. What is added is allocated, written with zeroes
-    /// and flushed; if there is no room for it the file stays as long as it was. To be done before
-    /// the file is guarded: a change of size through this description would break its own
-    /// delegation.
-    pub fn resize(&self, size: u64) -> Result<()> {
-        self.demand_file()?;
-        let old = self.size()?;
-        if size < old {
-            pass("ftruncate")
-                .and_then(|()| rustix::fs::ftruncate(self.fd(), size))
-                .map_err(|e| denied_or_failed(e.into(), "ftruncate", self.path()))?;
-        }
-        if size > old
-            && let Err(error) = self.extend(old, size)
-        {
-            // ext4 keeps what it could still allocate. Back to what it was; the first error is the
-            // one to report.
-            let _ = rustix::fs::ftruncate(self.fd(), old);
-            return Err(error);
-        }
-        #[cfg(feature = "mutants")]
-        if crate::mutant::syncs_no_names() {
-            return Ok(());
-        }
-        self.sync()
-    }
-
-    fn demand_file(&self) -> Result<()> {
+    pub(crate) fn demand_file(&self) -> Result<()> {
         match self.device() {
             Some(_) => Err(Error::FixedSize { path: self.path().to_owned() }),
             None => Ok(()),
         }
     }
 
-    fn extend(&self, old: u64, size: u64) -> Result<()> {
-        #[cfg(feature = "mutants")]
-        if crate::mutant::syncs_nothing() {
-            return pass("ftruncate")
-                .and_then(|()| rustix::fs::ftruncate(self.fd(), size))
-                .map_err(|e| self.failed("ftruncate", e.into()));
-        }
-        // Allocating in one go gives contiguous extents, and says at once if there is no room.
-        match pass("fallocate").and_then(|()| {
-            rustix::fs::fallocate(self.fd(), FallocateFlags::empty(), old, size - old)
-        }) {
-            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
-            Err(e) => return Err(self.no_space(size - old, "fallocate", e.into())),
-        }
-        write_zeroes(self.fd(), old..size).map_err(|e| self.no_space(size - old, "pwrite", e))
-    }
-
-    fn no_space(&self, bytes: u64, call: &'static str, source: std::io::Error) -> Error {
+    pub(crate) fn no_space(&self, bytes: u64, call: &'static str, source: std::io::Error) -> Error {
         match source.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => {
-                Error::NoSpace { path: self.path().to_owned(), bytes, source }
+                Error::NoSpace { path: self.path().to_owned(), bytes, kept_bytes: 0, source }
             }
             _ => self.failed(call, source),
         }
@@ -342,24 +296,6 @@ impl Description {
             offset += read as u64;
         }
         Ok(())
-    }
-
-    /// Makes the file longer while it is guarded: allocated, reading as zeroes, flushed. fallocate
-    /// through the guarded description breaks no guard, as a change of size by other calls would.
-    ///
-    /// A file that is larger already stays as it is. If there is no room its size does not change;
-    /// what could be allocated stays with it, past its end.
-    pub fn grow(&self, size: u64) -> Result<()> {
-        self.demand_file()?;
-        let old = self.size()?;
-        for flags in [FallocateFlags::KEEP_SIZE, FallocateFlags::empty()] {
-            if size > old {
-                pass("fallocate")
-                    .and_then(|()| rustix::fs::fallocate(self.fd(), flags, old, size - old))
-                    .map_err(|e| self.no_space(size - old, "fallocate", e.into()))?;
-            }
-        }
-        self.sync()
     }
 
     /// A reference that doesn't keep the description open.

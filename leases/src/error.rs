@@ -192,13 +192,35 @@ pub enum Error {
         magic: i64,
     },
     /// The file system has no room, or a quota is used up.
-    #[error("no room for {} bytes in {}; free space or raise the quota", bytes, path.display())]
+    #[error(
+        "no room for {bytes} bytes in {}{}; free space or raise the quota", path.display(),
+        Kept(*kept_bytes)
+    )]
     NoSpace {
         /// The file.
         path: PathBuf,
         /// How much was asked for.
         bytes: u64,
+        /// Bytes of storage that a failed growth holds past the end of the file, and could not give back.
+        kept_bytes: u64,
         /// `ENOSPC` or `EDQUOT`.
+        source: io::Error,
+    },
+    /// Whoever wants the new file said to stop before it was finished.
+    #[error("the creation of {} was stopped; nothing of it is left", path.display())]
+    CreationStopped {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// The file is there, whole, but the write of its folder failed.
+    #[error(
+        "{} was made, but its name may not survive a power cut: fsync of its folder failed; check the disk",
+        path.display()
+    )]
+    NameNotDurable {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's word.
         source: io::Error,
     },
     /// A range that does not lie inside the mapping.
@@ -346,6 +368,17 @@ pub enum NoDaxDevice {
         /// As sysfs says.
         align: u64,
     },
+}
+
+struct Kept(u64);
+
+impl std::fmt::Display for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            bytes => write!(f, " ({bytes} bytes stay allocated past its end until it is unpinned)"),
+        }
+    }
 }
 
 struct ByWhom<'a>(&'a Option<u32>);

@@ -19,9 +19,6 @@ use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::mapping::unmap_what_is_left;
 
-/// How much is zeroed with one write.
-const ZEROES: usize = 1 << 20;
-
 /// A path inside an export: relative, not empty, without `..` and NUL. What it crosses is checked
 /// by the kernel when it is opened.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -74,7 +71,7 @@ impl RelativePath {
         }
     }
 
-    fn file_name(&self) -> Result<&OsStr> {
+    pub(crate) fn file_name(&self) -> Result<&OsStr> {
         self.0.file_name().ok_or_else(|| Error::OutsideExport {
             path: self.0.display().to_string(),
             why: "it names no file",
@@ -118,19 +115,6 @@ impl Leftovers {
     pub fn include(&self, file: &Description) -> bool {
         self.0.as_ptr() == Arc::as_ptr(&file.root().held)
     }
-}
-
-/// How [`Export::create`] makes a file.
-#[derive(Debug)]
-pub struct Create {
-    /// Exactly this many bytes, allocated and zero.
-    pub size: u64,
-    /// Permission bits before the umask.
-    pub mode: u32,
-    /// Ask for DAX on this file (`FS_XFLAG_DAX`), for file systems mounted with `dax=inode`, which
-    /// is the default. Whether it came of it is what [`Description::kind`] says: the medium, the
-    /// mount options and the kernel have their say too.
-    pub dax: bool,
 }
 
 impl Export {
@@ -206,6 +190,15 @@ impl Export {
         Ok(Attributes::of(self.root(), &self.path)?.identity)
     }
 
+    pub(crate) fn shared_root(&self) -> Arc<Root> {
+        Arc::clone(&self.root)
+    }
+
+    /// Opens the folder in which a path lies.
+    pub(crate) fn open_folder_of(&self, path: &RelativePath) -> Result<OwnedFd> {
+        self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)
+    }
+
     pub(crate) fn root(&self) -> BorrowedFd<'_> {
         self.root.fd.as_fd()
     }
@@ -228,43 +221,12 @@ impl Export {
         Ok(Located { fd, path, attributes, device: None, root })
     }
 
-    /// Makes a file of exactly `create.size` zero bytes, allocated and written, and its name
-    /// durable. What fails half-way is removed again.
-    ///
-    /// The bytes are written, not only allocated: populating holes or unwritten extents through a
-    /// mapping later would hold the process's `mmap_lock` for seconds, and a fence with it.
-    pub fn create(&self, path: &RelativePath, create: &Create) -> Result<Description> {
-        self.demand_directory()?;
-        let full = self.path.join(path.as_path());
-        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
-        let name = path.file_name()?;
-        let flags =
-            OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let fd = pass("create")
-            .and_then(|()| {
-                rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(create.mode))
-            })
-            .map_err(|e| refusal(e.into(), "create", path, &full))?;
-        let identity = || Ok(Attributes::of(fd.as_fd(), &full)?.identity);
-        // If it can't be told which file was made, that is asked once more for the removal alone.
-        let made = identity()
-            .inspect_err(|_| drop(identity().map(|made| remove_if_it_is(made, &folder, name))))?;
-        let finish = || {
-            let fd = if create.dax { with_dax(fd, made, &folder, name, &full)? } else { fd };
-            let file = Description::new(fd, full.clone(), Arc::clone(&self.root))?;
-            file.resize(create.size)?;
-            sync_folder(&folder, &full)?;
-            Ok(file)
-        };
-        finish().inspect_err(|_| remove_if_it_is(made, &folder, name))
-    }
-
     /// Makes a folder, and its name durable; false: it was there. A file, a link or whatever else has that
     /// name is [`Error::Exists`].
     pub fn make_folder(&self, path: &RelativePath, mode: u32) -> Result<bool> {
         self.demand_directory()?;
         let full = self.path.join(path.as_path());
-        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        let folder = self.open_folder_of(path)?;
         let name = path.file_name()?;
         let made = pass("mkdirat")
             .and_then(|()| rustix::fs::mkdirat(&folder, name, Mode::from_raw_mode(mode)));
@@ -331,7 +293,7 @@ impl Export {
     pub fn remove(&self, path: &RelativePath) -> Result<()> {
         self.demand_directory()?;
         let full = self.path.join(path.as_path());
-        let folder = self.open_beneath(path.parent(), OFlags::DIRECTORY, Mode::empty(), path)?;
+        let folder = self.open_folder_of(path)?;
         let name = path.file_name()?;
         pass("unlinkat")
             .and_then(|()| rustix::fs::unlinkat(&folder, name, AtFlags::empty()))
@@ -355,44 +317,6 @@ impl Export {
                 rustix::fs::openat2(self.root(), what, flags | OFlags::CLOEXEC, mode, rules)
             })
             .map_err(|e| refusal(e.into(), "open", asked, &self.path.join(asked.as_path())))
-    }
-}
-
-/// Sets the flag on an empty file and opens it again: the flag counts from the moment that the inode
-/// is read anew, which the kernel does once nobody has it open (`d_mark_dontcache`).
-fn with_dax(
-    fd: OwnedFd,
-    made: FileIdentity,
-    folder: &OwnedFd,
-    name: &OsStr,
-    full: &Path,
-) -> Result<OwnedFd> {
-    match crate::sys::ask_for_dax(fd.as_fd()) {
-        Ok(()) => {}
-        // The file system has no such flag.
-        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EOPNOTSUPP)) => {
-            return Ok(fd);
-        }
-        Err(e) => return Err(denied_or_failed(e, "ioctl(FS_IOC_FSSETXATTR)", full)),
-    }
-    drop(fd);
-    let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let again = pass("open")
-        .and_then(|()| rustix::fs::openat(folder, name, flags, Mode::empty()))
-        .map_err(|e| denied_or_failed(e.into(), "open", full))?;
-    if Attributes::of(again.as_fd(), full)?.identity != made {
-        // Somebody has put another file there meanwhile, and that one is not ours to fill.
-        return Err(Error::NotFound { path: full.to_owned() });
-    }
-    Ok(again)
-}
-
-/// Removes a file of ours that came to nothing. Whatever took its name meanwhile stays.
-fn remove_if_it_is(made: FileIdentity, folder: &OwnedFd, name: &OsStr) {
-    let Ok(name) = std::ffi::CString::new(name.as_encoded_bytes()) else { return };
-    if Attributes::at(folder, &name).is_ok_and(|there| there.identity == made) {
-        // It holds nothing, and the first error is the one to report.
-        let _ = rustix::fs::unlinkat(folder, &name, AtFlags::empty());
     }
 }
 
@@ -605,7 +529,7 @@ impl Attributes {
         })
     }
 
-    fn at(folder: &OwnedFd, name: &std::ffi::CStr) -> rustix::io::Result<Self> {
+    pub(crate) fn at(folder: &OwnedFd, name: &std::ffi::CStr) -> rustix::io::Result<Self> {
         Self::read(folder.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW)
     }
 
@@ -664,19 +588,13 @@ fn nanoseconds(time: &rustix::fs::StatxTimestamp) -> Option<u64> {
     Some(seconds.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec.into()))
 }
 
-/// Writes zeroes over `range` of a file.
-pub(crate) fn write_zeroes(fd: BorrowedFd<'_>, range: std::ops::Range<u64>) -> io::Result<()> {
-    let zeroes = vec![0u8; ZEROES.min(usize::try_from(range.end - range.start).unwrap_or(ZEROES))];
-    let mut at = range.start;
-    while at < range.end {
-        let piece = zeroes.len().min(usize::try_from(range.end - at).unwrap_or(usize::MAX));
-        at += pass("pwrite").and_then(|()| rustix::io::pwrite(fd, &zeroes[..piece], at))? as u64;
-    }
-    Ok(())
-}
-
 /// Turns the errno of a look-up or creation beneath the export into what the caller can act on.
-fn refusal(source: io::Error, call: &'static str, asked: &RelativePath, full: &Path) -> Error {
+pub(crate) fn refusal(
+    source: io::Error,
+    call: &'static str,
+    asked: &RelativePath,
+    full: &Path,
+) -> Error {
     let outside = |why| Error::OutsideExport { path: asked.as_path().display().to_string(), why };
     match source.raw_os_error() {
         Some(libc::EXDEV) => {

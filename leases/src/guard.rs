@@ -316,6 +316,15 @@ impl Armed {
         self.lease().tier
     }
 
+    pub(crate) fn description(&self) -> &Description {
+        &self.lease().description
+    }
+
+    /// Whether the kernel has let somebody in on its own, because lease-break-time ran out.
+    pub(crate) fn lapsed(&self) -> bool {
+        self.lease().lapsed()
+    }
+
     pub(crate) fn demand_held(&self) -> Result<()> {
         match self.lease().state() {
             Ok(GuardState::Held) => Ok(()),

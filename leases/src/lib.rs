@@ -121,6 +121,7 @@
 //! A guard needs the file's owner or CAP_LEASE; a seal the same and CAP_LINUX_IMMUTABLE; both write
 //! permission. Everything else needs nothing.
 
+mod create;
 mod dax_device;
 mod description;
 mod door;
@@ -137,21 +138,22 @@ pub mod mutant;
 mod openers;
 mod overlooked;
 mod report;
+mod resize;
 mod seal;
 mod sys;
 mod wait;
 mod watch;
 
+pub use create::{Create, Unpublished};
 pub use description::{Description, FileIdentity, FileTimes, MappingKind, WeakDescription};
 pub use error::{Error, NoDaxDevice, NoOutwait, Result};
-pub use export::{
-    Create, Entry, EntryKind, Export, Leftovers, Listing, Located, Page, RelativePath,
-};
+pub use export::{Entry, EntryKind, Export, Leftovers, Listing, Located, Page, RelativePath};
 pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
 pub use layout::Layout;
 pub use lock::{ExportLock, LockKind, RangeLock};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};
+pub use resize::{GoOn, Progress, Resized, Under};
 pub use seal::ArmedToSeal;
 pub use wait::{Cancel, CloseWatch};
 pub use watch::{Break, BreakKind, GuardId, Watcher};

@@ -8,8 +8,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pinfold_leases::{
-    Break, BreakKind, Create, Description, Error, Export, FenceFailed, GuardState, RelativePath,
-    Watcher, waiting_breakers,
+    Break, BreakKind, Create, Description, Error, Export, FenceFailed, GuardState, GuardTier,
+    RelativePath, Resized, Watcher, waiting_breakers,
 };
 
 /// Far beyond anything that works; only a hang reaches it.
@@ -226,8 +226,12 @@ fn create_makes_exactly_the_bytes_and_removes_what_failed() {
     let located = bench.export.locate(&name("new")).unwrap();
     assert_eq!(located.identity(), made.identity());
     assert!(located.allocated() >= 5_000_001, "{} allocated", located.allocated());
-    made.resize(10).unwrap();
-    made.resize(20).unwrap();
+    let armed = made.arm_at_most(&bench.watcher, GuardTier::Lease).unwrap();
+    let resized = |size| Resized { size, complete: true };
+    assert_eq!(armed.shrink(10, &mut |_| true).unwrap(), resized(10));
+    assert_eq!(armed.grow(20, &mut |_| true).unwrap(), resized(20));
+    assert_eq!(armed.grow(15, &mut |_| true).unwrap(), resized(20), "a growth cuts nothing");
+    drop(armed);
     let content = std::fs::read(bench.path.with_file_name("new")).unwrap();
     assert_eq!(content, [0; 20]);
 

@@ -19,6 +19,7 @@ mod revocation;
 
 pub(crate) use revocation::drain_budget;
 mod sessions;
+mod sizes;
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -51,6 +52,7 @@ use sessions::random;
 
 pub(crate) use files::PageOrder;
 pub(crate) use pins::{Granted, PinOrder, StreamPiece, TransportWish};
+pub(crate) use sizes::Caller;
 
 /// How long a new pin waits for the revocation of an earlier guarding.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -12,6 +12,26 @@ use crate::room::MAP_AREAS_RESERVED;
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// Why a long change of a file stopped early.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Stop {
+    /// A local process opens, cuts or reads the file.
+    #[error("another process wants the file")]
+    Wanted,
+    /// The client has cancelled the call.
+    #[error("its caller has gone")]
+    CallerGone,
+    /// The client's session is over.
+    #[error("the session has ended")]
+    SessionEnded,
+    /// The server goes down.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The export is not served for now.
+    #[error("its export is being quiesced")]
+    Quiesced,
+}
+
 /// Why a call is refused. `status.rs` gives each its gRPC code and reason.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -98,6 +118,27 @@ pub enum Error {
         pins: usize,
         /// The client of one of them.
         holder: String,
+    },
+    /// A new file was given up before it was finished.
+    #[error("the creation of {} was stopped, because {why}; nothing of it is left", path.display())]
+    CreationStopped {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: Stop,
+    },
+    /// A change of size ended early.
+    #[error("the size of {} reached {reached} bytes on the way to {wanted}, because {why}; ask for it again",
+            path.display())]
+    ResizeStopped {
+        /// The file.
+        path: PathBuf,
+        /// Its size now.
+        reached: u64,
+        /// The size that was asked for.
+        wanted: u64,
+        /// Why.
+        why: Stop,
     },
     /// The range holds nothing.
     #[error("bytes {start}..{end} hold nothing: {why}")]

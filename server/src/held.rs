@@ -57,6 +57,8 @@ pub(crate) struct HeldFile {
     /// The exports by which it was pinned.
     exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
+    /// Space is allocated past its end that nobody asked for.
+    excess: AtomicBool,
 }
 
 /// What pins have, to be taken one after the other.
@@ -148,6 +150,7 @@ impl HeldFile {
             gate: Arc::default(),
             exports: Mutex::default(),
             released: watch::Sender::new(false),
+            excess: AtomicBool::new(false),
         };
         file.measure_pages();
         file
@@ -433,6 +436,16 @@ impl HeldFile {
             Ok(released) => Some(released),
             Err(wrong) => unreachable!("this mapping's own fence: {wrong}"),
         }
+    }
+
+    /// A growth without room could not give back what it had allocated past the end.
+    pub(crate) fn note_excess(&self) {
+        self.excess.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether space past its end is to be given back after the release.
+    pub(crate) fn has_excess(&self) -> bool {
+        self.excess.load(Ordering::Relaxed)
     }
 
     /// Wakes who waits for the release, once the registry knows of it.

@@ -11,6 +11,7 @@
 pub mod config;
 pub mod doctor;
 
+mod allocation;
 mod audit;
 mod breakers;
 mod door;

@@ -833,6 +833,11 @@ impl Registry {
         self.take_back(guard, taking, times)
     }
 
+    /// Whether the server goes down.
+    pub(crate) fn is_shutting_down(&self) -> bool {
+        self.shutting_down
+    }
+
     /// The server goes down: nothing new starts. Returns the files that are to be taken back.
     pub(crate) fn begin_shut_down(&mut self) -> Vec<GuardId> {
         self.shutting_down = true;

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use pinfold_proto::v1;
 use pinfold_proto::v1::pinfold_server::Pinfold;
-use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::allocation::{self, Allocation, Creation, Growth};
 use crate::audit::micros;
 use crate::config::Config;
 use crate::door::Connection;
-use crate::engine::Engine;
+use crate::engine::{Caller, Engine};
 use crate::error::Error;
 use crate::held::smallest_page;
 use crate::ids::{PinId, SessionId};
@@ -76,11 +77,23 @@ of_session! {
     WatchRequest,
 }
 
+impl OfSession for v1::AllocateRequest {
+    fn session_id(&self) -> &[u8] {
+        use v1::allocate_request::What;
+        match &self.what {
+            Some(What::Create(create)) => &create.session_id,
+            Some(What::Grow(grow)) => &grow.session_id,
+            None => &[],
+        }
+    }
+}
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl Pinfold for Service {
     type SessionStream = session::Events;
+    type AllocateStream = ReceiverStream<Result<v1::AllocateEvent, Status>>;
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::RevocationRecord, Status>> + Send>>;
 
     async fn session(
@@ -113,22 +126,17 @@ impl Pinfold for Service {
     }
 
     async fn create(&self, request: Request<v1::CreateRequest>) -> Answer<v1::CreateResponse> {
-        let request = self.message(request);
-        self.engine.demand_session(self.caller(&request.session_id)?)?;
-        let if_exists = request.if_exists();
-        let path = wire::path(&request.path)?;
-        let (export, size) = (request.export, wire::file_size(request.size)?);
-        let made = self.engine.create(export.clone(), path.clone(), size).await;
-        let (identity, created) = match made {
-            Err(Error::File(pinfold_leases::Error::Exists { .. }))
-                if if_exists == v1::IfExists::Resize =>
-            {
-                (self.engine.resize(export, path, size).await?, false)
-            }
-            made => (made?, true),
-        };
-        let identity = Some(wire::identity(identity));
-        Ok(Response::new(v1::CreateResponse { identity, created }))
+        let creation = Creation::parse(self.message(request))?;
+        Ok(Response::new(allocation::create(&self.engine, creation).await?))
+    }
+
+    async fn allocate(
+        &self,
+        request: Request<v1::AllocateRequest>,
+    ) -> Answer<Self::AllocateStream> {
+        let asked = Allocation::parse(self.message(request))?;
+        let events = allocation::start(Arc::clone(&self.engine), asked)?;
+        Ok(Response::new(ReceiverStream::new(events)))
     }
 
     async fn stat(&self, request: Request<v1::StatRequest>) -> Answer<v1::StatResponse> {
@@ -241,18 +249,17 @@ impl Pinfold for Service {
     }
 
     async fn grow(&self, request: Request<v1::GrowRequest>) -> Answer<v1::GrowResponse> {
-        let request = self.message(request);
-        self.engine.demand_session(self.caller(&request.session_id)?)?;
-        let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
-        let valid_end = self.engine.grow(request.export, path, size).await?;
-        Ok(Response::new(v1::GrowResponse { valid_end }))
+        let growth = Growth::parse(self.message(request))?;
+        Ok(Response::new(allocation::grow(&self.engine, growth).await?))
     }
 
     async fn shrink(&self, request: Request<v1::ShrinkRequest>) -> Answer<v1::ShrinkResponse> {
         let request = self.message(request);
-        self.engine.demand_session(self.caller(&request.session_id)?)?;
+        let id = self.caller(&request.session_id)?;
+        self.engine.demand_session(id)?;
         let (path, size) = (wire::path(&request.path)?, wire::file_size(request.size)?);
-        let revoked = self.engine.shrink(request.export, path, size).await?;
+        let (caller, _listening) = Caller::new(id);
+        let revoked = self.engine.shrink(caller, request.export, path, size).await?;
         Ok(Response::new(v1::ShrinkResponse { revoked_pins: wire::count(revoked) }))
     }
 

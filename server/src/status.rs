@@ -8,7 +8,7 @@ use pinfold_verbs::with_causes;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::error::{Error, NotDone};
+use crate::error::{Error, NotDone, Stop};
 use crate::registry::Refusal;
 
 impl From<Error> for Status {
@@ -39,6 +39,7 @@ fn classify(error: &Error) -> (Code, Reason) {
         // Not Unavailable: what tries that again by itself would undo the resume.
         Error::ResumedMeanwhile { .. } => (Code::Aborted, Reason::ExportQuiesced),
         Error::StillOpen { .. } => (Code::Unavailable, Reason::FileDraining),
+        Error::CreationStopped { why, .. } | Error::ResizeStopped { why, .. } => of_stop(*why),
         Error::OtherDirectory { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
         Error::FileModified { .. } => (Code::FailedPrecondition, Reason::FileModified),
@@ -70,6 +71,17 @@ fn classify(error: &Error) -> (Code, Reason) {
         }
         Error::ExportStalled { .. } => (Code::Unavailable, Reason::ExportStalled),
         Error::Task | Error::Thread { .. } => (Code::Internal, Reason::Internal),
+    }
+}
+
+fn of_stop(why: Stop) -> (Code, Reason) {
+    match why {
+        Stop::Wanted => (Code::Unavailable, Reason::FileDraining),
+        // Nobody is there to be told.
+        Stop::CallerGone => (Code::Cancelled, Reason::FileDraining),
+        Stop::SessionEnded => (Code::NotFound, Reason::UnknownSession),
+        Stop::ShuttingDown => (Code::Unavailable, Reason::ShuttingDown),
+        Stop::Quiesced => (Code::Unavailable, Reason::ExportQuiesced),
     }
 }
 

@@ -207,6 +207,7 @@ impl Service {
 #[tonic::async_trait]
 impl Pinfold for Service {
     type SessionStream = UnboundedReceiverStream<Result<SessionEvent, Status>>;
+    type AllocateStream = UnboundedReceiverStream<Result<v1::AllocateEvent, Status>>;
     type WatchStream = UnboundedReceiverStream<Result<v1::RevocationRecord, Status>>;
 
     async fn session(
@@ -243,6 +244,13 @@ impl Pinfold for Service {
             identity: Some(v1::FileIdentity { device: 1, inode: request.size, birth_time_ns: 3 }),
             created: request.if_exists() == v1::IfExists::Fail,
         }))
+    }
+
+    async fn allocate(
+        &self,
+        _: Request<v1::AllocateRequest>,
+    ) -> Result<Response<Self::AllocateStream>, Status> {
+        Err(Status::unimplemented("not part of these scripts"))
     }
 
     async fn connect_queue_pair(

@@ -1,5 +1,4 @@
-//! Files as clients see them: finding, creating, resizing, removing, listing; and whose turn it is
-//! to open or guard one.
+//! Files as clients see them: finding, removing, listing; and whose turn it is to open or guard one.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -7,23 +6,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pinfold_leases::{
-    Create, Description, Entry, Error as FileError, FileIdentity, GuardId, Located, Page,
-    RelativePath,
+    Description, Entry, Error as FileError, FileIdentity, GuardId, Located, Page, RelativePath,
 };
 
-use super::obstacles::{Obstacles, TRY_AGAIN};
 use super::{Engine, Inode, PATIENCE, locked};
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
-use crate::ids::PinId;
 use crate::registry::{Reason, Refusal, Standing};
 
-/// Permission bits of the files that clients create, before the umask.
-const FILE_MODE: u32 = 0o644;
-/// And of the folders.
+/// Permission bits of the folders that clients create, before the umask.
 const FOLDER_MODE: u32 = 0o755;
-/// Stands in a gate for work of the server's own; no pin has it.
-const NO_PIN: PinId = PinId(0);
 
 /// Which part of a folder to list.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -32,30 +24,6 @@ pub(crate) struct PageOrder {
     pub(crate) after: Vec<u8>,
     /// At most so many names.
     pub(crate) size: NonZeroUsize,
-}
-
-/// In which direction a file's size may change.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Resize {
-    Exactly,
-    Longer,
-    Shorter,
-}
-
-impl Resize {
-    /// To be asked of the size that the file has in the end, when nobody else can change it.
-    pub(super) fn demand(self, now: u64, wanted: u64) -> Result<()> {
-        let why = match self {
-            Self::Longer if wanted < now => {
-                "a file grows to a size that is not below its own; shrink it instead"
-            }
-            Self::Shorter if wanted > now => {
-                "a file shrinks to a size that is not above its own; grow it instead"
-            }
-            _ => return Ok(()),
-        };
-        Err(Error::BadRange { start: now, end: wanted, why })
-    }
 }
 
 /// The right to open, guard or resize an inode.
@@ -95,20 +63,6 @@ impl Engine {
         self.registry().standing(identity).map(|(_, standing)| standing)
     }
 
-    /// Makes a file of exactly `size` bytes, allocated, zeroed and durable.
-    pub(crate) async fn create(
-        &self,
-        export: String,
-        path: RelativePath,
-        size: u64,
-    ) -> Result<FileIdentity> {
-        let create = Create { size, mode: FILE_MODE, dax: self.policy(&export)?.dax };
-        self.long_call(&export.clone(), size, move |engine| {
-            Ok(engine.export(&export)?.create(&path, &create)?.identity())
-        })
-        .await
-    }
-
     /// Makes a folder, its name durable; false: it was there.
     pub(crate) async fn make_folder(&self, export: String, path: RelativePath) -> Result<bool> {
         self.call(&export.clone(), move |engine| {
@@ -123,26 +77,6 @@ impl Engine {
         self.file(guard)
     }
 
-    /// Gives an existing file another size. Refused while it has pins.
-    pub(crate) async fn resize(
-        &self,
-        export: String,
-        path: RelativePath,
-        size: u64,
-    ) -> Result<FileIdentity> {
-        let located = self.locate(export.clone(), path.clone()).await?;
-        let identity = located.identity();
-        let turn = self.take_turn(&located).await?;
-        self.demand_unpinned(&located).await?;
-        self.long_call(&export.clone(), size, move |engine| {
-            // A caller that goes away gives its turn up only when this is done.
-            let _turn = turn;
-            engine.resize_unguarded(&export, &path, &located, size, Resize::Exactly)?;
-            Ok(identity)
-        })
-        .await
-    }
-
     pub(super) async fn demand_unpinned(&self, located: &Located) -> Result<()> {
         match self.settled(located).await? {
             Some((file, pins)) => {
@@ -152,99 +86,6 @@ impl Engine {
             }
             None => Ok(()),
         }
-    }
-
-    /// Only in the inode's turn, while it is not guarded.
-    pub(super) fn resize_unguarded(
-        &self,
-        export: &str,
-        path: &RelativePath,
-        located: &Located,
-        size: u64,
-        resize: Resize,
-    ) -> Result<()> {
-        let strongest = self.policy(export)?.strongest();
-        let description = self.open(located)?;
-        // Nobody else has it open: what they see of it must not change under them. What is left of
-        // our own last guarding is closed on another thread, and passes.
-        let mut obstacles = Obstacles::default();
-        loop {
-            let armed = self
-                .demand_quiet(located)
-                .and_then(|()| Ok(description.arm_at_most(&self.watcher, strongest)?));
-            match armed {
-                Err(error) if obstacles.pass(&error, || self.just_let_through(located)) => {
-                    std::thread::sleep(TRY_AGAIN);
-                }
-                armed => break drop(armed?),
-            }
-        }
-        self.demand_named(export, path, located.identity())?;
-        resize.demand(description.size()?, size)?;
-        let before = description.times().modified_ns;
-        description.resize(size)?;
-        if resize == Resize::Longer {
-            let after = description.times().modified_ns;
-            locked(&self.lives).grown(located.identity(), before, after);
-        }
-        Ok(())
-    }
-
-    /// Makes a file longer, under its guard if it has one. Returns its end.
-    pub(crate) async fn grow(&self, export: String, path: RelativePath, size: u64) -> Result<u64> {
-        self.export(&export)?.demand_directory()?;
-        let located = self.locate(export.clone(), path.clone()).await?;
-        let turn = self.take_turn(&located).await?;
-        let held = self.settled(&located).await?;
-        self.long_call(&export.clone(), size, move |engine| {
-            let _turn = turn;
-            match held {
-                Some((file, _)) => engine.grow_guarded(&file, size)?,
-                None => {
-                    engine.resize_unguarded(&export, &path, &located, size, Resize::Longer)?;
-                }
-            }
-            Ok(size)
-        })
-        .await
-    }
-
-    /// Grows a file under its guard, inside its gate: not once it has been given away.
-    pub(super) fn grow_guarded(&self, file: &HeldFile, size: u64) -> Result<()> {
-        let inside = file.gate().enter(NO_PIN, true).ok_or(Refusal::Draining)?;
-        let grown = (|| {
-            if !self.registry().is_held(file.id()) {
-                return Err(Refusal::Draining.into());
-            }
-            Resize::Longer.demand(file.description().size()?, size)?;
-            file.description().grow(size)?;
-            file.measure_pages();
-            Ok(())
-        })();
-        drop(inside);
-        self.fence_if_awaited(file);
-        grown
-    }
-
-    /// Makes a file shorter, after its pins have been revoked with notice. Returns how many.
-    pub(crate) async fn shrink(
-        &self,
-        export: String,
-        path: RelativePath,
-        size: u64,
-    ) -> Result<usize> {
-        self.export(&export)?.demand_directory()?;
-        let located = self.locate(export.clone(), path.clone()).await?;
-        Resize::Shorter.demand(located.size(), size)?;
-        let turn = self.take_turn(&located).await?;
-        self.demand_still_named(&export, &path, &located).await?;
-        let revoked = self.take_back(&located, Reason::Shrink).await?;
-        self.call(&export.clone(), move |engine| {
-            let _turn = turn;
-            engine.resize_unguarded(&export, &path, &located, size, Resize::Shorter)?;
-            Ok(revoked)
-        })
-        .await
     }
 
     /// Removes a file; its pins are revoked with notice first, or it is refused. Returns how many.
@@ -346,8 +187,7 @@ impl Engine {
     }
 
     /// The turn, if nobody has it and nobody waits for it.
-    pub(super) fn turn_if_free(&self, located: &Located) -> Option<Turn> {
-        let identity = located.identity();
+    pub(super) fn turn_if_free(&self, identity: FileIdentity) -> Option<Turn> {
         let next = locked(&self.inodes).entry(identity).or_default().turn.clone();
         let mut turn = Turn { engine: self.arc(), identity, held: None };
         turn.held = next.try_lock_owned().ok();
@@ -436,19 +276,4 @@ fn lift_leftover(located: &Located) -> Result<()> {
 
 pub(super) fn still_draining(path: &Path) -> Error {
     Error::StillDraining { path: path.to_owned(), waited: PATIENCE }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_size_changes_only_in_the_direction_that_was_asked_for() {
-        assert!(Resize::Longer.demand(10, 9).is_err());
-        assert!(Resize::Shorter.demand(10, 11).is_err());
-        for resize in [Resize::Longer, Resize::Shorter, Resize::Exactly] {
-            assert!(resize.demand(10, 10).is_ok());
-        }
-        assert!(Resize::Longer.demand(10, 11).is_ok() && Resize::Shorter.demand(10, 9).is_ok());
-    }
 }

@@ -294,7 +294,7 @@ impl Engine {
         if order.steal {
             return Ok(Tried::MustWait(found));
         }
-        let Some(_turn) = self.turn_if_free(&found.located) else {
+        let Some(_turn) = self.turn_if_free(found.located.identity()) else {
             return Ok(Tried::MustWait(found));
         };
         let standing = self.registry().standing(found.located.identity());

@@ -253,6 +253,7 @@ impl Engine {
             // Nobody watches: no error.
             let _ = self.records.send(wire::record(file.path(), &record, &teardown, &breakers));
         }
+        self.give_excess_back(&file);
         self.forget(file);
     }
 
