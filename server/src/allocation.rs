@@ -207,7 +207,8 @@ mod tests {
             end.send(Event::Grown(v1::GrowResponse { valid_end: 2 })).unwrap();
             first
         };
-        let (last, first) = tokio::join!(show(&events, progress, pin!(work)), looks);
+        let work = pin!(work);
+        let (last, first) = tokio::join!(show(&events, progress, work), looks);
         assert!(matches!(first.event, Some(Event::Progress(v1::Progress { done_bytes: 1, .. }))));
         assert!(matches!(last.unwrap().unwrap().event, Some(Event::Grown(_))));
     }
