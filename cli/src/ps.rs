@@ -22,6 +22,9 @@ struct Report {
     broken: Vec<BrokenReport>,
     /// Those that are not served for now.
     quiesced: Vec<ExportReport>,
+    /// Kernel memory that the memory regions of all clients hold, and may hold.
+    region_memory_bytes: u64,
+    region_memory_bytes_max: u64,
 }
 
 #[derive(Serialize)]
@@ -50,6 +53,9 @@ struct FileReport {
     guard: String,
     state: &'static str,
     pins: Vec<PinReport>,
+    /// How long the server takes to cut it off.
+    revocation_cost_us: u128,
+    region_memory_bytes: u64,
 }
 
 /// How often local processes have wanted a file back within the last ten minutes.
@@ -105,6 +111,8 @@ impl Report {
             sessions: seen.sessions.into_iter().map(SessionReport::new).collect(),
             files: seen.files.into_iter().map(|file| FileReport::new(file, &clients)).collect(),
             broken: seen.broken.into_iter().map(BrokenReport::new).collect(),
+            region_memory_bytes: seen.region_memory_bytes,
+            region_memory_bytes_max: seen.region_memory_bytes_max,
         }
     }
 
@@ -113,6 +121,7 @@ impl Report {
             true => "no file is pinned\n".to_owned(),
             false => self.files(colour),
         };
+        drawn += &self.regions();
         for ExportReport { export, quiesced } in &self.quiesced {
             drawn += &format!("\nexport {}: {}\n", printable(export), quiesced.shown());
         }
@@ -126,6 +135,22 @@ impl Report {
             drawn += &self.broken(colour);
         }
         drawn
+    }
+
+    /// What the regions cost, where somebody could feel it.
+    fn regions(&self) -> String {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let slowest = self.files.iter().max_by_key(|file| file.revocation_cost_us);
+        let Some(slowest) = slowest.filter(|file| file.revocation_cost_us >= 10_000) else {
+            return String::new();
+        };
+        format!(
+            "\nregions take {} of {} MiB of kernel memory; {} takes longest to cut off: {} ms\n",
+            mib(self.region_memory_bytes),
+            mib(self.region_memory_bytes_max),
+            printable(&slowest.path),
+            slowest.revocation_cost_us / 1000
+        )
     }
 
     /// A row for each pin, complete in itself, so that it can be searched for.
@@ -228,6 +253,8 @@ impl FileReport {
             path: file.path,
             generation: file.generation.to_string(),
             guard: guard(file.guard),
+            revocation_cost_us: file.revocation_cost.as_micros(),
+            region_memory_bytes: file.region_memory_bytes,
             state: match file.state {
                 FileState::Held => "held",
                 FileState::Draining => "draining",
@@ -291,8 +318,12 @@ mod tests {
             guard: GuardTier::Lease,
             state,
             pins,
+            revocation_cost: Duration::from_micros(1234),
+            region_memory_bytes: 1 << 20,
         };
         Inspection {
+            region_memory_bytes: 3 << 19,
+            region_memory_bytes_max: 740 << 20,
             sessions: vec![session(1, "app", false), session(2, "pinfold", true)],
             broken: vec![BrokenFile {
                 path: "/data/a".to_owned(),
@@ -325,6 +356,17 @@ BREAKS  LAST     BY             FILE
     12  3 s ago  find 11, sh 1  /data/a
 ",
         );
+    }
+
+    #[test]
+    fn a_file_that_takes_long_to_cut_off_is_told_of() {
+        let mut seen = seen();
+        assert!(!Report::new(seen.clone()).tables(false).contains("kernel memory"));
+        seen.files[0].revocation_cost = Duration::from_millis(640);
+        let drawn = Report::new(seen).tables(false);
+        let words = "\nregions take 2 of 740 MiB of kernel memory; /data/a takes longest to cut off: \
+                     640 ms\n";
+        assert!(drawn.contains(words), "{drawn}");
     }
 
     #[test]

@@ -23,6 +23,8 @@ struct Report {
     sessions: u32,
     timings: TimingsReport,
     deregistered_us: u128,
+    /// When the local process was through, as far as is known.
+    through_us: u128,
     unmapped_us: u128,
     late_stream_writes: u32,
     /// Who was seen waiting for the file.
@@ -140,6 +142,7 @@ impl Report {
             sessions: record.sessions,
             timings: TimingsReport::new(&record.timings),
             deregistered_us: record.deregistered.as_micros(),
+            through_us: record.through.as_micros(),
             unmapped_us: record.unmapped.as_micros(),
             late_stream_writes: record.late_stream_writes,
             breakers: record.breakers.iter().map(BreakerReport::new).collect(),
@@ -177,6 +180,7 @@ mod tests {
                 break_pending_at_release: true,
             },
             deregistered: Duration::from_micros(9_500),
+            through: Duration::from_micros(9_500),
             unmapped: Duration::from_micros(9_600),
             late_stream_writes: 0,
             breakers: Vec::new(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 
 use pinfold_proto::v1;
 
@@ -155,6 +156,9 @@ pub struct Grant {
     pub no_atomics_because: Option<String>,
     /// Why there is no [atomic write](crate::Pin::write_atomic), for people; absent if there is.
     pub no_atomic_write_because: Option<String>,
+    /// How long the server takes to cut the file off when a local process wants it: all pins of the file,
+    /// this one included. Zero: it has no keys, or the server does not tell.
+    pub revocation_cost: Duration,
 }
 
 impl GuardTier {
@@ -216,6 +220,7 @@ impl Grant {
                 wire.no_atomic_write_because,
                 "ATOMIC WRITE",
             ),
+            revocation_cost: Duration::from_micros(wire.revocation_cost_us),
             durability,
             quirks: Quirks {
                 // An absent rule is no rule.

@@ -24,6 +24,10 @@ pub struct Inspection {
     pub broken: Vec<BrokenFile>,
     /// All exports.
     pub exports: Vec<ExportInfo>,
+    /// Kernel memory that all memory regions of the server hold, in bytes …
+    pub region_memory_bytes: u64,
+    /// … and may hold.
+    pub region_memory_bytes_max: u64,
 }
 
 /// How often processes of the server's host have wanted a file back lately.
@@ -107,6 +111,10 @@ pub struct FileInfo {
     pub state: FileState,
     /// The pins on it.
     pub pins: Vec<PinInfo>,
+    /// How long the server takes to cut it off when a local process wants it.
+    pub revocation_cost: Duration,
+    /// Kernel memory that the memory regions on it hold, in bytes.
+    pub region_memory_bytes: u64,
 }
 
 /// How far a guarded file is in its life.
@@ -159,6 +167,8 @@ pub struct RevocationRecord {
     pub timings: RevocationTimings,
     /// From the break until the last region was deregistered.
     pub deregistered: Duration,
+    /// From the break until the last region was out of the local process's way, as far as is known.
+    pub through: Duration,
     /// From the break until the file was unmapped.
     pub unmapped: Duration,
     /// Stream writes that were still inside the kernel when the guard was let go.
@@ -218,7 +228,9 @@ impl Inspection {
         let sessions = wire.sessions.into_iter().map(SessionInfo::from).collect();
         let broken = wire.broken.into_iter().map(BrokenFile::from).collect();
         let exports = wire.exports.into_iter().map(ExportInfo::from).collect();
-        Ok(Self { sessions, files, broken, exports })
+        let (region_memory_bytes, region_memory_bytes_max) =
+            (wire.region_memory_bytes, wire.region_memory_bytes_max);
+        Ok(Self { sessions, files, broken, exports, region_memory_bytes, region_memory_bytes_max })
     }
 
     /// Adds the next page. Its first file may be the last one of this, with further pins.
@@ -226,6 +238,10 @@ impl Inspection {
         self.sessions.extend(page.sessions);
         self.broken.extend(page.broken);
         self.exports.extend(page.exports);
+        // Of the first page only.
+        self.region_memory_bytes = self.region_memory_bytes.max(page.region_memory_bytes);
+        self.region_memory_bytes_max =
+            self.region_memory_bytes_max.max(page.region_memory_bytes_max);
         let mut files = page.files.into_iter().peekable();
         if let Some(last) = self.files.last_mut()
             && let Some(more) = files.next_if(|file| file.generation == last.generation)
@@ -244,6 +260,8 @@ impl FileInfo {
             state: wire.state().into(),
             path: wire.path,
             pins: wire.pins.into_iter().map(PinInfo::parse).collect::<Result<_, _>>()?,
+            revocation_cost: Duration::from_micros(wire.revocation_cost_us),
+            region_memory_bytes: wire.region_memory_bytes,
         })
     }
 }
@@ -273,6 +291,8 @@ impl RevocationRecord {
             sessions: wire.sessions,
             timings: wire.timings.ok_or(Malformed("a record without timings"))?.into(),
             deregistered: Duration::from_micros(wire.deregistered_us),
+            // A server that was made before there was the field.
+            through: Duration::from_micros(wire.through_us.max(wire.deregistered_us)),
             unmapped: Duration::from_micros(wire.unmapped_us),
             late_stream_writes: wire.late_stream_writes,
             not_outwaited: Some(wire.not_outwaited).filter(|why| !why.is_empty()),
@@ -353,6 +373,8 @@ mod tests {
             guard: GuardTier::Lease,
             state: FileState::Held,
             pins: pins.iter().map(pin).collect(),
+            revocation_cost: Duration::ZERO,
+            region_memory_bytes: 0,
         }
     }
 

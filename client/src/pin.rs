@@ -1,5 +1,6 @@
 //! A pin: the right to reach a range of a file.
 
+mod again;
 mod at_once;
 mod atomics;
 mod digest;
@@ -338,7 +339,10 @@ impl Pin {
         let buffer = match self.at_once(Wanted::Write, offset, len, buffer) {
             Ok(mut begun) => {
                 begun.wait().await;
-                return begun.result().map(|buffer| (buffer, durable::by_rdma(len)));
+                match begun.result() {
+                    Ok(buffer) => return Ok((buffer, durable::by_rdma(len))),
+                    Err(failed) => self.for_another_try(failed).await?,
+                }
             }
             Err(buffer) => buffer,
         };
@@ -397,7 +401,10 @@ impl Pin {
             Ok(mut begun) => {
                 begun.wait().await;
                 let report = ReadReport { rdma_bytes: len as u64, stream_bytes: 0 };
-                return begun.result().map(|buffer| (buffer, report));
+                match begun.result() {
+                    Ok(buffer) => return Ok((buffer, report)),
+                    Err(failed) => self.for_another_try(failed).await?,
+                }
             }
             Err(buffer) => buffer,
         };
@@ -714,13 +721,27 @@ impl Pin {
         operation: Operation<'_>,
         doing: impl Fn() -> String,
     ) -> Result<RegisteredBuffer, (Error, Option<RegisteredBuffer>)> {
-        match fabric.run(&self.core.control, operation).await {
-            Ok((buffer, status)) if status.is_success() => Ok(buffer),
-            Ok((buffer, status)) => Err((failed(status, doing()), Some(buffer))),
-            Err((Failure::Gone(gone), buffer)) => Err((self.gone(gone), buffer)),
-            Err((Failure::Lost, buffer)) => Err((fabric::lost(doing()), buffer)),
-            Err((Failure::Error(error), buffer)) => Err((error, buffer)),
+        let Operation { asked, pieces, mut buffer, of } = operation;
+        for attempt in 1.. {
+            let operation = Operation { asked, pieces, buffer, of };
+            let (refused, status) = match fabric.run(&self.core.control, operation).await {
+                Ok((buffer, status)) if status.is_success() => return Ok(buffer),
+                Ok((buffer, status)) if again::is_refusal(status) => (buffer, status),
+                Ok((buffer, status)) => return Err((failed(status, doing()), Some(buffer))),
+                Err((Failure::Gone(gone), buffer)) => return Err((self.gone(gone), buffer)),
+                Err((Failure::Lost, buffer)) => return Err((fabric::lost(doing()), buffer)),
+                Err((Failure::Error(error), buffer)) => return Err((error, buffer)),
+            };
+            if let Err(gone) = self.refused_without_a_word().await {
+                return Err((gone, Some(refused)));
+            }
+            if !again::may_repeat(asked) || attempt == again::TRIES {
+                return Err((failed(status, doing()), Some(refused)));
+            }
+            again::log_another_try(&doing(), status);
+            buffer = refused;
         }
+        unreachable!("the last try returns")
     }
 
     async fn write_pieces(

@@ -344,6 +344,7 @@ mod tests {
             no_flush_because: None,
             no_atomics_because: None,
             no_atomic_write_because: None,
+            revocation_cost: std::time::Duration::ZERO,
         }
     }
 

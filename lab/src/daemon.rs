@@ -160,6 +160,12 @@ impl Daemon {
         self.log.wait_for(|line| line["message"].as_str().is_some_and(|m| m.contains(words)))
     }
 
+    /// Whether it has logged these words until now.
+    pub fn has_logged(&self, words: &str) -> bool {
+        let said = |line: &Value| line["message"].as_str().is_some_and(|m| m.contains(words));
+        self.log.lines.lock().unwrap().iter().any(said)
+    }
+
     /// Waits until it has logged these words, of this file.
     pub fn logged_of(&self, path: &Path, words: &str) -> Value {
         let path = path.to_str().unwrap();

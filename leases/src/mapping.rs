@@ -16,6 +16,12 @@ use crate::watch::GuardId;
 /// Mappings start on and fill a multiple of this, so that the file system can use huge pages.
 pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
+/// A mapping is fenced in pieces of so many bytes, each of which holds the process's memory lock for as
+/// long as devices walk its pages. Larger only where there would be more than [`PIECES_MAX`].
+const PIECE: usize = 2 << 30;
+/// Each piece is a map area, of which a process has some 65,000 (`vm.max_map_count`).
+const PIECES_MAX: usize = 1024;
+
 /// A file mapped shared, for reading and writing, from its first byte on. Made by
 /// [`Armed::map`](crate::Armed::map), and unmapped when it and every share of it are gone.
 ///
@@ -126,6 +132,7 @@ impl Mapping {
             #[cfg(feature = "mutants")]
             unmapped: AtomicBool::new(false),
         };
+        inner.cut_into_pieces().map_err(failed("madvise(MADV_SEQUENTIAL)"))?;
         // A child that inherited the mapping would keep the guard alive after this process.
         inner.advise(MmapAdvise::MADV_DONTFORK).map_err(failed("madvise(MADV_DONTFORK)"))?;
         inner.advise(MmapAdvise::MADV_DONTDUMP).map_err(failed("madvise(MADV_DONTDUMP)"))?;
@@ -136,6 +143,16 @@ impl Mapping {
     #[allow(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.inner.len
+    }
+
+    /// In how many pieces it is fenced.
+    pub fn pieces(&self) -> usize {
+        self.inner.pieces().count()
+    }
+
+    /// Bytes of each piece but the last. A region should lie in one, and they start at multiples of it.
+    pub fn piece_len(&self) -> usize {
+        self.inner.piece_len()
     }
 
     /// Whether the mapping took `MAP_SYNC`: the file's metadata is durable before a page of it can
@@ -246,8 +263,15 @@ impl Mapping {
     /// may call it, and again. If the kernel refuses, the fence is complete when every share has
     /// been returned.
     pub fn fence(&self) -> Result<Fenced, FenceFailed> {
+        self.fence_by_pieces(|| ())
+    }
+
+    /// As [`fence`](Self::fence), and tells whenever another piece has been cut off: a fence that tells of
+    /// none hangs, and one that does is merely slow. After a piece that the kernel refuses the others are
+    /// cut off all the same.
+    pub fn fence_by_pieces(&self, piece_done: impl FnMut()) -> Result<Fenced, FenceFailed> {
         self.inner.fenced.store(true, Ordering::SeqCst);
-        let cut = self.cut();
+        let cut = self.cut(piece_done);
         let pinned = self.inner.pinned_shares.load(Ordering::SeqCst);
         let following = self.inner.shares.load(Ordering::SeqCst);
         match cut {
@@ -271,13 +295,13 @@ impl Mapping {
     }
 
     #[cfg(not(feature = "mutants"))]
-    fn cut(&self) -> std::io::Result<()> {
-        self.inner.cut()
+    fn cut(&self, piece_done: impl FnMut()) -> std::io::Result<()> {
+        self.inner.cut(piece_done)
     }
 
     /// What the chosen mutant does for a cut.
     #[cfg(feature = "mutants")]
-    fn cut(&self) -> std::io::Result<()> {
+    fn cut(&self, piece_done: impl FnMut()) -> std::io::Result<()> {
         use crate::mutant::{self, Mutant};
         match mutant::chosen() {
             None
@@ -286,11 +310,11 @@ impl Mapping {
                 | Mutant::NoSync
                 | Mutant::NamesWithoutSync
                 | Mutant::CommitWithoutFlush,
-            ) => self.inner.cut(),
+            ) => self.inner.cut(piece_done),
             Some(Mutant::NoFence) => Ok(()),
             Some(Mutant::ReleaseBeforeFence) => {
                 let inner = Arc::clone(&self.inner);
-                mutant::late(move || drop(inner.cut()));
+                mutant::late(move || drop(inner.cut(|| ())));
                 Ok(())
             }
             Some(Mutant::UnmapBeforeDeregister) => self.inner.unmap(),
@@ -311,9 +335,36 @@ impl Mapping {
 }
 
 impl Inner {
-    fn cut(&self) -> std::io::Result<()> {
-        // SAFETY: the range is our own mapping, and this crate makes no references into it.
-        unsafe { sys::make_inaccessible(self.address, self.len) }
+    /// Each piece by itself, and all of them: the first refusal is the answer.
+    fn cut(&self, mut piece_done: impl FnMut()) -> std::io::Result<()> {
+        let mut refused = Ok(());
+        for piece in self.pieces() {
+            // SAFETY: the piece lies inside our own mapping, and this crate makes no references into it.
+            let cut = unsafe { sys::make_inaccessible(self.at(piece.start), piece.len()) };
+            refused = refused.and(cut);
+            piece_done();
+        }
+        refused
+    }
+
+    /// Makes a map area of each piece: mprotect(2) on a part of one would have to make one, and a fence
+    /// must not need memory or meet a limit. Neighbours that differ are never merged, so every other one
+    /// is said to be read from start to end, which means nothing on DAX and little elsewhere.
+    fn cut_into_pieces(&self) -> std::io::Result<()> {
+        for piece in self.pieces().skip(1).step_by(2) {
+            // SAFETY: the piece lies inside our own mapping; the advice concerns reading ahead.
+            unsafe { sys::advise(self.at(piece.start), piece.len(), MmapAdvise::MADV_SEQUENTIAL) }?;
+        }
+        Ok(())
+    }
+
+    fn piece_len(&self) -> usize {
+        self.len.div_ceil(PIECES_MAX).next_multiple_of(HUGE_PAGE).max(PIECE)
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
+        let (len, piece) = (self.len, self.piece_len());
+        (0..len).step_by(piece).map(move |start| start..len.min(start + piece))
     }
 
     /// Once only: the addresses may be another mapping's afterwards.
@@ -589,6 +640,53 @@ impl Drop for PinnedShare {
 mod tests {
     use super::*;
     use crate::{Create, Export, RelativePath, Watcher};
+
+    /// The lines of /proc/self/maps of a file: address ranges and rights.
+    fn areas_of(inode: &str) -> Vec<String> {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let of_it = maps.lines().filter(|line| line.split_whitespace().nth(4) == Some(inode));
+        of_it.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_fence_goes_by_pieces_and_makes_no_map_area() {
+        let folder = tempfile::tempdir().unwrap();
+        let export = Export::open(folder.path()).unwrap();
+        let create = Create { size: 1, mode: 0o600, dax: false };
+        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (watcher, _breaks) = Watcher::start().unwrap();
+        let inode = file.identity().inode.to_string();
+        let armed = file.unguarded(&watcher).unwrap();
+        let (guard, mapping) = armed.map(3 * PIECE as u64 + 1).unwrap();
+        assert_eq!(mapping.pieces(), 4);
+        let before = areas_of(&inode);
+        assert_eq!(before.len(), 4, "{before:?}");
+        let mut cut = Vec::new();
+        let fenced = mapping.fence_by_pieces(|| cut.push(areas_of(&inode))).unwrap();
+        assert_eq!(cut.len(), 4);
+        for (done, areas) in cut.iter().enumerate() {
+            let ranges = |areas: &[String]| -> Vec<String> {
+                areas.iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+            };
+            assert_eq!(ranges(areas), ranges(&before), "after piece {done}");
+            let inaccessible = areas.iter().filter(|line| line.contains("---s")).count();
+            assert_eq!(inaccessible, done + 1, "{areas:?}");
+        }
+        guard.release(fenced).unwrap();
+    }
+
+    #[test]
+    fn the_largest_file_has_not_too_many_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let export = Export::open(folder.path()).unwrap();
+        let create = Create { size: 1, mode: 0o600, dax: false };
+        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (watcher, _breaks) = Watcher::start().unwrap();
+        let armed = file.unguarded(&watcher).unwrap();
+        let (guard, mapping) = armed.map(20 << 40).unwrap();
+        assert!(mapping.pieces() <= PIECES_MAX, "{}", mapping.pieces());
+        guard.release(mapping.fence().unwrap()).unwrap();
+    }
 
     /// A `mmap(MAP_FIXED)` that fails may leave a hole where the reservation was. Whoever else asks
     /// for addresses gets it, and then two mappings share them.

@@ -20,6 +20,14 @@ pub(crate) struct Teardown {
     pub late_stream_writes: usize,
 }
 
+impl Teardown {
+    /// When the local process got through, as far as is known: it is held up by regions after the
+    /// release too.
+    pub(crate) fn through(&self, record: &Record) -> Duration {
+        self.deregistered.max(record.timings.released)
+    }
+}
+
 /// Writes the record to the log, target `pinfold::audit`.
 pub(crate) fn revocation(
     path: &Path,
@@ -43,6 +51,7 @@ pub(crate) fn revocation(
         fenced_us = micros(timings.fenced),
         released_us = micros(timings.released),
         deregistered_us = micros(teardown.deregistered),
+        through_us = micros(teardown.through(record)),
         unmapped_us = micros(teardown.unmapped),
         break_pending_at_release = timings.break_pending,
         failed_regions = teardown.failed_regions,

@@ -31,6 +31,8 @@ pub struct Config {
     pub limits: Limits,
     /// Exports of different file systems may be served, although what holds one up may hold up all.
     pub share_fate: bool,
+    /// Kernel memory that memory regions may take, in bytes; absent: a quarter of the host's memory.
+    pub region_memory_bytes_max: Option<u64>,
 }
 
 /// A session that is silent for this part of its time-to-live loses its queue pair.
@@ -48,6 +50,7 @@ impl Config {
             time_to_live: Duration::from_secs(10),
             limits: Limits::default(),
             share_fate: false,
+            region_memory_bytes_max: None,
         }
     }
 

@@ -44,6 +44,7 @@ use crate::lives::Lives;
 use crate::passage::Passages;
 use crate::pool::Pool;
 use crate::registry::{Action, Limits, Record, Registry};
+use crate::revocation_cost::{Budget, host_memory, usual_memory_limit};
 use crate::room::{self, Room};
 use crate::session::Outbox;
 use crate::sync::locked;
@@ -108,6 +109,7 @@ pub(crate) struct Engine {
     waiting_pins: Arc<Semaphore>,
     limits: Limits,
     room: Room,
+    region_budget: Arc<Budget>,
     sessions: Mutex<HashMap<SessionId, Arc<SessionParts>>>,
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
@@ -216,6 +218,9 @@ impl Engine {
             waiting_pins: Arc::new(Semaphore::new(PINS_WAITING_AT_A_TIME)),
             limits: config.limits,
             room: Room::default(),
+            region_budget: Budget::new(
+                config.region_memory_bytes_max.unwrap_or_else(|| usual_memory_limit(host_memory())),
+            ),
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),

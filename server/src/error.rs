@@ -204,6 +204,14 @@ pub enum Error {
         /// Why, and what would help.
         why: String,
     },
+    /// The file could not be taken back in time, or the host would run out of memory.
+    #[error("no more of {} can be registered: {why}", path.display())]
+    TooCostly {
+        /// The file.
+        path: PathBuf,
+        /// Which limit, and its value.
+        why: crate::revocation_cost::TooMuch,
+    },
     /// Nothing on tmpfs outlives the host; and a device's bytes are flushed on x86-64 only.
     #[error("{} is {kind}, and nothing on that can be made durable here; export a directory on \
              pmem or disk for that", path.display())]

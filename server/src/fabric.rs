@@ -8,16 +8,20 @@ use pinfold_leases::{Mapping, MappingKind, PinnedShare, Share};
 use pinfold_verbs::checkup::Examined;
 use pinfold_verbs::{
     Access, Connected, Device, Endpoint, MemoryRegion, Mtu, ProtectionDomain, QueuePair,
-    QueuePairBuilder, Quirks, RegistrationMode, flush_test, self_test, with_causes,
+    QueuePairBuilder, Quirks, RegionCost, RegistrationMode, flush_test, region_cost, self_test,
+    with_causes,
 };
 
 use crate::config::DeviceChoice;
 use crate::error::{Error, Result};
 use crate::held::HeldFile;
 use crate::registry::{PinAccess, Refusal};
+use crate::revocation_cost::Charge;
 
 /// Borders of segments lie on a multiple of this, so that a huge page is not cut.
 const SEGMENT_BORDER: u64 = 2 << 20;
+/// A region is invalidated and deregistered in one go, and what else the process has waits for that.
+const LARGEST_ON_DEMAND: u64 = 4 << 30;
 /// Pinning takes some 40 ms for 16 MiB (rxe), and a fence waits for the call that is under way.
 const LARGEST_PINNED: u64 = 256 << 20;
 
@@ -31,6 +35,8 @@ pub(crate) struct Fabric {
     pinned: Result<Quirks, String>,
     /// Whether clients can flush with it what is registered on demand, or why they can't.
     flush: Result<(), String>,
+    on_demand_cost: RegionCost,
+    pinned_cost: RegionCost,
 }
 
 impl Fabric {
@@ -62,13 +68,17 @@ impl Fabric {
         if let Err(reason) = &flush {
             tracing::info!(device = device.name(), reason, "no RDMA FLUSH");
         }
-        Self { device, on_demand, pinned, flush }
+        let on_demand_cost = cost(&device, RegistrationMode::OnDemand, &on_demand);
+        let pinned_cost = cost(&device, RegistrationMode::Pinned, &pinned);
+        Self { device, on_demand, pinned, flush, on_demand_cost, pinned_cost }
     }
 
     /// One that has been tested already.
     pub(crate) fn examined(examined: Examined) -> Self {
         let Examined { device, on_demand, pinned, flush } = examined;
-        Self { device, on_demand, pinned, flush }
+        let on_demand_cost = RegionCost::assumed(&device, RegistrationMode::OnDemand);
+        let pinned_cost = RegionCost::assumed(&device, RegistrationMode::Pinned);
+        Self { device, on_demand, pinned, flush, on_demand_cost, pinned_cost }
     }
 
     /// The device.
@@ -97,6 +107,14 @@ impl Fabric {
             },
         };
         tested.as_ref().map(|quirks| (mode, quirks)).map_err(String::as_str)
+    }
+
+    /// What regions of this kind cost.
+    pub(crate) fn cost_of(&self, mode: RegistrationMode) -> &RegionCost {
+        match mode {
+            RegistrationMode::OnDemand => &self.on_demand_cost,
+            RegistrationMode::Pinned => &self.pinned_cost,
+        }
     }
 
     /// Whether a client may flush by itself what is mapped in this way, or why not. The device takes it
@@ -187,6 +205,22 @@ fn tested(device: &Device, mode: RegistrationMode) -> Result<Quirks, String> {
             let reason = with_causes(&error);
             tracing::warn!(device = device.name(), %mode, %reason, "self-test failed");
             Err(reason)
+        }
+    }
+}
+
+/// Measured, or where that can't be done a conservative figure.
+fn cost(device: &Device, mode: RegistrationMode, tested: &Result<Quirks, String>) -> RegionCost {
+    let Ok(quirks) = tested else { return RegionCost::assumed(device, mode) };
+    match region_cost(device, mode, quirks.max_region_bytes) {
+        Ok(cost) => {
+            tracing::info!(device = device.name(), %mode, %cost, "regions measured");
+            cost
+        }
+        Err(error) => {
+            let (cost, error) = (RegionCost::assumed(device, mode), with_causes(&error));
+            tracing::warn!(device = device.name(), %mode, error, %cost, "regions could not be measured");
+            cost
         }
     }
 }
@@ -290,6 +324,8 @@ pub(crate) struct Segment {
     /// Bytes of the file.
     pub range: Range<u64>,
     region: Region,
+    /// Given back with the region, never before.
+    charge: Charge,
 }
 
 #[derive(Debug)]
@@ -317,8 +353,12 @@ impl Segment {
 
     /// Deregisters. When this returns `Ok` the key is dead and the share of the mapping returned; on
     /// failure the key lives, and the segment comes back to be tried again.
+    #[allow(
+        clippy::result_large_err,
+        reason = "to box it takes memory, while a fence waits for it"
+    )]
     pub(crate) fn deregister(self) -> Result<(), (Self, String)> {
-        let Self { range, region } = self;
+        let Self { range, region, charge } = self;
         let failed = match region {
             Region::OnDemand(region) => region.deregister().err().map(|failed| {
                 let error = failed.to_string();
@@ -331,7 +371,7 @@ impl Segment {
         };
         match failed {
             None => Ok(()),
-            Some((region, error)) => Err((Self { range, region }, error)),
+            Some((region, error)) => Err((Self { range, region, charge }, error)),
         }
     }
 }
@@ -349,13 +389,25 @@ pub(crate) struct Manner<'a> {
     pub(crate) flush: bool,
 }
 
-/// Registers a range of a mapping as one region, or as several where the device allows none so
-/// large, or where one call would take so long that a fence had to wait for it. Stops between two
-/// when `go_on` says no.
+/// The regions that a range is registered as: one, or several where the device allows none so large,
+/// or where one call would take so long that a fence had to wait for it.
+pub(crate) fn regions(
+    range: Range<u64>,
+    mode: RegistrationMode,
+    quirks: &Quirks,
+) -> Vec<Range<u64>> {
+    let largest = match mode {
+        RegistrationMode::OnDemand => quirks.max_region_bytes.min(LARGEST_ON_DEMAND),
+        RegistrationMode::Pinned => quirks.max_region_bytes.min(LARGEST_PINNED),
+    };
+    pieces(range, largest)
+}
+
+/// Registers ranges of a mapping, one region each. Stops between two when `go_on` says no.
 pub(crate) fn register(
     domain: &ProtectionDomain,
     mapping: &Mapping,
-    range: Range<u64>,
+    ranges: Vec<(Range<u64>, Charge)>,
     manner: &Manner<'_>,
     go_on: impl Fn() -> bool,
 ) -> Result<Vec<Segment>> {
@@ -367,13 +419,9 @@ pub(crate) fn register(
             ..Access::REMOTE_READ_WRITE
         },
     };
-    let largest = match manner.mode {
-        RegistrationMode::OnDemand => manner.quirks.max_region_bytes,
-        RegistrationMode::Pinned => manner.quirks.max_region_bytes.min(LARGEST_PINNED),
-    };
-    pieces(range, largest)
+    ranges
         .into_iter()
-        .map(|piece| {
+        .map(|(piece, charge)| {
             if !go_on() {
                 return Err(Refusal::Draining.into());
             }
@@ -390,7 +438,7 @@ pub(crate) fn register(
                     Region::Pinned(made.map_err(pinfold_verbs::Error::from)?)
                 }
             };
-            Ok(Segment { range: piece, region })
+            Ok(Segment { range: piece, region, charge })
         })
         .collect()
 }
@@ -434,7 +482,11 @@ mod tests {
     }
 
     #[test]
-    fn a_device_without_a_limit_gets_one_piece() {
-        assert_eq!(pieces(0..1 << 40, u64::MAX), vec![0..1 << 40; 1]);
+    fn no_region_takes_long_on_a_device_without_a_limit() {
+        use RegistrationMode::{OnDemand, Pinned};
+        let cut = |mode| regions(0..1 << 40, mode, &Quirks::NONE);
+        assert_eq!((cut(OnDemand).len(), cut(Pinned).len()), (256, 4096));
+        let limited = Quirks { max_region_bytes: (2 << 30) - 4096, ..Quirks::NONE };
+        assert_eq!(regions(0..1 << 40, OnDemand, &limited).len(), 513);
     }
 }

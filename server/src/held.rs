@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use pinfold_leases::{
     BreakKind, Description, Error as FileError, Fenced, Guard, GuardId, GuardState, GuardTier,
@@ -22,6 +22,7 @@ use crate::ids::{Life, PinId};
 use crate::ladder::Cutting;
 use crate::policy::Policy;
 use crate::registry::{Readers, Refusal};
+use crate::revocation_cost::FileCost;
 use crate::sync::locked;
 
 /// See the module's documentation. What must go in order is in options that are taken.
@@ -54,6 +55,13 @@ pub(crate) struct HeldFile {
     /// Who wanted it back, as far as they were seen.
     breakers: Mutex<Vec<Opener>>,
     gate: Arc<Gate>,
+    cost: Arc<FileCost>,
+    /// In how many pieces its mapping is fenced.
+    pieces: u32,
+    /// How many of them have been cut off, and how many regions deregistered, so far.
+    steps: AtomicUsize,
+    /// When the last region was deregistered, if that was before the release.
+    regions_gone: OnceLock<Instant>,
     /// The exports by which it was pinned.
     exports: Mutex<Vec<String>>,
     released: watch::Sender<bool>,
@@ -140,7 +148,6 @@ impl HeldFile {
             life,
             guard: Mutex::new(Some(guard)),
             map_sync: mapping.map_sync(),
-            mapping: Mutex::new(Some(Arc::new(mapping))),
             segments: Mutex::default(),
             locks: Mutex::default(),
             failed: Mutex::default(),
@@ -148,6 +155,11 @@ impl HeldFile {
             fence_failures: AtomicU32::new(0),
             breakers: Mutex::default(),
             gate: Arc::default(),
+            cost: Arc::default(),
+            pieces: u32::try_from(mapping.pieces()).unwrap_or(u32::MAX),
+            steps: AtomicUsize::new(0),
+            regions_gone: OnceLock::new(),
+            mapping: Mutex::new(Some(Arc::new(mapping))),
             exports: Mutex::default(),
             released: watch::Sender::new(false),
             excess: AtomicBool::new(false),
@@ -353,6 +365,31 @@ impl HeldFile {
         Ok(())
     }
 
+    /// What its regions cost.
+    pub(crate) fn cost(&self) -> &Arc<FileCost> {
+        &self.cost
+    }
+
+    /// How long one piece of its fence should take.
+    pub(crate) fn time_of_a_piece(&self) -> Duration {
+        self.cost.now().fence / self.pieces.max(1)
+    }
+
+    /// Another piece is cut off, or another region deregistered.
+    pub(crate) fn step(&self) {
+        self.steps.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often that was so.
+    pub(crate) fn steps(&self) -> usize {
+        self.steps.load(Ordering::Relaxed)
+    }
+
+    /// The last region was deregistered just now, before the release.
+    pub(crate) fn regions_are_gone(&self) {
+        let _ = self.regions_gone.set(Instant::now());
+    }
+
     /// Takes the regions of a pin in.
     pub(crate) fn add_segments(&self, pin: PinId, segments: Vec<Segment>) {
         locked(&self.segments).add(pin, segments);
@@ -382,6 +419,11 @@ impl HeldFile {
         live + self.retry_failed()
     }
 
+    /// How many regions are still to be deregistered.
+    pub(crate) fn regions_left(&self) -> usize {
+        locked(&self.segments).count()
+    }
+
     fn retry_failed(&self) -> usize {
         let mut failed = locked(&self.failed);
         failed.retry = failed.segments.len();
@@ -408,7 +450,9 @@ impl HeldFile {
     fn deregister(&self, segments: impl IntoIterator<Item = Segment>) -> usize {
         let mut failed = 0;
         for segment in segments {
-            if let Err((segment, error)) = segment.deregister() {
+            let deregistered = segment.deregister();
+            self.step();
+            if let Err((segment, error)) = deregistered {
                 tracing::error!(path = %self.path.display(), error, "a memory region could not be deregistered");
                 locked(&self.failed).segments.push(segment);
                 failed += 1;
@@ -464,7 +508,10 @@ impl HeldFile {
     pub(crate) fn tear_down(&self) -> (Instant, Instant, usize) {
         self.retry_failed();
         let failed = self.drop_regions();
-        let deregistered = Instant::now();
+        let deregistered = match self.regions_gone.get() {
+            Some(before_release) if failed == 0 => *before_release,
+            _ => Instant::now(),
+        };
         let locks = mem::take(&mut *locked(&self.locks));
         self.description.unlock_ranges(locks.into_values());
         let mapping = locked(&self.mapping).take();

@@ -1,6 +1,8 @@
-//! What is done when the fence itself hangs.
+//! What is done when the fence itself hangs, or is slow.
 //!
-//! Cutting a file off is one mprotect(2), which wants the process's memory lock for itself. A remote
+//! Cutting a file off is an mprotect(2) for each piece of it, which wants the process's memory lock for
+//! itself. It walks every page of every region, so a large file takes long: as long as pieces are cut off
+//! and regions deregistered, it is slow and does not hang, and no client pays for it. A remote
 //! write that faults on a frozen file system holds that lock until the thaw, and so no fence of the
 //! process comes back, whatever file it is for. Deregistering a region wants no such lock: it waits
 //! for what is under way in that region, and for nothing else. So the rungs are
@@ -13,19 +15,23 @@
 //!    off what can be.
 //!
 //! A file whose own region is the one that hangs is beyond all of them until the thaw.
+//!
+//! Large regions are deregistered between the fence and the release: whoever is let through would walk
+//! their pages once more, and everybody else's faults would wait for that.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pinfold_leases::{FenceFailed, Fenced};
+use pinfold_leases::{FenceFailed, Fenced, Mapping};
 
 use crate::error::Result;
 use crate::fence::{self, Order};
 use crate::held::HeldFile;
+use crate::revocation_cost::time_limit;
 use crate::sync::locked;
 
 /// How long the fence may take before the next rung.
@@ -33,6 +39,8 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// How long regions may take at most before the last rung, which costs clients their connections that
 /// have done nothing to lose them: on a machine that is busy everything takes long.
 const LONGEST_WITH_REGIONS: Duration = Duration::from_secs(2);
+/// A walk of all pages that takes longer than this is felt by whoever is let through.
+const FELT: Duration = Duration::from_millis(5);
 /// Threads that deregister, for each file system. As many of its files may hang at a time before they keep
 /// others of the same one waiting.
 pub(crate) const THREADS: usize = 16;
@@ -44,8 +52,7 @@ type Outcome = Result<Fenced, FenceFailed>;
 #[derive(Debug)]
 pub(crate) struct Ladder {
     fences: SyncSender<Arc<HeldFile>>,
-    /// The thread of the first rung has not come back from an earlier file.
-    busy: Arc<AtomicBool>,
+    first_rung: Arc<FirstRung>,
     /// See the function of this name.
     side_by_side: usize,
 }
@@ -127,23 +134,78 @@ pub(crate) enum Climbed {
     Done(Outcome),
     /// Somebody is at it, and will order its fence again.
     UnderWay,
-    /// The same; the fence hangs. To be looked at again at this time, when regions will have had enough.
-    /// Said once for each try; `news`: of this file for the first time.
-    Hangs { regions_until: Instant, news: bool },
-    /// The same; regions hang too, for so long that it is time for the last rung. Said once for each
-    /// try; `news`: of this file for the first time.
+    /// The same; the fence has not come back in time, and regions are being deregistered as well. To be
+    /// looked at again at this time. `hangs`: it should have come further by now, whatever the size of its
+    /// regions. `news`: the first time for this file.
+    Late { look_at: Instant, hangs: bool, news: bool },
+    /// The same; since the last look it has come further, by so many pieces and regions in all.
+    Slow { look_at: Instant, steps: usize },
+    /// The same; nothing has gone on since the last look, and it is time for the last rung. Said once for
+    /// each try; `news`: of this file for the first time.
     RegionsHang { news: bool },
+}
+
+/// What is to be done with a file that is fenced.
+#[derive(Debug)]
+pub(crate) enum Fence {
+    /// To be let go.
+    Complete(Fenced),
+    /// Its large regions are being deregistered first; that orders its fence again. It is to be let go at
+    /// this time at the latest.
+    RegionsFirst { release_by: Instant },
+}
+
+/// The thread of the first rung, as others see it.
+#[derive(Debug)]
+struct FirstRung {
+    /// It has not come back from a file.
+    busy: AtomicBool,
+    started: Instant,
+    /// Microseconds from `started` to its last step …
+    last_us: AtomicU64,
+    /// … and how many the next one may take.
+    allowed_us: AtomicU64,
+}
+
+impl FirstRung {
+    fn new() -> Self {
+        let started = Instant::now();
+        let (last_us, allowed_us) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { busy: AtomicBool::new(false), started, last_us, allowed_us }
+    }
+
+    /// It begins with a file whose pieces should take so long.
+    fn begin(&self, piece: Duration) {
+        let allowed = PATIENCE / 2 + piece.saturating_mul(2);
+        self.allowed_us.store(micros(allowed), Ordering::Relaxed);
+        self.step();
+    }
+
+    fn step(&self) {
+        self.last_us.store(micros(self.started.elapsed()), Ordering::Relaxed);
+    }
+
+    fn hangs(&self) -> bool {
+        // Looked at first: it may step meanwhile.
+        let now = micros(self.started.elapsed());
+        let since = now.saturating_sub(self.last_us.load(Ordering::Relaxed));
+        since > self.allowed_us.load(Ordering::Relaxed)
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Ladder {
     /// Starts the threads. They order a file's fence again when they have done something for it that
     /// nobody waited for.
     pub(crate) fn start(orders: &Sender<Order>) -> crate::error::Result<Self> {
-        let busy = Arc::new(AtomicBool::new(false));
+        let first_rung = Arc::new(FirstRung::new());
         let (fences, to_fence) = sync_channel(1);
-        let (sender, free) = (orders.clone(), Arc::clone(&busy));
+        let (sender, free) = (orders.clone(), Arc::clone(&first_rung));
         fence::vital("pinfold-cut", move || cut_off(&to_fence, &sender, &free))?;
-        Ok(Self { fences, busy, side_by_side: side_by_side() })
+        Ok(Self { fences, first_rung, side_by_side: side_by_side() })
     }
 
     /// Takes a file as far as it can be taken in [`PATIENCE`]. For the fence thread only.
@@ -152,38 +214,70 @@ impl Ladder {
         file: &Arc<HeldFile>,
         lease_break_time: impl Fn() -> Option<Duration>,
     ) -> Climbed {
-        let hangs = || Some(Instant::now() + patience_with_regions(lease_break_time()));
-        match file.cutting().begin() {
+        let patience = || patience_with_regions(lease_break_time()) + file.time_of_a_piece();
+        let watch = || Some(Watch { until: Instant::now() + patience(), steps: file.steps() });
+        match file.cutting().begin(file.steps(), patience) {
             Begun::Now => {}
-            Begun::Earlier { overdue: true } => {
+            Begun::Earlier(Look::TooEarly) => return Climbed::UnderWay,
+            Begun::Earlier(Look::GoesOn { look_at }) => {
+                return Climbed::Slow { look_at, steps: file.steps() };
+            }
+            Begun::Earlier(Look::Stands) => {
                 return Climbed::RegionsHang { news: file.cutting().is_first_hang_of_regions() };
             }
-            Begun::Earlier { overdue: false } => return Climbed::UnderWay,
             Begun::Ended(outcome) => return Climbed::Done(outcome),
         }
-        if self.busy.swap(true, Ordering::SeqCst) {
-            // One that hangs is enough: this one would too.
-            return self.drop_regions(file, hangs());
+        if self.first_rung.busy.swap(true, Ordering::SeqCst) {
+            // One is enough: this one would have to wait for its memory lock too.
+            return self.drop_regions(file, watch());
         }
+        self.first_rung.begin(file.time_of_a_piece());
         // The thread is free, so there is room; it ends only with this.
         let _ = self.fences.send(Arc::clone(file));
         match file.cutting().wait(PATIENCE) {
             // Pages are pinned, or the kernel refuses: to deregister every region is a fence too.
             Some(Err(_)) => self.drop_regions(file, None),
             Some(Ok(fenced)) => Climbed::Done(Ok(fenced)),
-            None => self.drop_regions(file, hangs()),
+            None => self.drop_regions(file, watch()),
         }
     }
 
-    /// If the fence hangs: until when regions have time.
-    fn drop_regions(&self, file: &Arc<HeldFile>, hangs: Option<Instant>) -> Climbed {
+    /// `watch`: if the fence has not come back.
+    fn drop_regions(&self, file: &Arc<HeldFile>, watch: Option<Watch>) -> Climbed {
         let regions = file.begin_dropping_regions();
-        // One thread if the fence hangs: a region of this file may be what it hangs on, and it must
+        // One thread if the fence may hang: a region of this file may be what it hangs on, and it must
         // not take them all.
-        let threads = if hangs.is_some() { 1 } else { regions.clamp(1, self.side_by_side) };
-        let climbed = file.cutting().leave_to(threads, hangs);
+        let threads = if watch.is_some() { 1 } else { regions.clamp(1, self.side_by_side) };
+        let late = file.cutting().leave_to(threads, watch);
         file.file_system().regions().hand_over(file, threads);
-        climbed
+        match late {
+            None => Climbed::UnderWay,
+            Some(look_at) => {
+                let hangs = self.first_rung.hangs();
+                let news = file.cutting().is_first_time_late(hangs);
+                Climbed::Late { look_at, hangs, news }
+            }
+        }
+    }
+
+    /// What is to be done with a file that has been fenced. Large regions go first, once, and as long as
+    /// there is time.
+    pub(crate) fn before_release(
+        &self,
+        file: &Arc<HeldFile>,
+        fenced: Fenced,
+        lease_break_time: impl Fn() -> Option<Duration>,
+    ) -> Fence {
+        let is_felt = file.cost().now().walk > FELT;
+        if !is_felt || !file.cutting().may_hold() {
+            return Fence::Complete(fenced);
+        }
+        let regions = file.begin_dropping_regions();
+        let threads = regions.clamp(1, self.side_by_side);
+        let release_by = Instant::now() + time_limit(lease_break_time());
+        file.cutting().hold(fenced, threads, release_by);
+        file.file_system().regions().hand_over(file, threads);
+        Fence::RegionsFirst { release_by }
     }
 }
 
@@ -194,10 +288,15 @@ fn patience_with_regions(lease_break_time: Option<Duration>) -> Duration {
 }
 
 /// The thread of the first rung.
-fn cut_off(files: &Receiver<Arc<HeldFile>>, orders: &Sender<Order>, busy: &AtomicBool) {
+fn cut_off(files: &Receiver<Arc<HeldFile>>, orders: &Sender<Order>, rung: &FirstRung) {
     for file in files {
-        let outcome = file.mapping().map(|mapping| mapping.fence());
-        busy.store(false, Ordering::SeqCst);
+        let step = || {
+            file.step();
+            rung.step();
+        };
+        let cut = |mapping: Arc<Mapping>| mapping.fence_by_pieces(step);
+        let outcome = file.mapping().map(cut);
+        rung.busy.store(false, Ordering::SeqCst);
         if outcome.is_some_and(|outcome| file.cutting().cut(outcome)) {
             // The fence thread ends only with this one.
             let _ = orders.send(Order::Now(file.id()));
@@ -209,7 +308,7 @@ fn cut_off(files: &Receiver<Arc<HeldFile>>, orders: &Sender<Order>, busy: &Atomi
 fn deregister(file: &Arc<HeldFile>, orders: &Sender<Order>) {
     file.drop_regions();
     let outcome = || file.mapping().map(|mapping| mapping.fenced_by_return());
-    if file.cutting().regions_dropped(outcome) {
+    if file.cutting().regions_dropped(outcome, || file.regions_are_gone()) {
         let _ = orders.send(Order::Now(file.id()));
     }
 }
@@ -222,7 +321,17 @@ pub(crate) struct Cutting {
     /// How many threads deregister.
     threads: AtomicUsize,
     hang_was_told: AtomicBool,
+    slowness_was_told: AtomicBool,
     hang_of_regions_was_told: AtomicBool,
+    /// Its regions had their time between the fence and the release.
+    was_held: AtomicBool,
+}
+
+/// When to look whether anything has gone on, and how far it had come at the last look.
+#[derive(Clone, Copy, Debug)]
+struct Watch {
+    until: Instant,
+    steps: usize,
 }
 
 #[derive(Debug, Default)]
@@ -234,9 +343,11 @@ enum State {
     Pausing(Instant),
     /// The fence thread waits for the fence.
     Awaited,
-    /// Nobody waits. If that is because the fence hangs, and nothing has been said of regions yet: until
-    /// when those have time.
-    UnderWay { hangs: Option<Instant> },
+    /// Nobody waits. If that is because the fence has not come back, and nothing has been said of
+    /// regions yet: how that is watched.
+    UnderWay { watch: Option<Watch> },
+    /// It is fenced, and its regions are being deregistered; at this time that is enough.
+    Holding { fenced: Fenced, release_by: Instant },
     /// What came of it, for the fence thread.
     Ended(Outcome),
 }
@@ -246,19 +357,31 @@ enum State {
 enum Begun {
     /// Nothing has been done: it begins.
     Now,
-    /// Something is being done. `overdue` is said once.
-    Earlier { overdue: bool },
+    /// Something is being done.
+    Earlier(Look),
     /// What came of it; from here on nothing is being done.
     Ended(Outcome),
 }
 
+/// How something stands that is being done.
+#[derive(Debug)]
+enum Look {
+    /// It has time until its next look.
+    TooEarly,
+    /// It has come further since the last look; the next is to be at this time.
+    GoesOn { look_at: Instant },
+    /// It has not. Said once.
+    Stands,
+}
+
 impl Cutting {
-    fn begin(&self) -> Begun {
+    /// `steps`: how far it has come. `patience`: until the look after this one.
+    fn begin(&self, steps: usize, patience: impl Fn() -> Duration) -> Begun {
         let mut state = locked(&self.state);
         match std::mem::take(&mut *state) {
             State::Pausing(until) if Instant::now() < until => {
                 *state = State::Pausing(until);
-                Begun::Earlier { overdue: false }
+                Begun::Earlier(Look::TooEarly)
             }
             State::Idle | State::Pausing(_) => {
                 *state = State::Awaited;
@@ -266,12 +389,39 @@ impl Cutting {
             }
             State::Ended(outcome) => Begun::Ended(outcome),
             State::Awaited => unreachable!("only the thread that begins waits"),
-            State::UnderWay { hangs } => {
-                let overdue = hangs.is_some_and(|until| until <= Instant::now());
-                *state = State::UnderWay { hangs: hangs.filter(|_| !overdue) };
-                Begun::Earlier { overdue }
+            State::UnderWay { watch: Some(watch) } if watch.until <= Instant::now() => {
+                let look_at = Instant::now() + patience();
+                let goes_on = steps != watch.steps;
+                let next = goes_on.then_some(Watch { until: look_at, steps });
+                *state = State::UnderWay { watch: next };
+                let look = if goes_on { Look::GoesOn { look_at } } else { Look::Stands };
+                Begun::Earlier(look)
+            }
+            State::Holding { fenced, release_by } if release_by <= Instant::now() => {
+                Begun::Ended(Ok(fenced))
+            }
+            other @ (State::UnderWay { .. } | State::Holding { .. }) => {
+                *state = other;
+                Begun::Earlier(Look::TooEarly)
             }
         }
+    }
+
+    /// Whether regions may have their time before the release: once.
+    fn may_hold(&self) -> bool {
+        !self.was_held.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether that is over, or under way.
+    pub(crate) fn was_held(&self) -> bool {
+        self.was_held.load(Ordering::SeqCst)
+    }
+
+    /// So many threads more deregister its regions before it is let go.
+    fn hold(&self, fenced: Fenced, threads: usize, release_by: Instant) {
+        let mut state = locked(&self.state);
+        self.threads.fetch_add(threads, Ordering::SeqCst);
+        *state = State::Holding { fenced, release_by };
     }
 
     /// It failed, and will be ordered again for then. Orders that come before are for a look at what is
@@ -282,8 +432,9 @@ impl Cutting {
 
     /// Whether nothing has been said of it yet. A fence that is tried again hangs again, each time, and
     /// must not fill the log.
-    fn is_first_hang(&self) -> bool {
-        !self.hang_was_told.swap(true, Ordering::Relaxed)
+    fn is_first_time_late(&self, hangs: bool) -> bool {
+        let told = if hangs { &self.hang_was_told } else { &self.slowness_was_told };
+        !told.swap(true, Ordering::Relaxed)
     }
 
     /// The same of its regions, which may hang on a later try only.
@@ -308,19 +459,16 @@ impl Cutting {
         }
     }
 
-    /// Nobody waits from here on. `hangs`: if that is because the fence hangs, until when regions have
-    /// time.
-    fn leave_to(&self, threads: usize, hangs: Option<Instant>) -> Climbed {
+    /// Nobody waits from here on. `watch`: if that is because the fence has not come back. When to look
+    /// again then.
+    fn leave_to(&self, threads: usize, watch: Option<Watch>) -> Option<Instant> {
         self.threads.store(threads, Ordering::SeqCst);
         let mut state = locked(&self.state);
         // It may have come back this very moment; then the regions' threads say that all is done.
         if !matches!(*state, State::Ended(Ok(_))) {
-            *state = State::UnderWay { hangs };
+            *state = State::UnderWay { watch };
         }
-        match hangs {
-            Some(regions_until) => Climbed::Hangs { regions_until, news: self.is_first_hang() },
-            None => Climbed::UnderWay,
-        }
+        watch.map(|watch| watch.until)
     }
 
     /// The fence has come back. Whether it is to be ordered again. If it failed when nobody waited any
@@ -339,20 +487,33 @@ impl Cutting {
                 *state = State::Ended(outcome);
                 true
             }
-            State::Idle | State::Pausing(_) | State::UnderWay { .. } | State::Ended(_) => false,
+            State::Idle
+            | State::Pausing(_)
+            | State::UnderWay { .. }
+            | State::Holding { .. }
+            | State::Ended(_) => false,
         }
     }
 
     /// One of the threads found no region any more. Whether the fence is to be ordered again: by the
     /// last one.
-    fn regions_dropped(&self, outcome: impl FnOnce() -> Option<Outcome>) -> bool {
+    fn regions_dropped(
+        &self,
+        outcome: impl FnOnce() -> Option<Outcome>,
+        before_release: impl FnOnce(),
+    ) -> bool {
         if self.threads.fetch_sub(1, Ordering::SeqCst) > 1 {
             return false;
         }
         let Some(outcome) = outcome() else { return false };
         let mut state = locked(&self.state);
-        if matches!(*state, State::UnderWay { .. }) {
-            *state = State::Ended(outcome);
+        match std::mem::take(&mut *state) {
+            State::UnderWay { .. } => *state = State::Ended(outcome),
+            State::Holding { fenced, .. } => {
+                before_release();
+                *state = State::Ended(Ok(fenced));
+            }
+            other => *state = other,
         }
         true
     }
@@ -362,6 +523,16 @@ impl Cutting {
 mod tests {
     use super::*;
 
+    const NOTHING: usize = 0;
+
+    fn begin(cutting: &Cutting) -> Begun {
+        cutting.begin(NOTHING, || Duration::from_secs(3600))
+    }
+
+    fn watched(until: Instant) -> Option<Watch> {
+        Some(Watch { until, steps: NOTHING })
+    }
+
     fn failed() -> Outcome {
         Err(FenceFailed::Shares { shares: 1 })
     }
@@ -369,23 +540,23 @@ mod tests {
     #[test]
     fn a_fence_that_comes_back_in_time_is_not_ordered_again() {
         let cutting = Cutting::default();
-        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(matches!(begin(&cutting), Begun::Now));
         assert!(!cutting.cut(failed()), "somebody waits for it");
         assert!(cutting.wait(Duration::ZERO).is_some());
-        assert!(matches!(cutting.begin(), Begun::Now), "it is tried again");
+        assert!(matches!(begin(&cutting), Begun::Now), "it is tried again");
     }
 
     #[test]
     fn the_last_thread_orders_the_fence_and_says_what_came_of_it() {
         let cutting = Cutting::default();
-        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(matches!(begin(&cutting), Begun::Now));
         assert!(cutting.wait(Duration::ZERO).is_none());
-        assert!(matches!(cutting.leave_to(2, None), Climbed::UnderWay));
-        assert!(!cutting.regions_dropped(|| panic!("it is not the last")));
-        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
-        assert!(cutting.regions_dropped(|| Some(failed())));
-        assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
-        assert!(matches!(cutting.begin(), Begun::Now));
+        assert_eq!(cutting.leave_to(2, None), None);
+        assert!(!cutting.regions_dropped(|| panic!("it is not the last"), || ()));
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)));
+        assert!(cutting.regions_dropped(|| Some(failed()), || ()));
+        assert!(matches!(begin(&cutting), Begun::Ended(Err(_))));
+        assert!(matches!(begin(&cutting), Begun::Now));
     }
 
     #[test]
@@ -393,14 +564,14 @@ mod tests {
         let cutting = Cutting::default();
         let over = Instant::now();
         for first in [true, false] {
-            assert!(matches!(cutting.begin(), Begun::Now));
-            let left = cutting.leave_to(1, Some(over));
-            assert!(matches!(left, Climbed::Hangs { news, .. } if news == first), "{left:?}");
-            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+            assert!(matches!(begin(&cutting), Begun::Now));
+            assert_eq!(cutting.leave_to(1, watched(over)), Some(over));
+            assert_eq!(cutting.is_first_time_late(true), first);
+            assert!(matches!(begin(&cutting), Begun::Earlier(Look::Stands)));
             assert_eq!(cutting.is_first_hang_of_regions(), first);
-            assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
-            assert!(cutting.regions_dropped(|| Some(failed())));
-            assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
+            assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)));
+            assert!(cutting.regions_dropped(|| Some(failed()), || ()));
+            assert!(matches!(begin(&cutting), Begun::Ended(Err(_))));
         }
     }
 
@@ -408,16 +579,15 @@ mod tests {
     fn regions_that_fail_at_first_and_hang_later_are_found() {
         let cutting = Cutting::default();
         let over = Instant::now();
-        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(matches!(begin(&cutting), Begun::Now));
         let in_time = Instant::now() + Duration::from_secs(3600);
-        let left = cutting.leave_to(1, Some(in_time));
-        assert!(matches!(left, Climbed::Hangs { news: true, .. }), "{left:?}");
-        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }), "there is time");
-        assert!(cutting.regions_dropped(|| Some(failed())));
-        assert!(matches!(cutting.begin(), Begun::Ended(Err(_))));
-        assert!(matches!(cutting.begin(), Begun::Now));
-        cutting.leave_to(1, Some(over));
-        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: true }));
+        assert_eq!(cutting.leave_to(1, watched(in_time)), Some(in_time));
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)), "there is time");
+        assert!(cutting.regions_dropped(|| Some(failed()), || ()));
+        assert!(matches!(begin(&cutting), Begun::Ended(Err(_))));
+        assert!(matches!(begin(&cutting), Begun::Now));
+        cutting.leave_to(1, watched(over));
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::Stands)));
         assert!(cutting.is_first_hang_of_regions(), "the log has not had it yet");
     }
 
@@ -425,10 +595,10 @@ mod tests {
     fn a_look_begins_no_try_before_it_is_time() {
         let cutting = Cutting::default();
         cutting.pause(Instant::now() + Duration::from_secs(3600));
-        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
-        assert!(matches!(cutting.begin(), Begun::Earlier { overdue: false }));
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)));
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)));
         cutting.pause(Instant::now());
-        assert!(matches!(cutting.begin(), Begun::Now));
+        assert!(matches!(begin(&cutting), Begun::Now));
     }
 
     #[test]
@@ -442,12 +612,77 @@ mod tests {
     }
 
     #[test]
+    fn a_fence_that_goes_on_is_slow_and_never_hangs() {
+        let cutting = Cutting::default();
+        let look = |steps| cutting.begin(steps, || Duration::ZERO);
+        assert!(matches!(look(0), Begun::Now));
+        cutting.leave_to(1, watched(Instant::now()));
+        for steps in 1..100 {
+            assert!(matches!(look(steps), Begun::Earlier(Look::GoesOn { .. })), "{steps}");
+        }
+        assert!(matches!(look(99), Begun::Earlier(Look::Stands)));
+        assert!(matches!(look(99), Begun::Earlier(Look::TooEarly)), "said once");
+    }
+
+    #[test]
+    fn the_first_rung_hangs_when_a_piece_takes_far_longer_than_it_should() {
+        let rung = FirstRung::new();
+        rung.begin(Duration::from_secs(3600));
+        assert!(!rung.hangs());
+        rung.begin(Duration::ZERO);
+        rung.last_us.store(0, Ordering::Relaxed);
+        while rung.started.elapsed() <= PATIENCE {
+            std::thread::yield_now();
+        }
+        assert!(rung.hangs());
+        rung.step();
+        assert!(!rung.hangs(), "it has come further");
+    }
+
+    /// Fenced, as the fence thread has it.
+    fn fenced() -> Fenced {
+        use pinfold_leases::{Create, Export, RelativePath, Watcher};
+        let folder = tempfile::tempdir().unwrap();
+        let create = Create { size: 1, mode: 0o600, dax: false };
+        let name = RelativePath::parse("file").unwrap();
+        let file = Export::open(folder.path()).unwrap().create(&name, &create).unwrap();
+        let (watcher, _breaks) = Watcher::start().unwrap();
+        let (guard, mapping) = file.unguarded(&watcher).unwrap().map(1).unwrap();
+        let fenced = mapping.fence().unwrap();
+        guard.release(mapping.fence().unwrap()).unwrap();
+        fenced
+    }
+
+    #[test]
+    fn regions_have_their_time_before_the_release_once() {
+        let cutting = Cutting::default();
+        assert!(cutting.may_hold() && !cutting.may_hold());
+        let in_time = Instant::now() + Duration::from_secs(3600);
+        cutting.hold(fenced(), 2, in_time);
+        assert!(matches!(begin(&cutting), Begun::Earlier(Look::TooEarly)));
+        assert!(!cutting.regions_dropped(|| Some(failed()), || panic!("one still works")));
+        let mut told = false;
+        assert!(cutting.regions_dropped(|| Some(failed()), || told = true));
+        assert!(told);
+        assert!(matches!(begin(&cutting), Begun::Ended(Ok(_))), "the fence was complete before");
+    }
+
+    #[test]
+    fn regions_that_take_too_long_hold_up_no_release() {
+        let cutting = Cutting::default();
+        cutting.hold(fenced(), 1, Instant::now());
+        assert!(matches!(begin(&cutting), Begun::Ended(Ok(_))));
+        // The file is released, and its fence is not ordered for anything else.
+        cutting.regions_dropped(|| None, || panic!("after the release"));
+    }
+
+    #[test]
     fn a_late_fence_that_failed_leaves_it_to_the_regions() {
         let cutting = Cutting::default();
-        assert!(matches!(cutting.begin(), Begun::Now));
-        cutting.leave_to(1, Some(Instant::now()));
+        assert!(matches!(begin(&cutting), Begun::Now));
+        cutting.leave_to(1, watched(Instant::now()));
         assert!(!cutting.cut(failed()));
-        assert!(matches!(cutting.begin(), Begun::Earlier { .. }));
-        assert!(cutting.regions_dropped(|| Some(failed())));
+        assert!(matches!(begin(&cutting), Begun::Earlier(_)));
+        assert!(cutting.regions_dropped(|| Some(failed()), || ()));
     }
 }

@@ -4,7 +4,7 @@
 //! leases and verbs; `fence` is the thread with the deadlines, `ladder`
 //! what is done when a fence hangs; `file_system` has the threads for one file system, `pool` those of calls,
 //! `ends` those of what ends; `held` is one guarded file, `fabric`
-//! the RDMA device; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
+//! the RDMA device, `revocation_cost` how much of a file may be pinned; `service` and `session` speak gRPC, `wire` translates, `status` is the table of
 //! errors, `audit` writes the record of each revocation; `doctor` says what a host is good for.
 #![forbid(unsafe_code)]
 
@@ -30,6 +30,7 @@ mod passage;
 mod policy;
 mod pool;
 mod registry;
+mod revocation_cost;
 mod room;
 mod service;
 mod session;
@@ -45,6 +46,7 @@ use tokio::net::TcpListener;
 
 pub use error::{Error, NotDone, Result};
 pub use registry::Limits;
+pub use revocation_cost::TooMuch;
 pub use undeny::{Undenied, undeny};
 
 use config::Config;

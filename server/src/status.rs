@@ -52,6 +52,7 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::UnknownDevice { .. } => (Code::NotFound, Reason::NoRdmaDevice),
         Error::NoQueuePair => (Code::FailedPrecondition, Reason::NoQueuePair),
         Error::CannotRegister { .. } => (Code::FailedPrecondition, Reason::DeviceCannotRegister),
+        Error::TooCostly { .. } => (Code::ResourceExhausted, Reason::QuotaExceeded),
         Error::NotDurable { .. } | Error::CannotBeGuarded { .. } | Error::NoStreamWrites { .. } => {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }

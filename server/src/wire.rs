@@ -271,6 +271,7 @@ pub(crate) fn granted(granted: Granted) -> v1::PinResponse {
         atomic_write: granted.ways.no_atomic_write_because.is_none(),
         no_atomic_write_because: granted.ways.no_atomic_write_because.unwrap_or_default(),
         life: Some(life(file.life())),
+        revocation_cost_us: micros(file.cost().now().time),
     }
 }
 
@@ -360,12 +361,15 @@ pub(crate) fn file_info(view: &FileView, file: &HeldFile) -> v1::FileInfo {
             Transport::Stream => v1::Transport::Stream.into(),
         },
     });
+    let cost = file.cost().now();
     v1::FileInfo {
         path: file.path().display().to_string(),
         generation: Some(generation(view.generation)),
         guard: tier(file.tier()).into(),
         state: state.into(),
         pins: pins.collect(),
+        revocation_cost_us: micros(cost.time),
+        region_memory_bytes: cost.memory,
     }
 }
 
@@ -385,6 +389,7 @@ pub(crate) fn record(
         sessions: count(record.sessions),
         timings: Some(timings(&record.timings)),
         deregistered_us: micros(teardown.deregistered),
+        through_us: micros(teardown.through(record)),
         unmapped_us: micros(teardown.unmapped),
         late_stream_writes: count(teardown.late_stream_writes),
         breakers: breakers

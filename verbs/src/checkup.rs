@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::device::{Capabilities, Device, OdpCapabilities, PortState, devices};
 use crate::region::RegistrationMode;
-use crate::self_test::{Quirks, SelfTestError, flush_test, self_test};
+use crate::self_test::{Quirks, RegionCost, SelfTestError, flush_test, region_cost, self_test};
 
 /// A network interface needs this for packets of 4096 bytes and their headers.
 const INTERFACE_MTU: u32 = 4200;
@@ -225,21 +225,30 @@ pub struct DeviceFacts {
     pub pinned: Result<Quirks, String>,
     /// Its self-test with RDMA FLUSH.
     pub flush: Result<(), String>,
+    /// What its regions cost: on demand where it can, else pinned.
+    pub cost: Result<RegionCost, String>,
 }
 
 impl DeviceFacts {
     fn gather(device: &Device) -> Self {
         let port = device.port();
-        let tested = |mode| tested(device, mode);
+        let (on_demand, pinned) =
+            (tested(device, RegistrationMode::OnDemand), tested(device, RegistrationMode::Pinned));
+        let cost = match (&on_demand, &pinned) {
+            (Ok(quirks), _) => measured(device, RegistrationMode::OnDemand, quirks),
+            (Err(_), Ok(quirks)) => measured(device, RegistrationMode::Pinned, quirks),
+            (Err(why), Err(_)) => Err(why.clone()),
+        };
         Self {
             name: device.name().to_owned(),
             port: port.state,
             path_mtu: port.active_mtu_bytes,
             interface: interface_of(device.name()),
             capabilities: device.capabilities().clone(),
-            on_demand: tested(RegistrationMode::OnDemand),
-            pinned: tested(RegistrationMode::Pinned),
+            on_demand,
+            pinned,
             flush: when_active(device, flush_test),
+            cost,
         }
     }
 
@@ -253,6 +262,7 @@ impl DeviceFacts {
             judge_test("self_test_on_demand", &self.on_demand),
             judge_test("self_test_pinned", &self.pinned),
             self.judge_flush(),
+            self.judge_cost(),
         ];
         findings.into_iter().map(|finding| finding.about(&self.name)).collect()
     }
@@ -296,6 +306,16 @@ impl DeviceFacts {
             )
     }
 
+    fn judge_cost(&self) -> Finding {
+        match &self.cost {
+            Ok(cost) => Finding::ok("region_cost", cost.to_string()),
+            Err(why) => {
+                let lost = "a conservative figure limits how much of a file can be pinned";
+                Finding::limited("region_cost", "not measured", format!("{why}; {lost}"))
+            }
+        }
+    }
+
     fn judge_flush(&self) -> Finding {
         match &self.flush {
             Ok(()) => Finding::ok("flush", "to persistent memory, tested"),
@@ -305,6 +325,14 @@ impl DeviceFacts {
             }
         }
     }
+}
+
+fn measured(
+    device: &Device,
+    mode: RegistrationMode,
+    quirks: &Quirks,
+) -> Result<RegionCost, String> {
+    region_cost(device, mode, quirks.max_region_bytes).map_err(|error| with_new_causes(&error))
 }
 
 fn transports(odp: &OdpCapabilities) -> String {
@@ -424,6 +452,7 @@ pub fn with_new_causes(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::self_test::Price;
 
     fn host(listed: &[&str], in_kernel: &[&str], closed: &[&str]) -> Finding {
         let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
@@ -474,6 +503,12 @@ mod tests {
             on_demand: Ok(Quirks::NONE),
             pinned: Ok(Quirks::NONE),
             flush: Ok(()),
+            cost: Ok(RegionCost {
+                register: Price::default(),
+                fence: Price::default(),
+                deregister: Price::default(),
+                memory_bytes_per_gib: 6 << 20,
+            }),
         }
     }
 
@@ -506,6 +541,8 @@ mod tests {
         let plain = DeviceFacts { flush: Err("its library is old".to_owned()), ..good() };
         assert!(plain.judge()[5].why.as_ref().unwrap().contains("old; each commit"));
         assert_eq!(wrong(&plain), [("flush", Verdict::Limited)]);
+        let unmeasured = DeviceFacts { cost: Err("no memory".to_owned()), ..good() };
+        assert_eq!(wrong(&unmeasured), [("region_cost", Verdict::Limited)]);
     }
 
     #[test]

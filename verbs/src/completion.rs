@@ -78,8 +78,8 @@ impl fmt::Display for CompletionStatus {
         f.write_str(match self {
             Self::Success => "done",
             Self::RemoteAccess => {
-                "the peer refused the access: the key is revoked, or the range or kind of access \
-                 isn't covered by it"
+                "the peer refused the access: the key is dead, it does not cover the range or kind of \
+                 access, or the memory could not be reached in time"
             }
             Self::LocalProtection => "the local buffer isn't registered for this transfer",
             Self::LocalLength => "the local buffer or message has a wrong length",
@@ -421,7 +421,7 @@ mod tests {
 
     #[test]
     fn a_status_says_what_it_means() {
-        assert!(CompletionStatus::RemoteAccess.to_string().contains("revoked"));
+        assert!(CompletionStatus::RemoteAccess.to_string().contains("key is dead"));
         assert!(CompletionStatus::Other(21).to_string().contains("21"));
     }
 }

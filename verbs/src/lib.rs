@@ -105,5 +105,6 @@ pub use region::{
     Access, DeregisterFailed, MemoryRegion, RegisterError, RegistrationMode, RemoteKey,
 };
 pub use self_test::{
-    Check, NoAtomicWrite, Outcome, Quirks, SelfTestError, SelfTestReport, flush_test, self_test,
+    Check, NoAtomicWrite, Outcome, Price, Quirks, RegionCost, SelfTestError, SelfTestReport,
+    flush_test, region_cost, self_test,
 };

@@ -4,6 +4,7 @@
 //! bytes; this file says what is tested, and in what order.
 
 mod atomics;
+mod cost;
 mod flush;
 mod rig;
 mod rules;
@@ -19,6 +20,7 @@ use crate::extended::Lack;
 use crate::pd::ProtectionDomain;
 use crate::queue_pair::Mtu;
 use crate::region::{Access, MemoryRegion, RegistrationMode};
+pub use cost::{Price, RegionCost, region_cost};
 pub use flush::flush_test;
 use rig::{Pair, Rig, Target, Transfer};
 use rules::{Direction, Placement, Rule};

@@ -2,7 +2,7 @@
 
 use pinfold_verbs::{ATOMIC_BYTES, Atomic, Error as VerbsError};
 
-use super::{Batch, Pin};
+use super::{Batch, Pin, again};
 use crate::Error;
 use crate::fabric::{Of, Operation};
 use crate::lane::{Asked, Direction};
@@ -88,6 +88,10 @@ impl Pin {
             }
             Error::Verbs { source: VerbsError::NoAtomicWrite { device, why }, .. } => {
                 lacks(&format!("RDMA device {device} of this host can't be used for it: {why}"))
+            }
+            // The pin is valid, so it is not the key; whether the far end has done it is not known.
+            Error::RemoteRefused { doing, status } if again::is_refusal(status) => {
+                Error::LaneLost { doing, status }
             }
             error => error,
         })?;

@@ -74,9 +74,13 @@ impl Pin {
         let buffer = match self.at_once(Wanted::WriteThen(Then::Probe), offset, len, buffer) {
             Ok(mut begun) => {
                 begun.wait().await;
-                let buffer = begun.result()?;
-                self.count_proof(before);
-                return Ok((buffer, by_rdma(len)));
+                match begun.result() {
+                    Ok(buffer) => {
+                        self.count_proof(before);
+                        return Ok((buffer, by_rdma(len)));
+                    }
+                    Err(failed) => self.for_another_try(failed).await?,
+                }
             }
             Err(buffer) => buffer,
         };
@@ -118,9 +122,13 @@ impl Pin {
         let buffer = match self.at_once(Wanted::WriteThen(then), offset, len, buffer) {
             Ok(mut begun) => {
                 begun.wait().await;
-                let buffer = begun.result()?;
-                let claim = self.claim(part.stretch(), before);
-                return self.now_durable(then, &part, claim, (buffer, by_rdma(len))).await;
+                match begun.result() {
+                    Ok(buffer) => {
+                        let claim = self.claim(part.stretch(), before);
+                        return self.now_durable(then, &part, claim, (buffer, by_rdma(len))).await;
+                    }
+                    Err(failed) => self.for_another_try(failed).await?,
+                }
             }
             Err(buffer) => buffer,
         };

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use pinfold_verbs::{Error as VerbsError, Piece};
 
-use super::{CommitReport, Pin};
+use super::{CommitReport, Pin, again};
 use crate::Error;
 use crate::fabric::{Of, Operation};
 use crate::lane::Asked;
@@ -48,7 +48,15 @@ impl Pin {
             let commit = Some(self.commit_bytes(Some(range)).await?);
             return Ok(FlushReport { commit });
         }
-        self.flush_parts(&range, &parts).await?;
+        match self.flush_parts(&range, &parts).await {
+            // On another queue pair it would not stand for what this one wrote.
+            Err(Error::RemoteRefused { status, .. }) if again::is_refusal(status) => {
+                drop(entry);
+                let commit = Some(self.commit_bytes(Some(range)).await?);
+                return Ok(FlushReport { commit });
+            }
+            flushed => flushed?,
+        }
         if let Some(entry) = entry {
             entry.durable();
         }

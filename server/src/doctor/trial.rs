@@ -2,6 +2,7 @@
 //! nobody can want it, and nothing is left behind however the doctor ends.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use pinfold_leases::{
@@ -12,6 +13,7 @@ use pinfold_verbs::{ProtectionDomain, RegistrationMode, with_causes};
 
 use crate::fabric::{Fabric, Manner, register};
 use crate::registry::PinAccess;
+use crate::revocation_cost::Budget;
 
 /// Two huge pages.
 const LEN: u64 = 4 << 20;
@@ -125,7 +127,12 @@ fn try_registration(
     let (mode, quirks) = fabric.mode_for(kind)?;
     let domain = ProtectionDomain::new(fabric.device()).map_err(|error| with_causes(&error))?;
     let manner = Manner { mode, quirks, access: PinAccess::ReadWrite, flush: false };
-    let segments = register(&domain, mapping, 0..len, &manner, || true)
+    let regions = [0..len; 1];
+    let charges = Budget::new(u64::MAX)
+        .charge(&Arc::default(), None, fabric.cost_of(mode), &regions)
+        .map_err(|error| with_causes(&error))?;
+    let regions = regions.into_iter().zip(charges).collect();
+    let segments = register(&domain, mapping, regions, &manner, || true)
         .map_err(|error| with_causes(&error))?;
     for segment in segments {
         segment.deregister().map_err(|(_, why)| why)?;

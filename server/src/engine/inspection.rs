@@ -68,6 +68,8 @@ impl Engine {
             sessions,
             exports: self.export_infos(),
             broken: broken.collect(),
+            region_memory_bytes: self.region_budget.held(),
+            region_memory_bytes_max: self.region_budget.limit(),
             ..Default::default()
         }
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    Break, Description, Error as FileError, FileIdentity, Guard, Located, LockKind, Mapping,
-    RelativePath, waiting_breakers,
+    Break, Description, Error as FileError, FileIdentity, Guard, GuardTier, Located, LockKind,
+    Mapping, RelativePath, waiting_breakers,
 };
 use pinfold_proto::{Bytes, v1};
 use pinfold_verbs::{Error as VerbsError, ProtectionDomain, Quirks, RegistrationMode, with_causes};
@@ -25,6 +25,7 @@ use crate::gate::Inside;
 use crate::held::{Exported, HeldFile};
 use crate::ids::{Generation, Life, PinId, SessionId};
 use crate::registry::{PinAccess, Reason, Refusal, Standing, Terms, Transport};
+use crate::revocation_cost::{Cost, time_limit};
 use crate::wire;
 
 /// A stream write enters the kernel with so many bytes at a time: no more than that of it can land
@@ -520,7 +521,13 @@ impl Engine {
         let flush = fabric.flush_for(file, order.access);
         let manner =
             fabric::Manner { mode, quirks: &quirks, access: order.access, flush: flush.is_ok() };
-        let segments = fabric::register(&domain, mapping, start..reach.end, &manner, go_on)
+        let regions = fabric::regions(start..reach.end, mode, &quirks);
+        let charges = self
+            .region_budget
+            .charge(file.cost(), self.time_to_cut_off(file), fabric.cost_of(mode), &regions)
+            .map_err(|why| Error::TooCostly { path: file.path().to_owned(), why })?;
+        let regions = regions.into_iter().zip(charges).collect();
+        let segments = fabric::register(&domain, mapping, regions, &manner, go_on)
             .map_err(|error| error.registering(file.path()))?;
         let told = segments.iter().map(wire::segment).collect();
         file.add_segments(*pin, segments);
@@ -534,6 +541,17 @@ impl Engine {
         })
     }
 
+    /// How long it may take to cut a file off; `None` where nobody waits for that in the kernel.
+    fn time_to_cut_off(&self, file: &HeldFile) -> Option<Duration> {
+        match file.tier() {
+            GuardTier::Lease | GuardTier::Delegation | GuardTier::ReadDelegation => {}
+            GuardTier::Unguarded | GuardTier::Sealed | GuardTier::NotNeeded => return None,
+        }
+        // Not to know is to assume the shortest.
+        let time = self.lease_break_time.read().unwrap_or(Some(Duration::from_secs(1)));
+        Some(time_limit(time))
+    }
+
     /// Whether the pin could be had on a guarded file once others have none on it, as far as that is
     /// known before it is tried.
     fn demand_obtainable(
@@ -543,12 +561,16 @@ impl Engine {
         range: &Range<u64>,
         order: &PinOrder,
     ) -> Result<()> {
+        let demand_rdma = || {
+            let route = self.route(session, file, range, order)?;
+            self.demand_affordable(file, &route, range.end.max(order.reserve_end))
+        };
         let by_rdma = match order.transport {
             TransportWish::Stream => false,
-            TransportWish::Rdma => self.route(session, file, range, order).map(|_| true)?,
-            TransportWish::Either => match self.route(session, file, range, order) {
+            TransportWish::Rdma => demand_rdma().map(|()| true)?,
+            TransportWish::Either => match demand_rdma() {
                 Err(error) if stream_can_serve(&error) => false,
-                route => route.map(|_| true)?,
+                affordable => affordable.map(|()| true)?,
             },
         };
         if !by_rdma && order.access == PinAccess::ReadWrite {
@@ -558,6 +580,15 @@ impl Engine {
         let reach = range.start..range.end.max(order.reserve_end);
         drop(file.description().lock_range(reach, lock_kind(order.access))?);
         Ok(())
+    }
+
+    /// Whether the regions of a pin could be had once others have none on the file.
+    fn demand_affordable(&self, file: &HeldFile, route: &Route, end: u64) -> Result<()> {
+        let regions = fabric::regions(route.start..end, route.mode, &route.quirks);
+        let wanted = Cost::of_regions(route.fabric.cost_of(route.mode), &regions);
+        self.region_budget
+            .demand_room_after(file.cost(), self.time_to_cut_off(file), wanted)
+            .map_err(|why| Error::TooCostly { path: file.path().to_owned(), why })
     }
 
     /// How a pin's bytes are to be registered, or why they can't be.
@@ -755,6 +786,7 @@ pub(super) fn stream_can_serve(error: &Error) -> bool {
             | Error::NoQueuePair
             | Error::CannotRegister { .. }
             | Error::MisalignedPin { .. }
+            | Error::TooCostly { .. }
             | Error::Registration {
                 source: VerbsError::MemlockExceeded { .. }
                     | VerbsError::PinRefused { .. }

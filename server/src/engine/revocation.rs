@@ -15,7 +15,7 @@ use super::{Cut, Engine, FILES_PER_TURN, Inode, PATIENCE, Retired, locked};
 use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
-use crate::ladder::Climbed;
+use crate::ladder::{Climbed, Fence};
 use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
 
@@ -117,13 +117,20 @@ impl Engine {
             Climbed::Done(Ok(fenced)) => fenced,
             Climbed::Done(Err(error)) => return self.fence_again(&file, &error),
             Climbed::UnderWay => return,
-            Climbed::Hangs { regions_until, news } => {
-                return self.fence_hangs(&file, regions_until, news);
+            Climbed::Late { look_at, hangs, news } => {
+                return self.fence_is_late(&file, look_at, hangs, news);
             }
+            Climbed::Slow { look_at, steps } => return self.fence_is_slow(&file, look_at, steps),
             Climbed::RegionsHang { news } => return self.regions_hang(&file, news),
         };
-        // No commit that ends later succeeds.
-        self.registry().fenced(guard, Instant::now());
+        if !file.cutting().was_held() {
+            // No commit that ends later succeeds.
+            self.registry().fenced(guard, Instant::now());
+        }
+        let fenced = match self.ladder.before_release(&file, fenced, limit) {
+            Fence::Complete(fenced) => fenced,
+            Fence::RegionsFirst { release_by } => return self.order(Order::At(guard, release_by)),
+        };
         if late_stream_writes > 0 {
             // Before the file can be guarded again: they may land at any time until they are out.
             self.leave_behind(&file);
@@ -175,15 +182,29 @@ impl Engine {
         locked(&self.passages).begin(description.identity(), changed_ns, Instant::now());
     }
 
-    /// Region by region now; if that is not done soon either, there is one rung left.
-    fn fence_hangs(&self, file: &HeldFile, regions_until: Instant, news: bool) {
-        if news {
-            tracing::warn!(
-                path = %file.path().display(),
+    /// Region by region now; if that does not go on either, there is one rung left.
+    fn fence_is_late(&self, file: &HeldFile, look_at: Instant, hangs: bool, news: bool) {
+        let path = file.path().display();
+        match (news, hangs) {
+            (false, _) => {}
+            (true, true) => tracing::warn!(
+                %path,
                 "the fence hangs, as it does while a file system is frozen: deregistering region by region"
-            );
+            ),
+            (true, false) => {
+                let cost = file.cost().now();
+                let expected_ms = cost.time.as_millis() as u64;
+                tracing::info!(%path, expected_ms, "the fence takes long: the file has large regions, \
+                     or another file's fence comes first");
+            }
         }
-        self.order(Order::At(file.id(), regions_until));
+        self.order(Order::At(file.id(), look_at));
+    }
+
+    fn fence_is_slow(&self, file: &HeldFile, look_at: Instant, steps: usize) {
+        let (path, left) = (file.path().display(), file.regions_left());
+        tracing::info!(%path, steps, regions_left = left, "the fence is slow, and goes on");
+        self.order(Order::At(file.id(), look_at));
     }
 
     /// Each time: a session may have connected another queue pair since the last try.
