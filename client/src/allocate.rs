@@ -80,7 +80,7 @@ impl Session {
         let request = v1::AllocateRequest { what: Some(what) };
         let control = self.control();
         control
-            .call(doing, async |mut client| {
+            .call_until_dropped(doing, async |mut client| {
                 let mut events = client.allocate(request).await?.into_inner();
                 while let Some(event) = events.message().await? {
                     match event.event {

@@ -18,7 +18,7 @@ use crate::patience::Patience;
 use crate::pin_state::Gone;
 use crate::pin_table::PinCell;
 use crate::transfer::Transfer;
-use crate::{Buffer as AnyBuffer, BufferPool, ConnectOptions, Error, RdmaDevice, buffer};
+use crate::{Buffer as AnyBuffer, BufferPool, ConnectOptions, Error, Loss, RdmaDevice, buffer};
 
 /// A lane can break between the moment it was found live and the moment it takes the work. More
 /// often than this in a row is no accident.
@@ -228,14 +228,23 @@ impl Fabric {
     }
 
     /// Connects a lane, if there is none.
-    pub(crate) async fn ensure_lane(&self, control: &Control) -> Result<(), Error> {
+    pub(crate) async fn ensure_lane(self: &Arc<Self>, control: &Control) -> Result<(), Error> {
         self.lane(control).await.map(drop)
     }
 
-    async fn lane(&self, control: &Control) -> Result<Arc<SharedLane>, Error> {
+    async fn lane(self: &Arc<Self>, control: &Control) -> Result<Arc<SharedLane>, Error> {
         if let Some(lane) = self.open_lane() {
             return Ok(lane);
         }
+        let (fabric, for_calls) = (self.clone(), control.clone());
+        // To its end, also if nobody waits for it: else the server would be left with half of a queue
+        // pair, and the next one could be begun before this one has ended there.
+        let connecting = async move { fabric.connected_lane(&for_calls).await };
+        let connected = control.to_the_end(connecting).await;
+        connected.unwrap_or_else(|| Err(control.lost(Loss::Closed)))
+    }
+
+    async fn connected_lane(&self, control: &Control) -> Result<Arc<SharedLane>, Error> {
         let _connecting = self.connecting.lock().await;
         // Another may have connected one meanwhile.
         if let Some(lane) = self.open_lane() {
@@ -257,7 +266,7 @@ impl Fabric {
     /// Runs an operation to its completion, waiting for room in the send queue. The buffer comes
     /// back, except when the completion can't be had.
     pub(crate) async fn run(
-        &self,
+        self: &Arc<Self>,
         control: &Control,
         operation: Operation<'_>,
     ) -> Result<(Buffer, CompletionStatus), (Failure, Option<Buffer>)> {

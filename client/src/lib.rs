@@ -58,6 +58,7 @@ mod kept_state;
 mod lane;
 mod ledger;
 mod options;
+mod pace;
 mod patience;
 mod pieces;
 mod pin;

@@ -5,11 +5,14 @@
 //! only when none is running.
 
 use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Instant;
 
 use pinfold_proto::v1;
 use tokio::task::JoinHandle;
 
 use crate::control::Control;
+use crate::pace::Pace;
 use crate::pin_table::Ticket;
 use crate::plan::StreamPiece;
 use crate::{Error, Generation};
@@ -42,9 +45,11 @@ impl StreamPath<'_> {
             data: data.into(),
         };
         let doing = format!("write {len} bytes at byte {offset} of {}", self.file);
-        tokio::spawn(async move {
-            let call = async |mut client: Client| client.write(request).await;
-            let answer = control.call(|| doing, call).await;
+        control.runtime.clone().spawn(async move {
+            let (begun, call) =
+                (Instant::now(), async |mut client: Client| client.write(request).await);
+            let answer = control.call_for_bytes(|| doing, call).await;
+            control.pace.learn(len, begun);
             drop(ticket);
             answer.map(drop)
         })
@@ -63,9 +68,11 @@ impl StreamPath<'_> {
             length: len as u32,
         };
         let doing = format!("read {len} bytes at byte {offset} of {}", self.file);
-        tokio::spawn(async move {
-            let call = async |mut client: Client| client.read(request).await;
-            let answer = control.call(|| doing.clone(), call).await;
+        control.runtime.clone().spawn(async move {
+            let (begun, call) =
+                (Instant::now(), async |mut client: Client| client.read(request).await);
+            let answer = control.call_for_bytes(|| doing.clone(), call).await;
+            control.pace.learn(len, begun);
             drop(ticket);
             let data = answer?.data;
             if data.len() != len {
@@ -78,21 +85,57 @@ impl StreamPath<'_> {
 
 type Client = v1::pinfold_client::PinfoldClient<tonic::transport::Channel>;
 
+/// A part of a planned piece, which goes over the link by itself.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Of the planned piece.
+    pub(crate) index: usize,
+    /// Which of the planned piece's bytes.
+    pub(crate) within: Range<usize>,
+    pub(crate) piece: StreamPiece,
+}
+
+/// The planned pieces, cut as the pace wants it when their turn comes.
+struct Parts<'a> {
+    planned: &'a [StreamPiece],
+    index: usize,
+    cut: usize,
+}
+
+impl Parts<'_> {
+    fn next(&mut self, longest: usize) -> Option<Part> {
+        let planned = self.planned.get(self.index)?;
+        let within = self.cut..planned.local.len().min(self.cut + longest.max(1));
+        let start = planned.local.start;
+        let piece = StreamPiece {
+            local: start + within.start..start + within.end,
+            file_offset: planned.file_offset + within.start as u64,
+        };
+        let part = Part { index: self.index, within, piece };
+        self.cut = part.within.end;
+        if self.cut == planned.local.len() {
+            (self.index, self.cut) = (self.index + 1, 0);
+        }
+        Some(part)
+    }
+}
+
 /// Runs pieces in order of their start, a few at a time. Returns when all that were started have
 /// ended; after the first error no more are started.
 pub(crate) async fn run<T>(
-    pieces: &[StreamPiece],
-    mut start: impl FnMut(usize, &StreamPiece) -> Result<Running<T>, Error>,
+    pace: &Pace,
+    planned: &[StreamPiece],
+    mut start: impl FnMut(&Part) -> Result<Running<T>, Error>,
     mut finish: impl FnMut(&StreamPiece, T),
 ) -> Result<(), Error> {
-    let mut running: VecDeque<(&StreamPiece, Running<T>)> = VecDeque::new();
+    let mut running: VecDeque<(StreamPiece, Running<T>)> = VecDeque::new();
     let mut outcome = Ok(());
-    let mut waiting = pieces.iter().enumerate();
+    let mut waiting = Parts { planned, index: 0, cut: 0 };
     loop {
         while outcome.is_ok() && running.len() < WINDOW {
-            let Some((index, piece)) = waiting.next() else { break };
-            match start(index, piece) {
-                Ok(task) => running.push_back((piece, task)),
+            let Some(part) = waiting.next(pace.piece_bytes()) else { break };
+            match start(&part) {
+                Ok(task) => running.push_back((part.piece, task)),
                 Err(error) => outcome = Err(error),
             }
         }
@@ -100,7 +143,7 @@ pub(crate) async fn run<T>(
             return outcome;
         };
         match task.await {
-            Ok(Ok(done)) => finish(piece, done),
+            Ok(Ok(done)) => finish(&piece, done),
             Ok(Err(error)) => outcome = outcome.and(Err(error)),
             Err(ended) if ended.is_panic() => std::panic::resume_unwind(ended.into_panic()),
             Err(_) => outcome = outcome.and(Err(runtime_gone())),
@@ -111,4 +154,29 @@ pub(crate) async fn run<T>(
 fn runtime_gone() -> Error {
     let doing = "transfer by the stream path".to_owned();
     Error::Protocol { doing, what: "nothing, as this program's runtime is shutting down" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_cut_without_a_gap() {
+        let planned = [
+            StreamPiece { local: 10..20, file_offset: 100 },
+            StreamPiece { local: 30..34, file_offset: 500 },
+        ];
+        let mut parts = Parts { planned: &planned, index: 0, cut: 0 };
+        let mut cut = Vec::new();
+        while let Some(Part { index, within, piece }) = parts.next(4) {
+            cut.push((index, within, piece.local, piece.file_offset));
+        }
+        let expected = [
+            (0, 0..4, 10..14, 100),
+            (0, 4..8, 14..18, 104),
+            (0, 8..10, 18..20, 108),
+            (1, 0..4, 30..34, 500),
+        ];
+        assert_eq!(cut, expected);
+    }
 }

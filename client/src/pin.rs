@@ -27,7 +27,8 @@ use crate::plan::{Part, Plan, Reach, Refusal, StreamPiece, Ways};
 use crate::session::Core;
 use crate::transfer::Transfer;
 use crate::{
-    Access, Buffer, Error, FileIdentity, Grant, Life, Reason, TransferError, Transport, WriteFate,
+    Access, Buffer, Error, FileIdentity, Grant, Life, Loss, Reason, TransferError, Transport,
+    WriteFate,
 };
 
 use at_once::Wanted;
@@ -266,7 +267,17 @@ impl PinRequest {
         self.expected_life = None;
     }
 
-    pub(crate) fn to_wire(&self, session_id: Vec<u8>, transport: Transport) -> v1::PinRequest {
+    /// Whether it may be held up for as long as it wants to wait.
+    pub(crate) fn waits(&self) -> bool {
+        !self.wait.is_zero()
+    }
+
+    pub(crate) fn to_wire(
+        &self,
+        session_id: Vec<u8>,
+        transport: Transport,
+        number: u64,
+    ) -> v1::PinRequest {
         v1::PinRequest {
             session_id,
             export: self.export.clone(),
@@ -280,6 +291,7 @@ impl PinRequest {
             reserve_end: self.reserve_end,
             wait_ms: u32::try_from(self.wait.as_millis()).unwrap_or(u32::MAX),
             expected_life: self.expected_life.map(Into::into),
+            number,
         }
     }
 }
@@ -505,10 +517,13 @@ impl Pin {
         }
     }
 
-    /// As [`unpin`](Self::unpin), while others may hold the pin too.
+    /// As [`unpin`](Self::unpin), while others may hold the pin too. Once begun it runs to its end.
     pub(crate) async fn give_back(&self) -> Result<(), Error> {
         self.given_back.store(true, Ordering::Relaxed);
-        self.core.unpin(self.grant.pin_id, &self.cell).await
+        let (core, pin_id, cell) = (self.core.clone(), self.grant.pin_id, self.cell.clone());
+        let control = &self.core.control;
+        let ended = control.to_the_end(async move { core.unpin(pin_id, &cell).await }).await;
+        ended.unwrap_or_else(|| Err(control.lost(Loss::Closed)))
     }
 
     /// The session that it belongs to.
@@ -619,7 +634,7 @@ impl Pin {
         let done = match transfer.direction {
             Direction::Write => {
                 let bytes = buffer.as_slice();
-                let copy = |_, piece: &StreamPiece| bytes[piece.local.clone()].to_vec();
+                let copy = |part: &pieces::Part| bytes[part.piece.local.clone()].to_vec();
                 self.write_pieces(transfer, pieces, copy).await
             }
             Direction::Read => {
@@ -642,7 +657,7 @@ impl Pin {
         plan: &Plan,
         buffer: Buffer,
     ) -> Result<Buffer, TransferError> {
-        let mut copies: Vec<Vec<u8>> = match transfer.direction {
+        let copies: Vec<Vec<u8>> = match transfer.direction {
             Direction::Write => {
                 let bytes = buffer.as_slice();
                 plan.pieces.iter().map(|piece| bytes[piece.local.clone()].to_vec()).collect()
@@ -653,7 +668,8 @@ impl Pin {
         let stream = async {
             match transfer.direction {
                 Direction::Write => {
-                    let copy = |index, _: &_| std::mem::take(&mut copies[index]);
+                    let copy =
+                        |part: &pieces::Part| copies[part.index][part.within.clone()].to_vec();
                     self.write_pieces(transfer, &plan.pieces, copy).await
                 }
                 Direction::Read => {
@@ -717,7 +733,7 @@ impl Pin {
 
     async fn run(
         &self,
-        fabric: &Fabric,
+        fabric: &Arc<Fabric>,
         operation: Operation<'_>,
         doing: impl Fn() -> String,
     ) -> Result<RegisteredBuffer, (Error, Option<RegisteredBuffer>)> {
@@ -748,13 +764,13 @@ impl Pin {
         &self,
         transfer: &Transfer<'_>,
         pieces: &[StreamPiece],
-        mut data: impl FnMut(usize, &StreamPiece) -> Vec<u8>,
+        data: impl Fn(&pieces::Part) -> Vec<u8>,
     ) -> Result<(), Error> {
         let path = self.stream_path();
-        let start = |index: usize, piece: &StreamPiece| {
-            Ok(path.write(piece, data(index, piece), self.begin(transfer)?))
-        };
-        let done = pieces::run(pieces, start, |_, ()| ()).await;
+        let start =
+            |part: &pieces::Part| Ok(path.write(&part.piece, data(part), self.begin(transfer)?));
+        let pace = &self.core.control.pace;
+        let done = pieces::run(pace, pieces, start, |_, ()| ()).await;
         self.explained(done).await
     }
 
@@ -765,8 +781,8 @@ impl Pin {
         take: impl FnMut(&StreamPiece, Vec<u8>),
     ) -> Result<(), Error> {
         let path = self.stream_path();
-        let start = |_: usize, piece: &StreamPiece| Ok(path.read(piece, self.begin(transfer)?));
-        let done = pieces::run(pieces, start, take).await;
+        let start = |part: &pieces::Part| Ok(path.read(&part.piece, self.begin(transfer)?));
+        let done = pieces::run(&self.core.control.pace, pieces, start, take).await;
         self.explained(done).await
     }
 

@@ -1,6 +1,6 @@
 //! The pins of a session: which are there, and what the server's notices mean for them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,12 +23,22 @@ pub(crate) struct PinTable {
 #[derive(Debug, Default)]
 struct Inner {
     pins: HashMap<u64, Arc<PinCell>>,
-    /// Pin requests that have no answer yet.
-    expected: usize,
+    /// Pin requests so far …
+    requests: u64,
+    /// … and those of them that have no answer yet.
+    expected: BTreeSet<u64>,
     /// What the stream said about pins whose grant is still on its way: the answer to a pin request
-    /// and the notices come on different streams, so a notice can overtake the grant.
-    early: HashMap<u64, PinState>,
+    /// and the notices come on different streams, so a notice can overtake the grant. Kept until all
+    /// requests are answered that had begun by then.
+    early: HashMap<u64, Early>,
     loss: Option<Loss>,
+}
+
+#[derive(Debug)]
+struct Early {
+    /// Requests that had begun.
+    requests: u64,
+    state: PinState,
 }
 
 /// One pin, shared by its handle and by the operations on it.
@@ -54,7 +64,10 @@ pub(crate) struct Ticket {
 
 /// A pin request without an answer yet.
 #[derive(Debug)]
-pub(crate) struct Expected<'a>(&'a PinTable);
+pub(crate) struct Expected<'a> {
+    table: &'a PinTable,
+    request: u64,
+}
 
 impl PinTable {
     pub(crate) fn new(drained: mpsc::UnboundedSender<u64>) -> Self {
@@ -68,8 +81,11 @@ impl PinTable {
 
     /// To be called before a pin request is sent, and kept until its answer is taken.
     pub(crate) fn expect(&self) -> Expected<'_> {
-        lock(&self.inner).expected += 1;
-        Expected(self)
+        let mut inner = lock(&self.inner);
+        let request = inner.requests;
+        inner.requests += 1;
+        inner.expected.insert(request);
+        Expected { table: self, request }
     }
 
     /// Forgets a pin that was given back.
@@ -82,10 +98,10 @@ impl PinTable {
         let mut inner = lock(&self.inner);
         for &id in ids {
             match inner.apply(id, |state| state.drain(notice)) {
-                // Fails only when the session is over, and nobody waits any more.
-                Some(true) => drop(self.drained.send(id)),
+                // Nothing can be in flight on a pin that is not here: it was given back, or its grant was
+                // lost. Fails only when the session is over, and nobody waits any more.
+                Some(true) | None => drop(self.drained.send(id)),
                 Some(false) => drop(self.urge.send(())),
-                None => {}
             }
         }
     }
@@ -117,8 +133,9 @@ impl PinTable {
 impl Expected<'_> {
     /// Takes in the pin that the server granted, with what was said about it meanwhile.
     pub(crate) fn admit(self, id: u64) -> Arc<PinCell> {
-        let mut inner = lock(&self.0.inner);
-        let mut state = inner.early.remove(&id).unwrap_or_else(PinState::new);
+        let mut inner = lock(&self.table.inner);
+        let early = inner.early.remove(&id).map(|early| early.state);
+        let mut state = early.unwrap_or_else(PinState::new);
         if let Some(loss) = &inner.loss {
             state.lose(loss.clone());
         }
@@ -126,8 +143,8 @@ impl Expected<'_> {
             id,
             state: Mutex::new(state),
             changed: Notify::new(),
-            drained: self.0.drained.clone(),
-            urge: self.0.urge.clone(),
+            drained: self.table.drained.clone(),
+            urge: self.table.urge.clone(),
             abandoned: Mutex::default(),
         });
         inner.pins.insert(id, cell.clone());
@@ -137,27 +154,27 @@ impl Expected<'_> {
 
 impl Drop for Expected<'_> {
     fn drop(&mut self) {
-        let mut inner = lock(&self.0.inner);
-        inner.expected -= 1;
-        if inner.expected == 0 {
-            inner.early.clear();
-        }
+        let mut inner = lock(&self.table.inner);
+        inner.expected.remove(&self.request);
+        let oldest = inner.expected.first().copied().unwrap_or(inner.requests);
+        inner.early.retain(|_, early| oldest < early.requests);
     }
 }
 
 impl Inner {
-    /// Applies a notice to the pin, or keeps it for the grant that may be on its way. A pin that
-    /// was just given back is no longer there, and needs no notice.
+    /// Applies a notice to the pin, or keeps it for the grant that may be on its way. `None`: no grant
+    /// is.
     fn apply<R>(&mut self, id: u64, notice: impl FnOnce(&mut PinState) -> R) -> Option<R> {
         if let Some(cell) = self.pins.get(&id) {
             let outcome = notice(&mut lock(&cell.state));
             cell.changed.notify_waiters();
             return Some(outcome);
         }
-        if self.expected == 0 {
+        if self.expected.is_empty() {
             return None;
         }
-        Some(notice(self.early.entry(id).or_insert_with(PinState::new)))
+        let fresh = || Early { requests: self.requests, state: PinState::new() };
+        Some(notice(&mut self.early.entry(id).or_insert_with(fresh).state))
     }
 }
 
@@ -290,12 +307,25 @@ mod tests {
     }
 
     #[test]
-    fn a_notice_for_a_pin_that_is_gone_is_forgotten() {
+    fn a_notice_for_a_pin_that_is_gone_is_answered_and_forgotten() {
         let (table, mut drained) = table();
         table.drain(&[7], NOTICE);
-        assert!(drained.try_recv().is_err());
-        drop(table.expect());
+        assert_eq!(drained.try_recv(), Ok(7), "the server need not wait for it");
         assert_eq!(table.expect().admit(7).check(), Ok(()));
+    }
+
+    #[test]
+    fn an_early_notice_is_kept_while_its_grant_may_come_and_no_longer() {
+        let (table, _drained) = table();
+        let (first, second) = (table.expect(), table.expect());
+        table.drain(&[7], NOTICE);
+        // Others overlap all the time.
+        let third = table.expect();
+        drop(first);
+        assert_eq!(lock(&table.inner).early.len(), 1);
+        drop(second);
+        assert_eq!(lock(&table.inner).early.len(), 0, "the third began after the notice");
+        assert_eq!(third.admit(7).check(), Ok(()));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pinfold_proto::v1;
@@ -16,12 +17,13 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
-use crate::control::Control;
+use crate::control::{Control, LastAnswer};
 use crate::event::Events;
 use crate::fabric::{self, Fabric, Fabrics, Failure, LocalDevice, Of, Operation};
 use crate::file::FileName;
 use crate::grant::Malformed;
 use crate::lane::{Asked, Direction};
+use crate::pace::Pace;
 use crate::pin_table::{PinCell, PinTable};
 use crate::stream::{EventHub, Rhythm, SessionStream};
 use crate::{
@@ -61,9 +63,18 @@ pub(crate) struct Core {
     pub(crate) rdma: Rdma,
     /// Longest piece of the stream path.
     pub(crate) stream_piece_bytes_max: NonZeroU64,
-    /// Gives back pins whose handle was dropped.
-    pub(crate) runtime: Handle,
+    /// Pin requests so far: each has a number, by which it can be withdrawn.
+    pin_requests: AtomicU64,
+    /// Takes the numbers of those that are.
+    withdrawn: mpsc::UnboundedSender<u64>,
     events: EventHub,
+}
+
+/// A pin request that the server may hold up for long. Dropped before its answer, it is withdrawn.
+struct Waiting {
+    core: Arc<Core>,
+    number: u64,
+    answered: bool,
 }
 
 /// Whether a session can do RDMA.
@@ -99,6 +110,7 @@ struct Kept {
     events: EventHub,
     closing: watch::Sender<bool>,
     keeper: JoinHandle<()>,
+    withdrawn: mpsc::UnboundedSender<u64>,
 }
 
 impl Rdma {
@@ -143,6 +155,7 @@ impl Session {
             Some(device) => Ok(device),
             None => open_device(&options).await?,
         };
+        let bytes = PinfoldClient::new(endpoint.connect_lazy());
         let channel = endpoint
             .connect()
             .await
@@ -169,11 +182,19 @@ impl Session {
         let server_version = welcome.server_version.clone();
         let on_server_host =
             pinfold_proto::boot_id().is_some_and(|here| here == welcome.host_boot_id);
-        let kept = Kept::start(client, opened, &options);
+        let kept = Kept::start((client, bytes), opened, &options);
         let rdma = connect_device(device, &kept, &options).await?;
-        let Kept { control, pins, events, closing, keeper, .. } = kept;
-        let runtime = Handle::current();
-        let core = Core { control, pins, rdma, stream_piece_bytes_max, runtime, events };
+        let Kept { control, pins, events, closing, keeper, withdrawn, .. } = kept;
+        let core = Core {
+            control,
+            pins,
+            rdma,
+            stream_piece_bytes_max,
+            // 0 on the wire: without a number.
+            pin_requests: AtomicU64::new(1),
+            withdrawn,
+            events,
+        };
         Ok(Self { core: Arc::new(core), server_version, on_server_host, closing, keeper })
     }
 
@@ -460,51 +481,17 @@ impl Session {
     /// the pin was taken back on its way here; [`Error::StreamOnly`] for a pin by RDMA only in a
     /// session that has none.
     pub async fn pin(&self, request: PinRequest) -> Result<Pin, Error> {
-        let file = FileName::new(&request.export, &request.path);
-        let doing = || format!("pin {file}");
-        let Way { transport, fabric, no_rdma } = self.way(request.transport, doing).await?;
-        let expected = self.core.pins.expect();
-        let wire = request.to_wire(self.core.control.session_id.clone(), transport);
-        let answer =
-            self.core.control.call(doing, async |mut client| client.pin(wire).await).await?;
-        let pin_id = answer.pin_id;
-        let cell = expected.admit(pin_id);
-        // From here on the handle's drop gives the pin back, whatever comes.
-        let mut grant = match Grant::parse(answer, request.reserve_end) {
-            Ok(grant) => grant,
-            Err(malformed) => {
-                self.core.give_back(pin_id, cell);
-                return Err(Error::from_malformed(malformed, doing()));
-            }
-        };
-        if no_rdma.is_some() && grant.segments.is_empty() {
-            grant.no_rdma_because = no_rdma;
+        let core = self.core.clone();
+        let number = core.pin_requests.fetch_add(1, Ordering::Relaxed);
+        let waiting =
+            request.waits().then(|| Waiting { core: core.clone(), number, answered: false });
+        // A pin that is returned to nobody is dropped, and so given back.
+        let pinning = async move { core.pin(request, number).await };
+        let pinned = self.core.control.to_the_end(pinning).await;
+        if let Some(waiting) = waiting {
+            waiting.end();
         }
-        let pin = Pin::new(self.core.clone(), fabric, &request, file, grant, cell);
-        pin.check()?;
-        Ok(pin)
-    }
-
-    /// How a new pin's bytes are to travel.
-    async fn way(&self, wish: Transport, doing: impl FnOnce() -> String) -> Result<Way, Error> {
-        let fabric = match (&self.core.rdma, wish) {
-            (_, Transport::Stream) => return Ok(Way::stream(None)),
-            (Rdma::Off(because), Transport::Rdma) => {
-                return Err(Error::StreamOnly { doing: doing(), because: because.clone() });
-            }
-            (Rdma::Off(because), Transport::Auto) => {
-                return Ok(Way::stream(Some(because.clone())));
-            }
-            (Rdma::On(fabrics), Transport::Auto | Transport::Rdma) => fabrics.emptiest(),
-        };
-        // The server grants no key to a session without a queue pair.
-        match fabric.ensure_lane(&self.core.control).await {
-            Ok(()) => Ok(Way { transport: wish, fabric: Some(fabric), no_rdma: None }),
-            Err(error) if wish == Transport::Auto && stream_survives(&error) => {
-                Ok(Way::stream(Some(with_causes(&error))))
-            }
-            Err(error) => Err(error),
-        }
+        pinned.unwrap_or_else(|| Err(self.core.control.lost(Loss::Closed)))
     }
 
     /// Allocates a buffer that transfers of this session can use, and registers it with the device
@@ -651,8 +638,14 @@ impl Session {
 }
 
 impl Kept {
-    fn start(client: PinfoldClient<Channel>, opened: Opened, options: &ConnectOptions) -> Self {
+    fn start(
+        (client, bytes): (PinfoldClient<Channel>, PinfoldClient<Channel>),
+        opened: Opened,
+        options: &ConnectOptions,
+    ) -> Self {
         let (drained_sender, drained) = mpsc::unbounded_channel();
+        let (withdrawn_sender, withdrawn) = mpsc::unbounded_channel();
+        let heard = LastAnswer::now();
         let (loss_sender, loss) = watch::channel(None);
         let (closing, closing_receiver) = watch::channel(false);
         let pins = Arc::new(PinTable::new(drained_sender));
@@ -664,6 +657,8 @@ impl Kept {
             drain_policy: options.drain_policy,
             pins: pins.clone(),
             drained,
+            withdrawn,
+            heard: heard.clone(),
             events: events.clone(),
             closing: closing_receiver,
             loss: loss_sender,
@@ -671,12 +666,85 @@ impl Kept {
         // A server from before there were several says nothing of them.
         let lanes_max = opened.welcome.queue_pairs_max.max(1);
         let session_id = opened.welcome.session_id;
-        let control = Control { client, endpoint: options.endpoint.clone(), session_id, loss };
-        Self { control, lanes_max, pins, events, closing, keeper: tokio::spawn(stream.run()) }
+        let control = Control {
+            client,
+            bytes,
+            pace: Arc::new(Pace::new()),
+            endpoint: options.endpoint.clone(),
+            session_id,
+            loss,
+            heard,
+            runtime: Handle::current(),
+        };
+        let (keeper, withdrawn) = (tokio::spawn(stream.run()), withdrawn_sender);
+        Self { control, lanes_max, pins, events, closing, keeper, withdrawn }
+    }
+}
+
+impl Waiting {
+    /// It has its answer.
+    fn end(mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if !self.answered {
+            // Fails only when the session is over, and the wait with it.
+            let _ = self.core.withdrawn.send(self.number);
+        }
     }
 }
 
 impl Core {
+    async fn pin(self: Arc<Self>, request: PinRequest, number: u64) -> Result<Pin, Error> {
+        let file = FileName::new(&request.export, &request.path);
+        let doing = || format!("pin {file}");
+        let Way { transport, fabric, no_rdma } = self.way(request.transport, doing).await?;
+        let expected = self.pins.expect();
+        let wire = request.to_wire(self.control.session_id.clone(), transport, number);
+        let answer = self.control.call(doing, async |mut client| client.pin(wire).await).await?;
+        let pin_id = answer.pin_id;
+        let cell = expected.admit(pin_id);
+        // From here on the handle's drop gives the pin back, whatever comes.
+        let mut grant = match Grant::parse(answer, request.reserve_end) {
+            Ok(grant) => grant,
+            Err(malformed) => {
+                self.give_back(pin_id, cell);
+                return Err(Error::from_malformed(malformed, doing()));
+            }
+        };
+        if no_rdma.is_some() && grant.segments.is_empty() {
+            grant.no_rdma_because = no_rdma;
+        }
+        let pin = Pin::new(self.clone(), fabric, &request, file, grant, cell);
+        pin.check()?;
+        Ok(pin)
+    }
+
+    /// How a new pin's bytes are to travel.
+    async fn way(&self, wish: Transport, doing: impl FnOnce() -> String) -> Result<Way, Error> {
+        let fabric = match (&self.rdma, wish) {
+            (_, Transport::Stream) => return Ok(Way::stream(None)),
+            (Rdma::Off(because), Transport::Rdma) => {
+                return Err(Error::StreamOnly { doing: doing(), because: because.clone() });
+            }
+            (Rdma::Off(because), Transport::Auto) => {
+                return Ok(Way::stream(Some(because.clone())));
+            }
+            (Rdma::On(fabrics), Transport::Auto | Transport::Rdma) => fabrics.emptiest(),
+        };
+        // The server grants no key to a session without a queue pair.
+        match fabric.ensure_lane(&self.control).await {
+            Ok(()) => Ok(Way { transport: wish, fabric: Some(fabric), no_rdma: None }),
+            Err(error) if wish == Transport::Auto && stream_survives(&error) => {
+                Ok(Way::stream(Some(with_causes(&error))))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Ends a pin of a session before this one, if the server still has it: what is left of it on
     /// the way can land no more then. It may have: the server waits for a silent client for as long
     /// as the client waits for a silent server.
@@ -712,7 +780,7 @@ impl Core {
     /// Gives a pin back in the background.
     pub(crate) fn give_back(self: &Arc<Self>, pin_id: u64, cell: Arc<PinCell>) {
         let core = self.clone();
-        self.runtime.spawn(async move {
+        self.control.runtime.spawn(async move {
             if let Err(error) = core.unpin(pin_id, &cell).await {
                 tracing::debug!(pin_id, %error, "cannot give back a dropped pin");
             }

@@ -11,12 +11,16 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use tonic::{Status, Streaming};
 
+use crate::control::LastAnswer;
 use crate::event::{Event, Events};
 use crate::pin_table::PinTable;
 use crate::{DrainNotice, DrainPolicy, Loss, Revocation};
 
 /// A subscriber that is further behind than this many events misses some.
 const EVENTS_KEPT: usize = 256;
+
+/// Pins or requests named by one message. A server takes no more than a session can hold.
+const NUMBERS_PER_MESSAGE: usize = 1024;
 
 /// Several heartbeats fit in the server's interval, so that a lost or late one does no harm.
 const HEARTBEATS_PER_INTERVAL: u32 = 3;
@@ -39,6 +43,10 @@ pub(crate) struct SessionStream {
     pub(crate) pins: Arc<PinTable>,
     /// Pins that the server waits for and that are drained now.
     pub(crate) drained: mpsc::UnboundedReceiver<u64>,
+    /// Pin requests that nobody waits for any more.
+    pub(crate) withdrawn: mpsc::UnboundedReceiver<u64>,
+    /// Answers to calls, which are signs of life, too.
+    pub(crate) heard: Arc<LastAnswer>,
     pub(crate) events: EventHub,
     /// Turns true, or is dropped, when the session is to end.
     pub(crate) closing: watch::Receiver<bool>,
@@ -106,7 +114,13 @@ impl SessionStream {
                     Err(status) => return loss_of(&status),
                 },
                 Some(pin) = self.drained.recv() => self.say_drained(pin),
-                () = sleep_until(silent_until) => return Loss::Silence(self.rhythm.time_to_live),
+                Some(request) = self.withdrawn.recv() => self.say_withdrawn(request),
+                () = sleep_until(silent_until) => {
+                    silent_until = self.heard.last() + self.rhythm.time_to_live;
+                    if silent_until <= Instant::now() {
+                        return Loss::Silence(self.rhythm.time_to_live);
+                    }
+                }
                 _ = heartbeat.tick() => {
                     sequence += 1;
                     self.say(Said::Heartbeat(v1::Heartbeat { sequence }));
@@ -143,17 +157,30 @@ impl SessionStream {
 
     /// Says it for all pins that are drained by now at once: a file's pins drain together.
     fn say_drained(&mut self, first: u64) {
-        let mut pin_ids = vec![first];
-        while let Ok(pin) = self.drained.try_recv() {
-            pin_ids.push(pin);
-        }
+        let pin_ids = all_there(first, &mut self.drained);
         self.say(Said::Drained(v1::Drained { pin_ids }));
+    }
+
+    fn say_withdrawn(&mut self, first: u64) {
+        let numbers = all_there(first, &mut self.withdrawn);
+        self.say(Said::Withdraw(v1::Withdraw { numbers }));
     }
 
     fn say(&self, message: Said) {
         // Fails only when the stream is over; its other half says so in a moment.
         let _ = self.outgoing.send(v1::SessionRequest { message: Some(message) });
     }
+}
+
+/// What is in a channel by now, as much as one message takes.
+fn all_there(first: u64, rest: &mut mpsc::UnboundedReceiver<u64>) -> Vec<u64> {
+    let mut all = vec![first];
+    while all.len() < NUMBERS_PER_MESSAGE
+        && let Ok(next) = rest.try_recv()
+    {
+        all.push(next);
+    }
+    all
 }
 
 /// Sorts the end of the stream: the server's own words have no source, those of the transport do.

@@ -21,7 +21,7 @@ pub(crate) use revocation::drain_budget;
 mod sessions;
 mod sizes;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
@@ -145,7 +145,9 @@ struct SessionParts {
     /// When the session made its last call, apart from its stream.
     last_call: Mutex<Instant>,
     /// Connecting may block in the kernel; one at a time.
-    connecting: AsyncMutex<()>,
+    connecting: Arc<AsyncMutex<()>>,
+    /// Numbers of pin requests that nobody waits for any more: the newest.
+    withdrawn: Mutex<BTreeSet<u64>>,
 }
 
 /// Queue pairs that are to be destroyed.

@@ -58,6 +58,10 @@ use service::Service;
 /// as an attack if there are some 2,000 of them (`h2`, `DataFrameBudget`), and the connection is broken off.
 const CALLS_AT_A_TIME: u32 = 512;
 
+/// Calls that a client has reset and that the server has not begun: more at a time cost it the connection.
+/// With the default of 20 a client that gives up many calls at once loses its session.
+const RESET_CALLS_AT_A_TIME: usize = 8 * CALLS_AT_A_TIME as usize;
+
 /// What a client may send of one call before the server has taken it: a piece of the stream path, with
 /// what is around it, so that none stops on the way until its beginning has been read.
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
@@ -106,6 +110,7 @@ impl Server {
         let connections = Door::new(listener, limits);
         let serving = tonic::transport::Server::builder()
             .max_concurrent_streams(Some(CALLS_AT_A_TIME))
+            .http2_max_pending_accept_reset_streams(Some(RESET_CALLS_AT_A_TIME))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_frame_size(FRAME_BYTES_MAX)

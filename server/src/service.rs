@@ -88,6 +88,13 @@ impl OfSession for v1::AllocateRequest {
     }
 }
 
+/// Does a work of several steps in a task of its own: a call that is reset leaves none of it half done.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::spawn(work).await.map_err(|_| Error::Task)?
+}
+
 type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
@@ -267,14 +274,18 @@ impl Pinfold for Service {
         let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
         let path = wire::path(&request.path)?;
-        let revoked = self.engine.remove(request.export, path, request.revoke_pins).await?;
+        let engine = Arc::clone(&self.engine);
+        let remove = async move { engine.remove(request.export, path, request.revoke_pins).await };
+        let revoked = to_the_end(remove).await?;
         Ok(Response::new(v1::RemoveResponse { revoked_pins: wire::count(revoked) }))
     }
 
     async fn revoke(&self, request: Request<v1::RevokeRequest>) -> Answer<v1::RevokeResponse> {
         let request = self.message(request);
         self.engine.demand_session(self.caller(&request.session_id)?)?;
-        let revoked = self.engine.revoke(request.export, wire::path(&request.path)?).await?;
+        let (engine, path) = (Arc::clone(&self.engine), wire::path(&request.path)?);
+        let revoke = async move { engine.revoke(request.export, path).await };
+        let revoked = to_the_end(revoke).await?;
         Ok(Response::new(v1::RevokeResponse { revoked_pins: wire::count(revoked) }))
     }
 

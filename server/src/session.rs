@@ -171,6 +171,9 @@ impl Keeper {
                 let pins: Vec<PinId> = drained.pin_ids.into_iter().map(PinId).collect();
                 self.engine.drained(self.id, &pins);
             }
+            Some(Message::Withdraw(withdrawn)) => {
+                self.engine.withdraw(self.id, &withdrawn.numbers);
+            }
             Some(Message::Hello(_)) | None => {
                 tracing::debug!(session = %self.id, "a message without meaning was passed over");
             }

@@ -159,6 +159,7 @@ pub(crate) fn pin_order(request: v1::PinRequest) -> Result<PinOrder> {
         steal: request.steal,
         reserve_end: file_size(request.reserve_end)?,
         wait: Duration::from_millis(request.wait_ms.into()),
+        number: request.number,
         expected: request.expected_identity.map(known_identity),
         expected_life: request.expected_life.map(known_life),
     })

@@ -197,7 +197,9 @@ async fn notices_become_events_and_an_idle_pin_on_its_way_is_drained() {
     let timings = revocation.timings.expect("timings");
     assert_eq!((timings.drained, timings.released), (None, Duration::from_micros(30)));
 
-    // Of pins that it does not have, a client says nothing.
+    // Nothing is in flight on pins that it does not have.
+    let drained = Message::Drained(v1::Drained { pin_ids: vec![1, 2] });
+    assert_eq!(conversation.hear_past_heartbeats().await, Some(drained));
     drop(session);
     assert_eq!(conversation.hear_past_heartbeats().await, None);
 }

@@ -174,6 +174,14 @@ pub(crate) struct PinOrder {
     pub reserve_end: u64,
     /// If others have the file open: wait so long for them.
     pub wait: Duration,
+    /// By which the client can withdraw it; 0: by none.
+    pub number: u64,
+}
+
+/// Who waits for a pin.
+struct Caller<'a> {
+    id: SessionId,
+    answer: &'a oneshot::Sender<Result<Granted>>,
 }
 
 impl Engine {
@@ -183,7 +191,7 @@ impl Engine {
         let (answer, waiting) = oneshot::channel();
         let engine = self.arc();
         tokio::spawn(async move {
-            let granted = engine.pin_to_the_end(id, order, &answer).await;
+            let granted = engine.pin_to_the_end(order, &Caller { id, answer: &answer }).await;
             if let Err(Ok(unwanted)) = answer.send(granted) {
                 // The session may be over too: then there is nothing left to give back.
                 let _ = engine.unpin(id, unwanted.pin).await;
@@ -192,26 +200,25 @@ impl Engine {
         waiting.await.map_err(|_| Error::Task)?
     }
 
-    /// `caller` waits for the answer, or has given up.
-    async fn pin_to_the_end(
-        &self,
-        id: SessionId,
-        order: PinOrder,
-        caller: &oneshot::Sender<Result<Granted>>,
-    ) -> Result<Granted> {
+    async fn pin_to_the_end(&self, order: PinOrder, caller: &Caller<'_>) -> Result<Granted> {
         let mut wait = FileWait::new(order.wait);
-        let granted = self.pin_when_free(id, &order, &mut wait, caller).await;
+        let granted = self.pin_when_free(&order, &mut wait, caller).await;
         wait.end(self);
         granted
     }
 
+    /// Whether nobody waits for the answer any more.
+    fn is_given_up(&self, order: &PinOrder, caller: &Caller<'_>) -> bool {
+        caller.answer.is_closed() || self.is_withdrawn(caller.id, order.number)
+    }
+
     async fn pin_when_free(
         &self,
-        id: SessionId,
         order: &PinOrder,
         wait: &mut FileWait,
-        caller: &oneshot::Sender<Result<Granted>>,
+        caller: &Caller<'_>,
     ) -> Result<Granted> {
+        let id = caller.id;
         let mut obstacles = Obstacles::default();
         loop {
             let error = match self.try_to_pin(id, order, wait.kept_open()).await {
@@ -222,7 +229,7 @@ impl Engine {
                 // Whatever stood in the way before.
                 Err(quiesced @ Error::Quiesced { .. }) => {
                     self.demand_session(id)?;
-                    if !wait.is_worth(&quiesced) || caller.is_closed() {
+                    if !wait.is_worth(&quiesced) || self.is_given_up(order, caller) {
                         return Err(quiesced);
                     }
                     wait.pause_outside(self).await?;
@@ -234,7 +241,7 @@ impl Engine {
             let just_let_through = || located.as_ref().is_ok_and(|at| self.just_let_through(at));
             if obstacles.pass(&error, just_let_through) {
                 tokio::time::sleep(TRY_AGAIN).await;
-            } else if wait.is_worth(&error) && !caller.is_closed() {
+            } else if wait.is_worth(&error) && !self.is_given_up(order, caller) {
                 wait.pause(self, located?).await?;
                 // What passes by itself starts anew after a wait.
                 obstacles = Obstacles::default();

@@ -85,6 +85,7 @@ mod tests {
             steal: false,
             reserve_end: 0,
             wait: Duration::ZERO,
+            number: 0,
         }
     }
 

@@ -13,6 +13,9 @@ use crate::ids::{PinId, SessionId};
 use crate::registry::Refusal;
 use crate::session::Outbox;
 
+/// Withdrawn requests of a session that are remembered: more than can be under way at a time.
+const WITHDRAWN_KEPT: usize = 1024;
+
 impl SessionParts {
     /// What to connect a queue pair with: on the session's own device, if it has one already.
     fn link_on(&self, fabric: Arc<Fabric>) -> Result<Link> {
@@ -55,7 +58,8 @@ impl Engine {
             link: Mutex::default(),
             device: OnceLock::new(),
             last_call: Mutex::new(Instant::now()),
-            connecting: AsyncMutex::default(),
+            connecting: Arc::new(AsyncMutex::default()),
+            withdrawn: Mutex::default(),
         };
         locked(&self.sessions).insert(id, Arc::new(parts));
         Ok(id)
@@ -76,6 +80,20 @@ impl Engine {
     /// When a session made its last call.
     pub(crate) fn last_call(&self, id: SessionId) -> Option<Instant> {
         self.parts(id).map(|parts| *locked(&parts.last_call))
+    }
+
+    /// Nobody waits for the answers to these pin requests any more.
+    pub(crate) fn withdraw(&self, id: SessionId, numbers: &[u64]) {
+        let Some(parts) = self.parts(id) else { return };
+        let mut withdrawn = locked(&parts.withdrawn);
+        withdrawn.extend(numbers.iter().take(WITHDRAWN_KEPT));
+        while withdrawn.len() > WITHDRAWN_KEPT {
+            withdrawn.pop_first();
+        }
+    }
+
+    pub(super) fn is_withdrawn(&self, id: SessionId, number: u64) -> bool {
+        self.parts(id).is_some_and(|parts| locked(&parts.withdrawn).contains(&number))
     }
 
     /// A session has nothing in flight on these pins any more.
@@ -108,10 +126,17 @@ impl Engine {
         let fabric = self.fabric_named(&device)?;
         let session = self.session(id)?;
         let for_link = Arc::clone(&session);
-        // One at a time, and those that wait hold no thread.
-        let _connecting = session.connecting.lock().await;
+        // One at a time, and those that wait hold no thread. The turn ends with the work, also if the caller
+        // goes away or runs out of time before: a later call must not be overtaken by an earlier one that is
+        // still in the kernel.
+        let turn = Arc::clone(&session.connecting).lock_owned();
+        let turn = tokio::time::timeout(CONNECT_AT_MOST, turn).await.map_err(|_| {
+            let why = "an earlier connect of this session is still in the kernel";
+            Error::QueuePair { why: why.to_owned() }
+        })?;
         let engine = self.arc();
         let connecting = self.connecting.run(CONNECT_AT_MOST, move || {
+            let _turn = turn;
             let link = for_link.link_on(fabric)?;
             // Without the lock: the kernel may take a second to resolve the address, and whoever has
             // to cut this session off must not wait for that.
