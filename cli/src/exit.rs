@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use pinfold_client::{Code, Error, Reason};
+use pinfold_client::{Code, Error, FileChange, Reason, RevocationReason};
 
 /// How the command ended.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -21,6 +21,7 @@ pub(crate) enum Exit {
     NoRoom = 11,
     Differs = 12,
     Partial = 13,
+    DataLoss = 14,
     Interrupted = 130,
 }
 
@@ -41,11 +42,12 @@ Exit codes:
   11   no space, or a limit of the server
   12   the copy is not what the local file has: it changed meanwhile, or --verify found other bytes
   13   of several files some were not copied: each is named, with the reason
+  14   the server's medium failed: bytes that were written may be missing there
   130  interrupted";
 
 impl Exit {
     #[cfg(test)]
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Failure,
         Self::Usage,
         Self::Unreachable,
@@ -59,6 +61,7 @@ impl Exit {
         Self::NoRoom,
         Self::Differs,
         Self::Partial,
+        Self::DataLoss,
         Self::Interrupted,
     ];
 
@@ -77,6 +80,11 @@ impl Exit {
             | Error::ServerHasNoRdmaDevice { .. }
             | Error::Verbs { .. }
             | Error::LaneLost { .. } => Self::Device,
+            Error::Draining { notice, .. } if is_of_write_back(notice.reason) => Self::DataLoss,
+            Error::Revoked { revocation, .. } if is_of_write_back(revocation.reason) => {
+                Self::DataLoss
+            }
+            Error::FileChanged { change: FileChange::NotWrittenBack, .. } => Self::DataLoss,
             Error::Draining { .. }
             | Error::Revoked { .. }
             | Error::RemoteRefused { .. }
@@ -122,6 +130,7 @@ impl Exit {
             | Reason::UnknownPin
             | Reason::StaleGeneration => Self::Revoked,
             Reason::NoSpace | Reason::QuotaExceeded => Self::NoRoom,
+            Reason::MediumLost | Reason::WriteBackFailed => Self::DataLoss,
             Reason::NoRdmaDevice
             | Reason::NoQueuePair
             | Reason::DeviceCannotRegister
@@ -139,9 +148,14 @@ impl Exit {
             Code::PermissionDenied | Code::Unauthenticated => Self::Permission,
             Code::ResourceExhausted => Self::NoRoom,
             Code::Aborted => Self::Busy,
+            Code::DataLoss => Self::DataLoss,
             _ => Self::Failure,
         }
     }
+}
+
+fn is_of_write_back(reason: RevocationReason) -> bool {
+    reason == RevocationReason::WriteBackFailed
 }
 
 impl From<Exit> for ExitCode {
@@ -160,8 +174,7 @@ mod tests {
     fn every_reason_but_what_broke_on_the_server_has_a_code_of_its_kind() {
         for reason in Reason::ALL {
             let general = Exit::of_reason(*reason) == Exit::Failure;
-            let broken = matches!(reason, Reason::Internal | Reason::MediumLost);
-            assert_eq!(general, broken, "{reason}");
+            assert_eq!(general, *reason == Reason::Internal, "{reason}");
         }
     }
 
@@ -170,7 +183,8 @@ mod tests {
         // Written a second time, so that no reason changes its code unnoticed.
         for reason in Reason::ALL {
             let expected = match reason.as_str() {
-                "INTERNAL" | "MEDIUM_LOST" => 1,
+                "INTERNAL" => 1,
+                "MEDIUM_LOST" | "WRITE_BACK_FAILED" => 14,
                 "UNKNOWN_SESSION" | "SHUTTING_DOWN" => 3,
                 "EXPORT_NOT_FOUND" | "FILE_NOT_FOUND" => 4,
                 "MALFORMED_REQUEST"

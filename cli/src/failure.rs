@@ -4,9 +4,14 @@ use std::error::Error as StdError;
 use std::fmt::Write as _;
 use std::{fmt, io};
 
+use pinfold_client::RevocationReason::WriteBackFailed;
 use pinfold_client::{Error, Reason};
 
 use crate::exit::Exit;
+
+const NOT_WRITTEN_BACK: &str = "free space on the server's file system or replace its device first \
+                                (pinfoldd's log says which), then write it again; put --resume \
+                                compares with what the medium has";
 
 /// The end of a command that did not do what it should.
 #[derive(Debug)]
@@ -132,6 +137,12 @@ fn hint(error: &Error) -> Option<&'static str> {
             Some("check that both hosts reach each other by RDMA, then retry")
         }
         Error::Refused { reason: Some(reason), .. } => refusal_hint(*reason),
+        Error::Draining { notice, .. } if notice.reason == WriteBackFailed => {
+            Some(NOT_WRITTEN_BACK)
+        }
+        Error::Revoked { revocation, .. } if revocation.reason == WriteBackFailed => {
+            Some(NOT_WRITTEN_BACK)
+        }
         Error::GaveUp { source, .. } => hint(source),
         _ => None,
     }
@@ -157,6 +168,7 @@ fn refusal_hint(reason: Reason) -> Option<&'static str> {
         Reason::ExportStalled => {
             Some("thaw the file system on the server, or look after its device, then retry")
         }
+        Reason::WriteBackFailed => Some(NOT_WRITTEN_BACK),
         Reason::NoSpace => Some("free some space on the server's file system"),
         Reason::DeviceCannotRegister => Some("`pinfoldd doctor` on the server says what it can"),
         _ => None,

@@ -37,17 +37,21 @@ pub(crate) fn token(reason: RevocationReason) -> &'static str {
         RevocationReason::Operator => "operator",
         RevocationReason::Quiesce => "quiesce",
         RevocationReason::Steal => "steal",
+        RevocationReason::WriteBackFailed => "write_back_failed",
         _ => "unknown",
     }
 }
 
 /// What the release did for the one who wanted the file.
 pub(crate) fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> &'static str {
-    use RevocationReason::{Operator, Quiesce, Remove, Shrink, Shutdown, Steal};
+    use RevocationReason::{Operator, Quiesce, Remove, Shrink, Shutdown, Steal, WriteBackFailed};
     match (reason, timings.break_pending_at_release) {
         (Shutdown, _) => "nobody waited for the file",
         (Shrink | Remove | Steal, _) => {
             "no local process waited for the file: a client asked for it"
+        }
+        (WriteBackFailed, _) => {
+            "no local process waited for the file: the kernel could not write it back to its medium"
         }
         (Operator | Quiesce, _) => "no local process waited for the file: an operator asked for it",
         (_, true) => "the local process was let through by the release",
@@ -84,6 +88,7 @@ mod tests {
             RevocationReason::Operator,
             RevocationReason::Quiesce,
             RevocationReason::Steal,
+            RevocationReason::WriteBackFailed,
         ] {
             assert!(!verdict(reason, &timings(false)).contains("given up"), "{reason}");
         }

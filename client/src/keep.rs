@@ -122,6 +122,8 @@ struct Renewal {
     left: Option<Arc<Pin>>,
     /// What the pin could reach of which file; absent: any file of that name will do.
     needed: Option<(Range<u64>, FileIdentity)>,
+    /// What another life of the file means.
+    another_life: FileChange,
 }
 
 /// How an attempt failed.
@@ -641,7 +643,11 @@ impl Keeper {
         let identity = old.grant().identity;
         self.request.expect(old.grant());
         let left = matches!(gone, Gone::Lost(_)).then_some(old);
-        let mut renewal = Renewal { left, needed: Some((needed, identity)) };
+        let another_life = match gone.is_of_write_back() {
+            true => FileChange::NotWrittenBack,
+            false => FileChange::Modified,
+        };
+        let mut renewal = Renewal { left, needed: Some((needed, identity)), another_life };
         self.request.no_longer_steal();
         loop {
             let why = match self.try_for_long(&mut renewal).await {
@@ -742,7 +748,7 @@ impl Keeper {
                 Missed::Changed(FileChange::Shrunk { needed: needed.end, size: stat.size })
             }
             // That does not pass.
-            Ok(_) if reason == Reason::FileModified => Missed::Changed(FileChange::Modified),
+            Ok(_) if reason == Reason::FileModified => Missed::Changed(renewal.another_life),
             Ok(_) => Missed::Over(error),
             Err(error) => Missed::Failed(error),
         }

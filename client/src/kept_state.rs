@@ -54,6 +54,8 @@ pub enum FileChange {
     Replaced,
     /// A local process has written to it, cut it or grown it meanwhile, or set its times.
     Modified,
+    /// The server could not write it back to its medium: what was written and not committed may be missing.
+    NotWrittenBack,
     /// It is shorter than what the pin could reach.
     Shrunk {
         /// Where the bytes that the pin could reach ended.
@@ -200,6 +202,10 @@ impl fmt::Display for FileChange {
             Self::Modified => {
                 f.write_str("a process of the storage host has changed its bytes meanwhile")
             }
+            Self::NotWrittenBack => f.write_str(
+                "the server could not write it back to its medium, and what was not committed may be \
+                 missing there",
+            ),
             Self::Shrunk { needed, size } => {
                 write!(f, "it ends at byte {size} now, and the pin reached up to {needed}")
             }

@@ -6,9 +6,11 @@
 //! 50 bytes of memory; a commit looks at each one in its range.
 //!
 //! A write covers its bytes from its begin to its end; while any does, they are unknown. What counts
-//! afterwards is how the last one ended, with two things to mind:
+//! afterwards is how the last one ended, with three things to mind:
 //! * A write that failed may have landed after another that was in flight at the same time and
 //!   succeeded. So only a write that began after the failure clears it.
+//! * The server may fail to write the file back. It can't say which bytes are missing on the medium then,
+//!   so all that was acknowledged and not committed is unknown.
 //! * A commit makes durable what was acknowledged when it began. So acknowledgements carry the epoch
 //!   in which they came, and each commit begins a new one.
 
@@ -32,7 +34,9 @@ pub struct WriteFate {
     /// again.
     pub acknowledged: Vec<Range<u64>>,
     /// The write began, and no success was seen: it failed on its way, its future was dropped, or it
-    /// is in flight. Any part of it may be in the file. Write it again.
+    /// is in flight. Or it was acknowledged, and the server could not write the file back to its medium
+    /// ([`RevocationReason::WriteBackFailed`](crate::RevocationReason::WriteBackFailed)). Any part of it
+    /// may be in the file. Write it again.
     pub unknown: Vec<Range<u64>>,
 }
 
@@ -164,6 +168,17 @@ impl Ledger {
                 _ => state,
             });
         }
+    }
+
+    /// The server could not write the file back: what was acknowledged and not committed may be lost.
+    pub(crate) fn write_back_failed(&mut self) {
+        // A write in flight may have landed before it, so its success clears nothing.
+        self.failures += u64::from(self.writing > 0);
+        let failed = Last::Failed(self.failures);
+        self.change(&ALL, |state| match state.last {
+            Last::Acknowledged(_) => State { last: failed, ..state },
+            _ => state,
+        });
     }
 
     /// What is known now.
@@ -318,6 +333,24 @@ mod tests {
     }
 
     #[test]
+    fn what_could_not_be_written_back_is_unknown_until_it_is_written_again() {
+        let mut ledger = Ledger::default();
+        wrote(&mut ledger, 0..10);
+        let commit = ledger.begin_commit(Some(0..5));
+        ledger.end_commit(commit, true);
+        let during = ledger.begin(8..12);
+        let commit = ledger.begin_commit(None);
+        ledger.write_back_failed();
+        ledger.end_commit(commit, false);
+        ledger.succeed(during);
+        assert_eq!(ledger.fate(), fate(&[0..5], &[10..12], &[5..10]));
+        ledger.write_back_failed();
+        assert_eq!(ledger.fate(), fate(&[0..5], &[], &[5..12]));
+        wrote(&mut ledger, 5..12);
+        assert_eq!(ledger.fate(), fate(&[0..5], &[5..12], &[]));
+    }
+
+    #[test]
     fn writing_on_and_on_takes_one_stretch() {
         let mut ledger = Ledger::default();
         for piece in 0..1000 {
@@ -377,6 +410,13 @@ mod tests {
                 self.failed = false;
                 self.committed = false;
                 self.acknowledged = Some(step);
+            }
+        }
+
+        fn write_back_failed(&mut self) {
+            if !self.failed && self.acknowledged.is_some() && !self.committed {
+                self.failed = true;
+                self.tainted = self.in_flight.clone();
             }
         }
 
@@ -440,7 +480,11 @@ mod tests {
             let mut writes: Vec<(usize, Write)> = Vec::new();
             let mut commits: Vec<(usize, Commit)> = Vec::new();
             for step in 1..150 {
-                match random.below(10) {
+                match random.below(11) {
+                    10 if random.below(3) == 0 => {
+                        bytes.iter_mut().for_each(Byte::write_back_failed);
+                        ledger.write_back_failed();
+                    }
                     0..4 => {
                         let range = random.range(BYTES);
                         range.clone().for_each(|at| bytes[at as usize].begin(step));

@@ -460,7 +460,9 @@ impl Pin {
     ///
     /// [`Error::Draining`], [`Error::Revoked`], and [`Error::Refused`] with
     /// [`Reason::StaleGeneration`](crate::Reason::StaleGeneration): nothing is known to be durable
-    /// then but what an earlier commit acknowledged.
+    /// then but what an earlier commit acknowledged. With
+    /// [`Reason::WriteBackFailed`](crate::Reason::WriteBackFailed) the rest may be missing on the medium,
+    /// also what other pins of the file wrote; all of them are revoked, and no later commit succeeds.
     pub async fn commit(&self) -> Result<CommitReport, Error> {
         self.commit_bytes(None).await
     }
@@ -488,7 +490,11 @@ impl Pin {
     /// after the pin has been taken back, or its session has ended. Absent unless the pin was asked
     /// to [track its writes](PinRequest::track_writes).
     pub fn write_fate(&self) -> Option<WriteFate> {
-        self.ledger.as_ref().map(|ledger| lock(ledger).fate())
+        let mut ledger = lock(self.ledger.as_ref()?);
+        if self.cell.check().is_err_and(|gone| gone.is_of_write_back()) {
+            ledger.write_back_failed();
+        }
+        Some(ledger.fate())
     }
 
     pub(crate) fn new(
@@ -846,12 +852,20 @@ impl Pin {
             range: range.as_ref().map(to_wire_range),
         };
         let doing = || format!("commit {}", self.file);
-        let answer =
-            self.core.control.call(doing, async |mut client| client.commit(request).await).await?;
+        let call = self.core.control.call(doing, async |mut client| client.commit(request).await);
+        let answer = call.await.inspect_err(|error| self.note_lost_writes(error))?;
         if let Some(entry) = entry {
             entry.durable();
         }
         Ok(CommitReport { flush: Duration::from_micros(answer.flush_us) })
+    }
+
+    /// What the server could not write back may be missing on its medium.
+    fn note_lost_writes(&self, refused: &Error) {
+        let lost = matches!(refused.reason(), Some(Reason::WriteBackFailed | Reason::MediumLost));
+        if let Some(ledger) = self.ledger.as_ref().filter(|_| lost) {
+            lock(ledger).write_back_failed();
+        }
     }
 
     /// Makes sure that the RDMA writes that have returned are in the server's memory: a read behind

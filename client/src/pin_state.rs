@@ -11,7 +11,7 @@
 //! per pin, when the first of these holds: the notice came and nothing was in flight, or the last
 //! operation ended under the notice.
 
-use crate::{DrainNotice, Loss, Revocation};
+use crate::{DrainNotice, Loss, Revocation, RevocationReason};
 
 /// Where a pin is in its life, and how much is in flight on it.
 #[derive(Debug)]
@@ -36,6 +36,18 @@ pub(crate) enum Gone {
     Draining(DrainNotice),
     Revoked(Revocation),
     Lost(Loss),
+}
+
+impl Gone {
+    /// Whether the pin ends because the server could not write the file back.
+    pub(crate) fn is_of_write_back(&self) -> bool {
+        let reason = match self {
+            Self::Draining(notice) => notice.reason,
+            Self::Revoked(revocation) => revocation.reason,
+            Self::Lost(_) => return false,
+        };
+        reason == RevocationReason::WriteBackFailed
+    }
 }
 
 /// What the end of an operation means.
@@ -121,7 +133,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::{Generation, RevocationReason};
+    use crate::Generation;
 
     const GENERATION: Generation = Generation { incarnation: 1, counter: 2 };
     const NOTICE: DrainNotice = DrainNotice {

@@ -77,6 +77,7 @@ fn reason_passes(reason: Reason, code: Code) -> bool {
         | Reason::UnsupportedFile
         | Reason::FixedSize
         | Reason::MediumLost
+        | Reason::WriteBackFailed
         | Reason::BadRange
         | Reason::RangePastEnd
         | Reason::NoRdmaDevice
@@ -124,6 +125,7 @@ mod tests {
                 | "UNSUPPORTED_FILE"
                 | "FIXED_SIZE"
                 | "MEDIUM_LOST"
+                | "WRITE_BACK_FAILED"
                 | "BAD_RANGE"
                 | "RANGE_PAST_END"
                 | "NO_RDMA_DEVICE"

@@ -27,6 +27,9 @@ pub enum RevocationReason {
     Quiesce,
     /// Another client has [stolen](crate::PinRequest::steal) the file.
     Steal,
+    /// The server's kernel could not write the file back to its medium. Bytes that were written by any
+    /// pin of the file and not committed before may be missing there.
+    WriteBackFailed,
     /// Something that this version does not know by name.
     Unknown,
 }
@@ -97,6 +100,7 @@ impl From<v1::RevocationReason> for RevocationReason {
             v1::RevocationReason::Operator => Self::Operator,
             v1::RevocationReason::Quiesce => Self::Quiesce,
             v1::RevocationReason::Steal => Self::Steal,
+            v1::RevocationReason::WriteBackFailed => Self::WriteBackFailed,
         }
     }
 }
@@ -144,6 +148,7 @@ impl fmt::Display for RevocationReason {
             Self::Operator => "revoked by an operator",
             Self::Quiesce => "an operator quiesces the export",
             Self::Steal => "another client has stolen the file",
+            Self::WriteBackFailed => "the server could not write the file back to its medium",
             Self::Unknown => "the server gave a reason that this version does not know",
         })
     }

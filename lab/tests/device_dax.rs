@@ -375,7 +375,7 @@ fn taking_the_device_from_its_driver_kills_the_keys_and_hurts_nobody() {
         let lost = Answer {
             code: Code::DataLoss,
             reason: Reason::MediumLost,
-            exit: 1,
+            exit: 14,
             says: &["can't be reached", "taken from its driver"],
         };
         lost.check(failed.error);

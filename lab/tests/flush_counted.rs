@@ -30,6 +30,13 @@ async fn write(session: &Session, pin: &Pin, bytes: Range<u64>) {
     pin.write(bytes.start, buffer, len).await.unwrap();
 }
 
+async fn read(session: &Session, pin: &Pin, bytes: Range<u64>) {
+    let len = (bytes.end - bytes.start) as usize;
+    let buffer = session.buffer(len).await.unwrap();
+    let (_, report) = pin.read(bytes.start, len, buffer).await.unwrap();
+    assert_eq!(report.rdma_bytes, len as u64, "{report:?}");
+}
+
 fn pages(numbers: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
     numbers.into_iter().collect()
 }
@@ -52,6 +59,28 @@ on_each_file_system! {
         write(&session, &pin, 0..PAGES * PAGE).await;
         pin.commit().await.unwrap();
         assert_eq!(write_backs.take(), pages(0..PAGES));
+    }
+
+    async fn a_page_that_was_read_since_the_last_commit_is_written_back_again(lab in Lab) {
+        let session = lab.session().await;
+        let (pin, write_backs) = pinned(&lab, &session, Transport::Rdma).await;
+        let other = lab.session().await;
+        let reader = PinRequest::read(EXPORT, "file").transport(Transport::Rdma);
+        let reader = other.pin(reader).await.unwrap();
+        // The read maps the page for reading only: the write after it has to fault once more.
+        for (page, of, by, whose) in [
+            (3, &session, &pin, "the same pin"),
+            (5, &other, &reader, "another client's pin"),
+        ] {
+            let bytes = page * PAGE..(page + 1) * PAGE;
+            write(&session, &pin, bytes.clone()).await;
+            pin.commit().await.unwrap();
+            assert_eq!(write_backs.take(), pages([page]), "{whose}");
+            read(of, by, bytes.clone()).await;
+            write(&session, &pin, bytes).await;
+            pin.commit().await.unwrap();
+            assert_eq!(write_backs.take(), pages([page]), "after a read by {whose}");
+        }
     }
 
     async fn a_commit_of_a_range_writes_back_that_range(lab in Lab) {

@@ -1,16 +1,21 @@
 //! The one open file description that a file is guarded and mapped through.
 
 use std::fmt;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use rustix::fs::Advice;
 
 use crate::dax_device::DaxDevice;
 use crate::door::pass;
 use crate::error::{Error, Result};
 use crate::export::{Attributes, Root};
 use crate::lock::RangeLocks;
+use crate::mapping::HUGE_PAGE;
 
 /// Names one inode for good. Inode numbers are used again, so the birth time belongs to it. Of a DAX
 /// device it names the device, whatever node leads to it: `inode` is a digest then, and the rest is 0.
@@ -250,7 +255,9 @@ impl Description {
     }
 
     /// Makes the file's content and metadata durable (fsync(2)). Breaks no guard. Of a device
-    /// there is only content: [`Mapping::flush`](crate::Mapping::flush).
+    /// there is only content: [`Mapping::flush`](crate::Mapping::flush). Fails with
+    /// [`Error::WriteBack`], whatever the kernel says: one error may stand for another that it has
+    /// reported with this call and will not report again.
     pub fn sync(&self) -> Result<()> {
         #[cfg(feature = "mutants")]
         if crate::mutant::syncs_nothing() {
@@ -261,7 +268,30 @@ impl Description {
         }
         pass("fsync")
             .and_then(|()| rustix::fs::fsync(self.fd()))
-            .map_err(|e| self.failed("fsync", e.into()))
+            .map_err(|e| self.not_written_back("fsync", e.into()))
+    }
+
+    pub(crate) fn not_written_back(&self, call: &'static str, source: std::io::Error) -> Error {
+        Error::WriteBack { call, path: self.path().to_owned(), source }
+    }
+
+    /// Has the next reads of a range come from the medium: drops its pages from the page cache
+    /// (posix_fadvise(2), `POSIX_FADV_DONTNEED`). Dirty pages stay, and begin to be written back; so do
+    /// pages that are mapped. A page that could not be written back is clean, and goes. Does nothing for
+    /// files that have no pages there.
+    pub fn drop_cached(&self, range: Range<u64>) -> Result<()> {
+        if self.device().is_some() {
+            return Ok(());
+        }
+        // A large folio goes only as a whole.
+        let start = range.start - range.start % HUGE_PAGE as u64;
+        let len = range.end.checked_next_multiple_of(HUGE_PAGE as u64).and_then(|end| {
+            // None: up to the file's end.
+            NonZeroU64::new(end.saturating_sub(start))
+        });
+        pass("posix_fadvise")
+            .and_then(|()| rustix::fs::fadvise(self.fd(), start, len, Advice::DontNeed))
+            .map_err(|e| self.failed("posix_fadvise", e.into()))
     }
 
     /// Writes all of `data` at `offset` (pwrite(2)), through the kernel, so that nothing can fault.

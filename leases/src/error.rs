@@ -223,6 +223,21 @@ pub enum Error {
         /// The kernel's word.
         source: io::Error,
     },
+    /// The kernel could not write the file back to its medium, or can't say whether it did. It reports
+    /// that once for each open file description, and may count the bytes as written afterwards: bytes
+    /// written since the last flush that succeeded may be missing on the medium.
+    #[error(
+        "{call} failed on {}: bytes written to it since it was last flushed may be missing on its medium; \
+         free space there or replace the device, then write them again", path.display()
+    )]
+    WriteBack {
+        /// "fsync" or "msync".
+        call: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The kernel's word: `EIO`, `ENOSPC`, `EDQUOT`, …
+        source: io::Error,
+    },
     /// A range that does not lie inside the mapping.
     #[error("bytes {start}..{end} are not inside the {len} bytes that are mapped")]
     OutOfMapping {

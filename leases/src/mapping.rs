@@ -207,6 +207,18 @@ impl Mapping {
             .map_err(|e| self.inner.failed("madvise(MADV_POPULATE_WRITE)", &piece, e))
     }
 
+    /// As [`Description::drop_cached`], also of pages that hardware has mapped by following page tables:
+    /// it faults on them again (madvise(2), `MADV_DONTNEED`, which discards nothing of a shared mapping).
+    pub fn drop_cached(&self, range: Range<u64>) -> Result<()> {
+        let range = self.checked(range)?;
+        let pages = range.start - range.start % HUGE_PAGE
+            ..range.end.next_multiple_of(HUGE_PAGE).min(self.inner.len);
+        // SAFETY: the range lies inside our own mapping, which is shared: its pages stay with the file.
+        unsafe { sys::advise(self.at(pages.start), pages.len(), MmapAdvise::MADV_DONTNEED) }
+            .map_err(|e| self.inner.failed("madvise(MADV_DONTNEED)", &pages, e))?;
+        self.inner.description.drop_cached(range.start as u64..range.end as u64)
+    }
+
     /// Fills `to` with the bytes from `offset` on. Fails with [`Error::AlreadyFenced`] after a fence,
     /// and with [`Error::MediumLost`] where there is nothing to be read: never with a signal.
     pub fn read_at(&self, to: &mut [u8], offset: u64) -> Result<()> {
@@ -471,7 +483,7 @@ impl Flusher {
         let range = whole_pages(range, self.inner.len);
         // SAFETY: the range lies inside our own mapping, which this value keeps.
         unsafe { sys::sync(self.inner.at(range.start), range.len()) }
-            .map_err(|e| self.inner.failed("msync", &range, e))
+            .map_err(|e| self.inner.description.not_written_back("msync", e))
     }
 
     /// Makes what was stored in `range`, by hardware too, survive power loss: flushes it, and without

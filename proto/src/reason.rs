@@ -82,6 +82,9 @@ reasons! {
     RangePastEnd = "RANGE_PAST_END",
     /// The file system is full.
     NoSpace = "NO_SPACE",
+    /// The kernel could not write the file back: what was not committed before may be missing on the
+    /// medium.
+    WriteBackFailed = "WRITE_BACK_FAILED",
     /// The server has no usable RDMA device.
     NoRdmaDevice = "NO_RDMA_DEVICE",
     /// The session has no queue pair yet.

@@ -8,6 +8,7 @@
 //! Here are the engine's parts, its threads and how actions are carried out; `sessions`, `files`
 //! and `pins` hold what clients ask for, `revocation` what the kernel does.
 
+mod commits;
 mod ending;
 mod exports;
 mod files;

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::fabric::Segment;
 use crate::file_system::FileSystem;
+use crate::flushes::Flushes;
 use crate::gate::Gate;
 use crate::ids::{Life, PinId};
 use crate::ladder::Cutting;
@@ -52,6 +53,7 @@ pub(crate) struct HeldFile {
     failed: Mutex<Failed>,
     cutting: Cutting,
     fence_failures: AtomicU32,
+    flushes: Flushes,
     /// Who wanted it back, as far as they were seen.
     breakers: Mutex<Vec<Opener>>,
     gate: Arc<Gate>,
@@ -153,6 +155,7 @@ impl HeldFile {
             failed: Mutex::default(),
             cutting: Cutting::default(),
             fence_failures: AtomicU32::new(0),
+            flushes: Flushes::default(),
             breakers: Mutex::default(),
             gate: Arc::default(),
             cost: Arc::default(),
@@ -466,6 +469,20 @@ impl HeldFile {
         !locked(&self.failed).segments.is_empty()
     }
 
+    /// Its flushes, by commits and by changes of its size.
+    pub(crate) fn flushes(&self) -> &Flushes {
+        &self.flushes
+    }
+
+    /// Has the next reads of a range come from the medium, as far as nobody has written to it since it
+    /// was flushed. Where there is no page cache they do anyway.
+    pub(crate) fn drop_cached(&self, range: Range<u64>) -> Result<()> {
+        if self.kind != MappingKind::PageCache {
+            return Ok(());
+        }
+        Ok(self.demand_mapping()?.drop_cached(range)?)
+    }
+
     /// Counts a fence that was not complete; returns how many there have been.
     pub(crate) fn count_fence_failure(&self) -> u32 {
         self.fence_failures.fetch_add(1, Ordering::Relaxed) + 1
@@ -503,6 +520,14 @@ impl HeldFile {
         let _ = self.released.subscribe().wait_for(|released| *released).await;
     }
 
+    /// So that whoever reads the file next sees what is there.
+    fn drop_what_is_not_on_the_medium(&self) {
+        if let Err(error) = self.description.drop_cached(0..u64::MAX) {
+            let path = self.path.display();
+            tracing::error!(%path, %error, "the page cache still has what the medium lacks");
+        }
+    }
+
     /// After the release: deregisters what is left and gives the mapping up. Returns when each was
     /// done, and how many regions could not be deregistered.
     pub(crate) fn tear_down(&self) -> (Instant, Instant, usize) {
@@ -517,6 +542,9 @@ impl HeldFile {
         let mapping = locked(&self.mapping).take();
         // Not under the lock: unmapping may hang, and others only look.
         drop(mapping);
+        if self.flushes.have_failed() && self.kind == MappingKind::PageCache {
+            self.drop_what_is_not_on_the_medium();
+        }
         (deregistered, Instant::now(), failed)
     }
 }

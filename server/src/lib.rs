@@ -21,6 +21,7 @@ mod error;
 mod fabric;
 mod fence;
 mod file_system;
+mod flushes;
 mod gate;
 mod held;
 mod ids;

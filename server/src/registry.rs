@@ -80,6 +80,8 @@ pub(crate) enum Reason {
     Quiesce,
     /// A client wants the file for itself.
     Steal,
+    /// What was written to the file may not be on its medium.
+    WriteBackFailed,
 }
 
 /// How long after lease-break-time a file is looked at whose reader was left to the kernel.
@@ -255,6 +257,16 @@ pub enum Refusal {
     /// The file is on its way out.
     #[error("the file is being taken back right now; pin it again in a moment")]
     Draining,
+    /// The kernel could not write the file back.
+    #[error(
+        "what was written by pin {pin} and not committed before may be missing on the medium: the kernel \
+         could not write the file back (the server's log says why); free space on its file system or \
+         replace the device, then pin the file and write it again"
+    )]
+    WriteBackFailed {
+        /// As asked for.
+        pin: PinId,
+    },
     /// A limit.
     #[error("{what} is limited to {limit}; give some back or end a session")]
     Quota {
@@ -306,7 +318,14 @@ struct Session {
     pins: BTreeSet<PinId>,
     pinned_bytes: u64,
     /// Newest last.
-    revoked: VecDeque<PinId>,
+    revoked: VecDeque<Revoked>,
+}
+
+/// A pin that was taken back.
+#[derive(Clone, Copy, Debug)]
+struct Revoked {
+    pin: PinId,
+    write_back_failed: bool,
 }
 
 #[derive(Debug)]
@@ -323,6 +342,8 @@ struct File {
     leaving: HashMap<PinId, Range<u64>>,
     /// A reader waits for the kernel; when to look what became of it.
     outwaiting: Option<Instant>,
+    /// No commit of this guarding succeeds any more.
+    write_back_failed: bool,
     phase: Phase,
 }
 
@@ -348,6 +369,10 @@ impl Session {
     fn lose(&mut self, pin: PinId, terms: &Terms) {
         self.pins.remove(&pin);
         self.pinned_bytes -= terms.range.end - terms.range.start;
+    }
+
+    fn revoked(&self, pin: PinId) -> Option<&Revoked> {
+        self.revoked.iter().find(|revoked| revoked.pin == pin)
     }
 }
 
@@ -559,6 +584,7 @@ impl Registry {
             exclusive: BTreeMap::new(),
             leaving: HashMap::new(),
             outwaiting: None,
+            write_back_failed: false,
             phase: Phase::Held,
         };
         self.files.insert(guard, file);
@@ -737,9 +763,9 @@ impl Registry {
         if holder.pins.contains(&pin) {
             return Ok(self.drop_pin(pin, now));
         }
-        match holder.revoked.contains(&pin) {
-            true => Ok(Vec::new()),
-            false => Err(Refusal::UnknownPin { pin }),
+        match holder.revoked(pin) {
+            Some(_) => Ok(Vec::new()),
+            None => Err(Refusal::UnknownPin { pin }),
         }
     }
 
@@ -857,6 +883,19 @@ impl Registry {
         self.take_back(guard, Taking::because(reason), &BreakTimes { at: now, now, budget })
     }
 
+    /// The kernel could not write a file back: what was written by whichever pin may be lost, so all are
+    /// taken back. One that is on its way out goes on so, and its clients are told all the same.
+    pub(crate) fn write_back_failed(
+        &mut self,
+        guard: GuardId,
+        now: Instant,
+        budget: Duration,
+    ) -> Vec<Action> {
+        let Some(file) = self.files.get_mut(&guard) else { return Vec::new() };
+        file.write_back_failed = true;
+        self.take_back_for(guard, Reason::WriteBackFailed, now, budget)
+    }
+
     fn take_back(&mut self, guard: GuardId, taking: Taking, times: &BreakTimes) -> Vec<Action> {
         let Taking { reason, not_outwaited } = taking;
         let BreakTimes { at: since, now, budget } = *times;
@@ -969,14 +1008,14 @@ impl Registry {
         let Phase::Fencing { revocation, .. } = &file.phase else { return (Vec::new(), None) };
         let revocation = *revocation;
         file.phase = Phase::Released;
-        let generation = file.generation;
+        let (generation, write_back_failed) = (file.generation, file.write_back_failed);
         let gone = std::mem::take(&mut file.pins);
         (file.live, file.exclusive) = (0, BTreeMap::new());
         let live: BTreeSet<PinId> =
             gone.iter().copied().filter(|pin| self.pins[pin].live).collect();
         let sessions = by_session(&self.pins, &live);
         for pin in &gone {
-            self.forget_revoked(*pin);
+            self.forget_revoked(*pin, write_back_failed);
         }
         let Some(revocation) = revocation else { return (Vec::new(), None) };
         let released = now - revocation.since;
@@ -991,20 +1030,22 @@ impl Registry {
             sessions: sessions.len(),
             timings,
         };
+        // It may have failed only after the file was wanted.
+        let reason = if write_back_failed { Reason::WriteBackFailed } else { revocation.reason };
         let actions = sessions
             .into_iter()
             .map(|(session, pins)| Action::NotifyRevoked {
                 session,
                 pins,
                 generation,
-                reason: revocation.reason,
+                reason,
                 timings,
             })
             .collect();
         (actions, Some(record))
     }
 
-    fn forget_revoked(&mut self, id: PinId) {
+    fn forget_revoked(&mut self, id: PinId, write_back_failed: bool) {
         let remembered = self.limits.pins_per_session.max(REMEMBERED_PINS);
         let Some(pin) = self.pins.remove(&id) else { return };
         let Some(session) = self.sessions.get_mut(&pin.session) else { return };
@@ -1012,7 +1053,7 @@ impl Registry {
         if session.revoked.len() >= remembered {
             session.revoked.pop_front();
         }
-        session.revoked.push_back(id);
+        session.revoked.push_back(Revoked { pin: id, write_back_failed });
     }
 
     /// Everything of this guarding is deregistered, unmapped and closed.
@@ -1073,9 +1114,10 @@ impl Registry {
     fn live_pin(&self, session: SessionId, pin: PinId, asked: Generation) -> Result<&Pin, Refusal> {
         let holder = self.sessions.get(&session).ok_or(Refusal::UnknownSession)?;
         let entry = self.pins.get(&pin).filter(|entry| entry.live && entry.session == session);
-        let entry = entry.ok_or_else(|| match holder.revoked.contains(&pin) {
-            true => Refusal::Stale { pin, asked },
-            false => Refusal::UnknownPin { pin },
+        let entry = entry.ok_or_else(|| match holder.revoked(pin) {
+            Some(Revoked { write_back_failed: true, .. }) => Refusal::WriteBackFailed { pin },
+            Some(_) => Refusal::Stale { pin, asked },
+            None => Refusal::UnknownPin { pin },
         })?;
         self.demand_unfenced(entry.guard, pin, asked)?;
         Ok(entry)
@@ -1130,6 +1172,7 @@ impl Registry {
         asked: Generation,
     ) -> Result<(), Refusal> {
         match self.files.get(&guard) {
+            Some(File { write_back_failed: true, .. }) => Err(Refusal::WriteBackFailed { pin }),
             Some(File { phase: Phase::Fencing { fenced: true, .. } | Phase::Released, .. }) => {
                 Err(Refusal::Stale { pin, asked })
             }
@@ -1393,6 +1436,50 @@ mod tests {
         let flushed_too_late = world.registry.demand_unfenced(guard(1), pin, generation);
         assert_eq!(flushed_too_late, Err(Refusal::Stale { pin, asked: generation }));
         assert_eq!(world.registry.unpin(session(1), pin, world.now), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn after_a_failed_write_back_no_commit_is_good_and_all_pins_go() {
+        let mut world = World::new();
+        let generation = world.file(1);
+        let (one, two) = (world.pin(1, 1), world.pin(2, 1));
+        let actions = world.registry.write_back_failed(guard(1), world.now, BUDGET);
+        let reasons = actions.iter().filter_map(|action| match action {
+            Action::NotifyDraining { reason, pins, .. } => Some((*reason, pins.clone())),
+            _ => None,
+        });
+        let expected = [vec![one], vec![two]].map(|pins| (Reason::WriteBackFailed, pins));
+        assert_eq!(reasons.collect::<Vec<_>>(), expected);
+        let commit = |world: &World, holder, pin| {
+            world.registry.begin_commit(session(holder), pin, generation).unwrap_err()
+        };
+        let flushed = world.registry.demand_unfenced(guard(1), two, generation);
+        assert_eq!(flushed, Err(Refusal::WriteBackFailed { pin: two }), "while they drain");
+        assert_eq!(commit(&world, 2, two), Refusal::WriteBackFailed { pin: two });
+        let (_, record) = world.released(1);
+        assert_eq!(record.unwrap().reason, Reason::WriteBackFailed);
+        world.registry.retired(guard(1));
+        assert_eq!(commit(&world, 1, one), Refusal::WriteBackFailed { pin: one }, "for good");
+        let new = world.registry.add_file(inode(1), guard(2)).unwrap();
+        let pin = world.pin(1, 2);
+        assert!(world.registry.begin_commit(session(1), pin, new).is_ok(), "of the next guarding");
+    }
+
+    #[test]
+    fn clients_are_told_of_a_write_back_that_fails_while_they_drain_for_another_reason() {
+        let mut world = World::new();
+        world.file(1);
+        let pin = world.pin(1, 1);
+        world.broken(1);
+        let again = world.registry.write_back_failed(guard(1), world.now, BUDGET);
+        assert_eq!(again, [], "they drain already");
+        world.registry.drained(session(1), &[pin], world.now);
+        let (actions, record) = world.released(1);
+        let told =
+            matches!(actions[..], [Action::NotifyRevoked { reason: Reason::WriteBackFailed, .. }]);
+        assert!(told, "{actions:?}");
+        let reason = record.unwrap().reason;
+        assert_eq!(reason, Reason::Break(BreakKind::Writer), "the audit knows who wanted it");
     }
 
     #[test]

@@ -103,6 +103,7 @@ fn of_refusal(refusal: &Refusal) -> (Code, Reason) {
         Refusal::UnknownSession => (Code::NotFound, Reason::UnknownSession),
         Refusal::UnknownPin { .. } => (Code::NotFound, Reason::UnknownPin),
         Refusal::Stale { .. } => (Code::Aborted, Reason::StaleGeneration),
+        Refusal::WriteBackFailed { .. } => (Code::DataLoss, Reason::WriteBackFailed),
         Refusal::RangeHeld { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
         Refusal::ReadOnly { .. } => (Code::PermissionDenied, Reason::ReadOnlyPin),
         Refusal::Draining => (Code::Unavailable, Reason::FileDraining),
@@ -126,6 +127,7 @@ fn of_file(error: &FileError) -> (Code, Reason) {
         FileError::Device { .. } => (Code::FailedPrecondition, Reason::UnsupportedFile),
         FileError::FixedSize { .. } => (Code::FailedPrecondition, Reason::FixedSize),
         FileError::MediumLost { .. } => (Code::DataLoss, Reason::MediumLost),
+        FileError::WriteBack { .. } => (Code::DataLoss, Reason::WriteBackFailed),
         FileError::RangeLocked { .. } => (Code::FailedPrecondition, Reason::RangeHeld),
         FileError::NoGuard { .. }
         | FileError::NoSeal { .. }

@@ -433,6 +433,7 @@ fn reason(reason: Reason) -> v1::RevocationReason {
         Reason::Operator => v1::RevocationReason::Operator,
         Reason::Quiesce => v1::RevocationReason::Quiesce,
         Reason::Steal => v1::RevocationReason::Steal,
+        Reason::WriteBackFailed => v1::RevocationReason::WriteBackFailed,
     }
 }
 

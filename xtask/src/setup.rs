@@ -40,7 +40,7 @@ const BUILD: [Need; 4] = [
     ),
 ];
 
-const LAB: [Need; 16] = [
+const LAB: [Need; 17] = [
     need("qemu-system-x86", "the guest", Sign::Program("qemu-system-x86_64")),
     need("busybox-static", "the guest's first user space", Sign::StaticBusybox),
     need("kmod", "the guest's modules", Sign::Program("modprobe")),
@@ -52,6 +52,7 @@ const LAB: [Need; 16] = [
     need("xfsprogs", "XFS with DAX", Sign::Program("mkfs.xfs")),
     need("btrfs-progs", "btrfs without DAX", Sign::Program("mkfs.btrfs")),
     need("iproute2", "the soft NIC", Sign::Program("rdma")),
+    need("dmsetup", "a disk that fails", Sign::Program("dmsetup")),
     need("libibverbs1", "RDMA", Sign::File(&LIB, "libibverbs.so.1")),
     need(
         "ibverbs-providers",

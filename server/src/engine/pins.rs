@@ -735,46 +735,6 @@ impl Engine {
             self.order(Order::Now(file.id()));
         }
     }
-
-    /// Makes what landed in a range durable: only if the flush returned before the release.
-    pub(crate) async fn commit(
-        &self,
-        id: SessionId,
-        pin: PinId,
-        generation: Generation,
-        range: Option<Range<u64>>,
-    ) -> Result<Duration> {
-        let view = self.registry().begin_commit(id, pin, generation)?;
-        let stale = || Refusal::Stale { pin, asked: generation };
-        let file = self.file(view.guard).ok_or_else(stale)?;
-        let (engine, file_system) = (self.arc(), Arc::clone(file.file_system()));
-        let bytes = view.range.end - view.range.start;
-        drop(file);
-        file_system.call(bytes, move || engine.commit_at_once(id, pin, generation, range)).await
-    }
-
-    fn commit_at_once(
-        &self,
-        id: SessionId,
-        pin: PinId,
-        generation: Generation,
-        range: Option<Range<u64>>,
-    ) -> Result<Duration> {
-        let view = self.registry().begin_commit(id, pin, generation)?;
-        let stale = || Refusal::Stale { pin, asked: generation };
-        let file = self.file(view.guard).ok_or_else(stale)?;
-        let range = committed_range(range, &view.range, file.description().size()?)?;
-        let kind = file.kind();
-        if !kind.can_be_durable() {
-            return Err(Error::NotDurable { path: file.path().to_owned(), kind });
-        }
-        let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
-        let start = Instant::now();
-        flusher.make_durable(range)?;
-        let took = start.elapsed();
-        self.demand_not_let_go(&file, pin, generation)?;
-        Ok(took)
-    }
 }
 
 /// How others are to see the range of a pin.

@@ -17,11 +17,12 @@ impl Engine {
         .await
     }
 
-    /// BLAKE3 of bytes of a pin, read through the kernel. No fence waits for the sum.
+    /// BLAKE3 of bytes of a pin, as the medium has them: bytes that could not be written back stay in the
+    /// page cache and look well there. No fence waits for the sum.
     pub(crate) async fn stream_digest(&self, piece: StreamPiece, len: usize) -> Result<Vec<u8>> {
         let digest = move |data: Vec<u8>| blake3::hash(&data).as_bytes().to_vec();
         let work =
-            move |engine: &Arc<Self>| engine.read_inside(piece, len, HeldFile::read_at).map(digest);
+            move |engine: &Arc<Self>| engine.read_inside(piece, len, read_from_medium).map(digest);
         self.streaming(piece, PinAccess::Read, work).await
     }
 
@@ -52,6 +53,12 @@ impl Engine {
         self.registry().demand_unfenced(file.id(), pin, generation)?;
         if file.lapsed() { Err(Refusal::Stale { pin, asked: generation }.into()) } else { Ok(()) }
     }
+}
+
+/// Bytes that are not flushed yet come from the page cache all the same; a commit tells of them.
+fn read_from_medium(file: &HeldFile, data: &mut [u8], offset: u64) -> Result<()> {
+    file.drop_cached(offset..offset + data.len() as u64)?;
+    file.read_at(data, offset)
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ impl Engine {
     }
 
     /// Before anybody is told: from the break on no stream write enters the kernel.
-    fn close_if_going(&self, file: &HeldFile) {
+    pub(super) fn close_if_going(&self, file: &HeldFile) {
         if self.registry().is_going(file.id()) {
             file.gate().close();
         }
@@ -153,7 +153,8 @@ impl Engine {
         let times = description.times();
         let Some(released) = file.release(fenced) else { return };
         // Before it can be guarded again.
-        let modified = times.modified_ns.filter(|_| !released.lapsed);
+        let unwritten = file.flushes().have_failed();
+        let modified = times.modified_ns.filter(|_| !released.lapsed && !unwritten);
         locked(&self.lives).let_go(description.identity(), modified);
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();

@@ -211,14 +211,17 @@ impl Engine {
             }
             Resize::Longer.check(file.description().size()?, size)?;
             let under = Under { tier: file.tier(), lapsed: &|| file.lapsed() };
-            let grown = file.description().grow(size, under, &mut |progress| {
-                self.registry().is_held(file.id()) && pace.goes_on(progress)
+            let grown = self.flush(file, || {
+                Ok(file.description().grow(size, under, &mut |progress| {
+                    self.registry().is_held(file.id()) && pace.goes_on(progress)
+                })?)
             });
-            if let Err(FileError::NoSpace { kept_bytes: 1.., .. }) = &grown {
+            if let Err(Error::File(FileError::NoSpace { kept_bytes: 1.., .. })) = &grown {
                 file.note_excess();
             }
             file.measure_pages();
-            completed(grown?, size, &pace, file.description())
+            let grown = grown?.ok_or(Refusal::Draining)?;
+            completed(grown, size, &pace, file.description())
         })();
         drop(inside);
         self.fence_if_awaited(file);
