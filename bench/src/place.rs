@@ -46,6 +46,8 @@ pub(crate) struct Storage {
     daemon: Peer,
     log: tempfile::NamedTempFile,
     folder: tempfile::TempDir,
+    /// The daemon's state folder.
+    _state: tempfile::TempDir,
 }
 
 impl Storage {
@@ -56,14 +58,25 @@ impl Storage {
         let export = format!("{EXPORT}={}", folder.path().display());
         let program = beside_us("pinfoldd")?;
         let device = &places.device;
-        let arguments = ["--listen", "127.0.0.1:0", "--rdma-device", device, "--export", &export];
+        let state = tempfile::tempdir_in(&places.tmpfs)?;
+        let state_dir = state.path().to_str().context("a folder whose name is no UTF-8")?;
+        let arguments = [
+            "--listen",
+            "127.0.0.1:0",
+            "--rdma-device",
+            device,
+            "--export",
+            &export,
+            "--state-dir",
+            state_dir,
+        ];
         // As to a journal: a terminal, or the lab's console, would cost more than what it tells of.
         let log = tempfile::NamedTempFile::new_in(&places.tmpfs)?;
         let mut daemon = Peer::start_with_log(&program, &arguments, log.reopen()?)?;
         let url = daemon
             .hear("pinfoldd: listening on")
             .with_context(|| std::fs::read_to_string(log.path()).unwrap_or_default())?;
-        Ok(Self { places: places.clone(), url, daemon, log, folder })
+        Ok(Self { places: places.clone(), url, daemon, log, folder, _state: state })
     }
 
     /// Where it listens.

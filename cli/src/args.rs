@@ -134,7 +134,7 @@ pub(crate) enum Command {
 
     /// Pin a file and show the grant
     #[command(after_help = "Examples:\n  pinfold pin data/log\n  pinfold pin data/log --range \
-        1M..2M --read-only\n  pinfold pin data/log --hold     # then, on the host: truncate -s 0 \
+        1M..2M --read-only\n  pinfold pin data/log --hold     # then, on the host: : > \
         …/log\n  pinfold pin data/log --keep --json | jq .event\n  pinfold pin data/log --exclusive \
         --steal --hold\n\nWith --hold the pin is held \
         until Ctrl-C or until the host's file system wants the file back; then the steps of the \

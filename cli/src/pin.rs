@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use pinfold_cli::timeline;
 use pinfold_client::{
-    DrainNotice, Event, Events, Grant, Interruption, InterruptionCause, KeptPin, KeptSession, Pin,
-    PinRequest, Revocation, Session,
+    DrainNotice, Event, Events, Grant, GuardTier, Interruption, InterruptionCause, KeptPin,
+    KeptSession, Pin, PinRequest, Revocation, Session,
 };
 use serde::Serialize;
 
@@ -259,7 +259,7 @@ fn show_grant(session: &Session, args: &Args, grant: &Grant) -> Result<(), Failu
         grant.range.end,
         grant.usable().end,
         grant.generation,
-        grant.guard,
+        guard(grant.guard),
         grant.page_size_bytes,
         if grant.dax { "DAX" } else { "no DAX" },
         if grant.map_sync { ", MAP_SYNC" } else { "" },
@@ -289,6 +289,18 @@ fn no_rdma_because(session: &Session, grant: &Grant) -> Option<String> {
     }
     let because = grant.no_rdma_because.clone();
     because.or_else(|| session.no_rdma_because().map(str::to_owned))
+}
+
+/// The guard, and what it does not hold back.
+fn guard(guard: GuardTier) -> String {
+    let weakness = match guard {
+        GuardTier::Lease => {
+            " (rename and unlink of the file are noticed afterwards, not held back)"
+        }
+        GuardTier::Unguarded => " (nothing is held back; rename and unlink are noticed afterwards)",
+        _ => "",
+    };
+    format!("{guard}{weakness}")
 }
 
 fn listed(grant: &Grant) -> String {

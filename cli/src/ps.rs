@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use pinfold_client::{
-    BrokenFile, ExportInfo, FileInfo, FileState, GuardTier, Inspection, PinInfo, SessionInfo,
-    Transport,
+    BrokenFile, ExportInfo, FileInfo, FileState, GuardTier, Inspection, NameState, PinInfo,
+    SessionInfo, Transport,
 };
 use serde::Serialize;
 
@@ -52,6 +52,8 @@ struct FileReport {
     generation: String,
     guard: String,
     state: &'static str,
+    /// What has become of the name by which it was pinned; null: it names the file.
+    name: Option<&'static str>,
     pins: Vec<PinReport>,
     /// How long the server takes to cut it off.
     revocation_cost_us: u128,
@@ -168,7 +170,7 @@ impl Report {
         for file in &self.files {
             let mut push = |[pin, bytes, access, by, client]: [String; 5]| {
                 let (state, guard) = (file.state.to_owned(), file.guard.clone());
-                table.push([state, guard, pin, bytes, access, by, client, printable(&file.path)]);
+                table.push([state, guard, pin, bytes, access, by, client, file.shown_path()]);
             };
             if file.pins.is_empty() {
                 push(std::array::from_fn(|_| "-".to_owned()));
@@ -262,7 +264,24 @@ impl FileReport {
                 FileState::Released => "released",
                 _ => "unknown",
             },
+            name: match file.name {
+                NameState::Replaced => Some("replaced"),
+                NameState::Renamed => Some("renamed"),
+                NameState::Deleted => Some("deleted"),
+                _ => None,
+            },
             pins: file.pins.into_iter().map(|pin| PinReport::new(pin, clients)).collect(),
+        }
+    }
+}
+
+impl FileReport {
+    /// As `lsof` marks what has no name.
+    fn shown_path(&self) -> String {
+        let path = printable(&self.path);
+        match self.name {
+            Some(name) => format!("{path} ({name})"),
+            None => path,
         }
     }
 }
@@ -312,7 +331,7 @@ mod tests {
             exclusive,
             transport: Transport::Stream,
         };
-        let file = |path: &str, state, pins| FileInfo {
+        let file = |path: &str, state, name, pins| FileInfo {
             path: path.to_owned(),
             generation: Generation { incarnation: 1, counter: 2 },
             guard: GuardTier::Lease,
@@ -320,6 +339,7 @@ mod tests {
             pins,
             revocation_cost: Duration::from_micros(1234),
             region_memory_bytes: 1 << 20,
+            name,
         };
         Inspection {
             region_memory_bytes: 3 << 19,
@@ -333,8 +353,13 @@ mod tests {
             }],
             exports: vec![],
             files: vec![
-                file("/data/a", FileState::Held, vec![pin(7, 1, true), pin(12, 9, false)]),
-                file("/data/b", FileState::Released, vec![]),
+                file(
+                    "/data/a",
+                    FileState::Held,
+                    NameState::Stands,
+                    vec![pin(7, 1, true), pin(12, 9, false)],
+                ),
+                file("/data/b", FileState::Released, NameState::Replaced, vec![]),
             ],
         }
     }
@@ -347,7 +372,7 @@ mod tests {
 STATE     GUARD  PIN  BYTES    ACCESS                 BY      CLIENT  FILE
 held      lease    7  0..4096  read-write, exclusive  stream  app     /data/a
 held      lease   12  0..4096  read-write             stream  gone    /data/a
-released  lease    -  -        -                      -       -       /data/b
+released  lease    -  -        -                      -       -       /data/b (replaced)
 
 SESSION  PINS  DEVICE  CLIENT
       1     1  -       app
@@ -394,6 +419,8 @@ BREAKS  LAST     BY             FILE
         assert_eq!((&pins[0]["client"], &pins[0]["exclusive"]), (&"app".into(), &true.into()));
         assert_eq!(pins[1]["client"], serde_json::Value::Null);
         assert_eq!(json["files"][1]["state"], "released");
+        assert_eq!(json["files"][0]["name"], serde_json::Value::Null);
+        assert_eq!(json["files"][1]["name"], "replaced");
         assert_eq!(json["sessions"][1]["yours"], true);
         assert_eq!(json["broken"][0]["by"]["find"], 11);
     }

@@ -38,13 +38,16 @@ pub(crate) fn token(reason: RevocationReason) -> &'static str {
         RevocationReason::Quiesce => "quiesce",
         RevocationReason::Steal => "steal",
         RevocationReason::WriteBackFailed => "write_back_failed",
+        RevocationReason::NameGone => "name_gone",
         _ => "unknown",
     }
 }
 
 /// What the release did for the one who wanted the file.
 pub(crate) fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> &'static str {
-    use RevocationReason::{Operator, Quiesce, Remove, Shrink, Shutdown, Steal, WriteBackFailed};
+    use RevocationReason::{
+        NameGone, Operator, Quiesce, Remove, Shrink, Shutdown, Steal, WriteBackFailed,
+    };
     match (reason, timings.break_pending_at_release) {
         (Shutdown, _) => "nobody waited for the file",
         (Shrink | Remove | Steal, _) => {
@@ -54,8 +57,9 @@ pub(crate) fn verdict(reason: RevocationReason, timings: &RevocationTimings) -> 
             "no local process waited for the file: the kernel could not write it back to its medium"
         }
         (Operator | Quiesce, _) => "no local process waited for the file: an operator asked for it",
-        (_, true) => "the local process was let through by the release",
-        (_, false) => "the local process had given up, or the kernel had let it through",
+        (NameGone, _) => "no local process waited for the file: its name was taken without asking",
+        (_, true) => "the file was let go in time for a local process that waits for it",
+        (_, false) => "the kernel had let the local process through before the file was let go",
     }
 }
 
@@ -78,8 +82,8 @@ mod tests {
     #[test]
     fn only_a_break_has_a_local_process_waiting() {
         for reason in [RevocationReason::LocalReader, RevocationReason::LocalWriter] {
-            assert!(verdict(reason, &timings(true)).contains("let through by the release"));
-            assert!(verdict(reason, &timings(false)).contains("given up"));
+            assert!(verdict(reason, &timings(true)).contains("let go in time"));
+            assert!(verdict(reason, &timings(false)).contains("kernel had let"));
         }
         for reason in [
             RevocationReason::Shrink,
@@ -89,8 +93,9 @@ mod tests {
             RevocationReason::Quiesce,
             RevocationReason::Steal,
             RevocationReason::WriteBackFailed,
+            RevocationReason::NameGone,
         ] {
-            assert!(!verdict(reason, &timings(false)).contains("given up"), "{reason}");
+            assert!(!verdict(reason, &timings(false)).contains("kernel had let"), "{reason}");
         }
     }
 

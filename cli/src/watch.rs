@@ -193,8 +193,8 @@ mod tests {
         assert_eq!(
             line(&record()),
             "/srv/data/logs/a: a local process wants to change the file; 2 pins of 1 session taken \
-             back, fenced after 9.10 ms, released after 9.40 ms; the local process was let through \
-             by the release\n",
+             back, fenced after 9.10 ms, released after 9.40 ms; the file was let go in time for \
+             a local process that waits for it\n",
         );
         let late = RevocationRecord { late_stream_writes: 3, ..record() };
         assert!(line(&late).ends_with("; 3 stream writes ended after the release\n"));

@@ -6,11 +6,16 @@
 
 #[path = "with_server/copies.rs"]
 mod copies;
+#[path = "with_server/names.rs"]
+mod names;
+#[path = "with_server/restarts.rs"]
+mod restarts;
 #[path = "with_server/unmixed.rs"]
 mod unmixed;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -38,6 +43,9 @@ fn serve_until_standard_input_ends() {
     let export = ExportConfig::new("data", folder);
     let mut config = Config::new(vec![export]);
     config.rdma_devices = vec![];
+    config.state_folder = Some(std::env::var_os(STATE).unwrap().into());
+    // Nothing here waits for the end of it.
+    config.unseen_breaker_pause = DEADLINE * 2;
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let server = Server::start(config).await.unwrap();
@@ -73,10 +81,14 @@ fn the_doctor_finds_the_server_and_says_why_there_is_no_rdma() {
 /// A storage host: a folder, served.
 struct Host {
     folder: TempDir,
+    state: TempDir,
     url: String,
     /// Ended by its input when this is dropped.
     server: Running,
 }
+
+/// Names its state folder.
+const STATE: &str = "PINFOLD_TEST_STATE";
 
 /// Names the port to listen at, in the process that serves; 0: any.
 const PORT: &str = "PINFOLD_TEST_PORT";
@@ -101,15 +113,17 @@ impl Host {
     fn start() -> Self {
         // Where the build goes is a disk, more likely than /tmp.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let (server, url) = Self::serve(folder.path(), "0");
-        Self { folder, url, server }
+        let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let (server, url) = Self::serve(folder.path(), state.path(), "0");
+        Self { folder, state, url, server }
     }
 
-    fn serve(folder: &Path, port: &str) -> (Running, String) {
+    fn serve(folder: &Path, state: &Path, port: &str) -> (Running, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
             .args(["--exact", "serve_until_standard_input_ends", "--nocapture"])
             .env(SERVE, folder)
+            .env(STATE, state)
             .env(PORT, port)
             .stdin(Stdio::piped());
         let mut server = Running::start(command);
@@ -120,10 +134,25 @@ impl Host {
 
     /// Ends the server without a word, and starts another one at the same address.
     fn kill_and_serve_again(&mut self) {
+        self.kill_server();
+        self.serve_again();
+    }
+
+    fn kill_server(&mut self) {
         self.server.signal(Signal::KILL);
         self.server.child.wait().unwrap();
+    }
+
+    fn serve_again(&mut self) {
         let port = self.url.rsplit(':').next().unwrap();
-        (self.server, self.url) = Self::serve(self.folder.path(), port);
+        (self.server, self.url) = Self::serve(self.folder.path(), self.state.path(), port);
+    }
+
+    /// Has the server end in order, and waits until it has.
+    fn end_server(&mut self) {
+        drop(self.server.child.stdin.take());
+        let ended = self.server.end();
+        assert_eq!(ended.code, 0, "the server failed: {}{}", ended.stdout, ended.stderr);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -1060,9 +1089,10 @@ fn an_export_is_resumed_only_as_the_folder_that_it_was() {
     fs::remove_dir(host.folder.path()).unwrap();
     fs::rename(&away, host.folder.path()).unwrap();
     // While it is quiesced another server may have it.
-    let (other, url) = Host::serve(host.folder.path(), "0");
+    let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (other, url) = Host::serve(host.folder.path(), state.path(), "0");
     host.assert_fails(&["resume", "data"], 6, &["only one program may serve an export"]);
-    drop(Host { folder: tempfile::tempdir().unwrap(), url, server: other });
+    drop(Host { folder: tempfile::tempdir().unwrap(), state, url, server: other });
     assert_eq!(host.json(&["resume", "data"])["was_quiesced"], true);
     assert_eq!(host.run(&["ls", "data"]).stdout, "inner/\n");
 }

@@ -8,10 +8,11 @@ use pinfold_proto::v1;
 
 use crate::FileIdentity;
 
-/// Names one guarding of one file; never used again, across restarts of the server too.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+/// Names one guarding of one file; never used again, across restarts of the server too. Those of one
+/// export are ordered by when they were granted; those of different exports or servers are not comparable.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Generation {
-    /// Random for each run of the server.
+    /// Of one run of the server, above that of every earlier run with the same state folder.
     pub incarnation: u64,
     /// Counts up within it.
     pub counter: u64,
@@ -19,7 +20,7 @@ pub struct Generation {
 
 /// A stretch of a file's life during which nobody but the server's clients has changed its bytes. A new one
 /// begins when a local process has written to it, cut it or grown it while it was not pinned; to set its
-/// times looks the same. Until the server is started again lives can be told apart.
+/// times looks the same. A restart of the server does not end it; what a server that was killed can't know does.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Life {
     /// As in [`Generation`].

@@ -115,6 +115,24 @@ pub struct FileInfo {
     pub revocation_cost: Duration,
     /// Kernel memory that the memory regions on it hold, in bytes.
     pub region_memory_bytes: u64,
+    /// What has become of the name by which it was pinned.
+    pub name: NameState,
+}
+
+/// What has become of the name by which a file was pinned, as the server noticed last.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum NameState {
+    /// It names the file.
+    Stands,
+    /// It names another file.
+    Replaced,
+    /// It names nothing, and the file has another name.
+    Renamed,
+    /// The file has no name left.
+    Deleted,
+    /// The server did not say, or something that this version does not know.
+    Unknown,
 }
 
 /// How far a guarded file is in its life.
@@ -252,12 +270,25 @@ impl Inspection {
     }
 }
 
+impl From<v1::NameState> for NameState {
+    fn from(wire: v1::NameState) -> Self {
+        match wire {
+            v1::NameState::Unspecified => Self::Unknown,
+            v1::NameState::Stands => Self::Stands,
+            v1::NameState::Replaced => Self::Replaced,
+            v1::NameState::Renamed => Self::Renamed,
+            v1::NameState::Deleted => Self::Deleted,
+        }
+    }
+}
+
 impl FileInfo {
     fn parse(wire: v1::FileInfo) -> Result<Self, Malformed> {
         Ok(Self {
             generation: wire.generation.ok_or(Malformed("a file without a generation"))?.into(),
             guard: GuardTier::from_wire(wire.guard),
             state: wire.state().into(),
+            name: wire.name().into(),
             path: wire.path,
             pins: wire.pins.into_iter().map(PinInfo::parse).collect::<Result<_, _>>()?,
             revocation_cost: Duration::from_micros(wire.revocation_cost_us),
@@ -375,6 +406,7 @@ mod tests {
             pins: pins.iter().map(pin).collect(),
             revocation_cost: Duration::ZERO,
             region_memory_bytes: 0,
+            name: NameState::Stands,
         }
     }
 

@@ -83,8 +83,8 @@ pub use grant::{
     Access, Durability, Generation, Grant, GuardTier, Life, Quirks, Segment, Transport,
 };
 pub use inspection::{
-    Breaker, BrokenFile, ExportInfo, FileInfo, FileState, Inspection, PinInfo, Quiesced, Quieted,
-    Records, RevocationRecord, SessionInfo,
+    Breaker, BrokenFile, ExportInfo, FileInfo, FileState, Inspection, NameState, PinInfo, Quiesced,
+    Quieted, Records, RevocationRecord, SessionInfo,
 };
 pub use keep::{KeptPin, KeptSession};
 pub use kept_state::{FileChange, Interruption, InterruptionCause};

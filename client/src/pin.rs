@@ -165,9 +165,9 @@ impl PinRequest {
         self
     }
 
-    /// Refuses with [`Reason::FileModified`](crate::Reason::FileModified) if a local process has changed
-    /// the file's bytes since the life of an earlier grant. The server that made that one must still run:
-    /// of what was before it was started it knows nothing, and refuses nothing.
+    /// Refuses with [`Reason::FileModified`](crate::Reason::FileModified) unless no local process has changed
+    /// the file's bytes since the life of an earlier grant, as far as the server knows; it remembers that
+    /// across restarts.
     #[must_use]
     pub fn expect_life(mut self, life: Life) -> Self {
         self.expected_life = Some(life);
@@ -211,9 +211,8 @@ impl PinRequest {
     /// that an old holder sent lands after the grant. All pins of the file are revoked, also those that
     /// don't overlap and this session's own, as one fence cuts off a whole file.
     ///
-    /// [`Grant::generation`](crate::Grant::generation) is a fencing token then: within an incarnation of
-    /// the server its counter is above that of every grant before, and the grants of earlier incarnations
-    /// are dead. A pin that is kept steals once, and waits for its turn when it is lost.
+    /// [`Grant::generation`](crate::Grant::generation) is a fencing token then: it is above that of every
+    /// grant of the export before, the incarnation counting first, also across restarts of the server. A pin that is kept steals once, and waits for its turn when it is lost.
     #[must_use]
     pub fn steal(mut self) -> Self {
         self.exclusive = true;

@@ -27,6 +27,9 @@ pub enum RevocationReason {
     Quiesce,
     /// Another client has [stolen](crate::PinRequest::steal) the file.
     Steal,
+    /// A process on the storage host has unlinked, renamed or replaced the file, which its guard does not
+    /// hold back: the path does not name it any more.
+    NameGone,
     /// The server's kernel could not write the file back to its medium. Bytes that were written by any
     /// pin of the file and not committed before may be missing there.
     WriteBackFailed,
@@ -45,8 +48,9 @@ pub struct RevocationTimings {
     pub fenced: Duration,
     /// The guard was let go and the local process proceeded.
     pub released: Duration,
-    /// Whether the kernel still held the local process back when the guard was released. False:
-    /// the process gave up, or lease-break-time ran out.
+    /// Whether the break was still pending in the kernel when the guard was released: a local process
+    /// that waits proceeds because of that. Also true of one that does not wait (`O_NONBLOCK`). False: no
+    /// local process wanted the file, or lease-break-time ran out.
     pub break_pending_at_release: bool,
 }
 
@@ -100,6 +104,7 @@ impl From<v1::RevocationReason> for RevocationReason {
             v1::RevocationReason::Operator => Self::Operator,
             v1::RevocationReason::Quiesce => Self::Quiesce,
             v1::RevocationReason::Steal => Self::Steal,
+            v1::RevocationReason::NameGone => Self::NameGone,
             v1::RevocationReason::WriteBackFailed => Self::WriteBackFailed,
         }
     }
@@ -148,6 +153,9 @@ impl fmt::Display for RevocationReason {
             Self::Operator => "revoked by an operator",
             Self::Quiesce => "an operator quiesces the export",
             Self::Steal => "another client has stolen the file",
+            Self::NameGone => {
+                "a local process removed, renamed or replaced the file: its path does not name it any more"
+            }
             Self::WriteBackFailed => "the server could not write the file back to its medium",
             Self::Unknown => "the server gave a reason that this version does not know",
         })

@@ -24,6 +24,7 @@ const LEN: usize = 64 << 10;
 /// A server without RDMA that exports a folder as "data", and can be started again.
 struct Host {
     folder: TempDir,
+    state: TempDir,
     address: String,
     stop: Option<oneshot::Sender<()>>,
     serving: Option<JoinHandle<()>>,
@@ -34,7 +35,8 @@ impl Host {
         // On the disk of the build, where /tmp may be memory.
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let address = "127.0.0.1:0".to_owned();
-        let mut host = Self { folder, address, stop: None, serving: None };
+        let state = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let mut host = Self { folder, state, address, stop: None, serving: None };
         host.serve().await;
         fs::write(host.path("file"), vec![0; LEN]).unwrap();
         host
@@ -44,7 +46,8 @@ impl Host {
     async fn serve(&mut self) {
         let directory = self.folder.path().to_owned();
         let export = ExportConfig::new("data", directory);
-        let config = Config { rdma_devices: Vec::new(), ..Config::new(vec![export]) };
+        let mut config = Config { rdma_devices: Vec::new(), ..Config::new(vec![export]) };
+        config.state_folder = Some(self.state.path().to_owned());
         let server = Server::start(config).await.expect("a server");
         let listener = TcpListener::bind(&self.address).await.unwrap();
         self.address = listener.local_addr().unwrap().to_string();
@@ -347,12 +350,17 @@ async fn a_file_that_was_written_again_in_the_same_size_is_a_change() {
     let pin = direct.pin(everything().expect_life(life)).await.expect("what the server grew");
     pin.unpin().await.unwrap();
 
-    // Of what happened while no server ran nothing is known.
+    // A restart is no change, and one that was made while no server ran is known.
+    host.stop().await;
+    host.serve().await;
+    let direct = session.session().await.unwrap();
+    direct.pin(everything().expect_life(life)).await.unwrap().unpin().await.unwrap();
     host.stop().await;
     fs::write(host.path("file"), b"another").unwrap();
     host.serve().await;
     let direct = session.session().await.unwrap();
-    direct.pin(everything().expect_life(life)).await.unwrap().unpin().await.unwrap();
+    let refused = direct.pin(everything().expect_life(life)).await.unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::FileModified), "{refused}");
     session.close().await;
     host.stop().await;
 }

@@ -1,6 +1,7 @@
 //! `pinfoldd` as a process, and what it says.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
@@ -8,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::process::{memlock_prefix, prefixed};
 use crate::{DEADLINE, EXPORT, Finished, device_name, tool};
@@ -29,6 +31,8 @@ pub enum SystemCall {
 pub struct Daemon {
     /// Where clients reach it.
     pub url: String,
+    /// Where its state folder lies.
+    state: Arc<TempDir>,
     child: Child,
     log: Arc<Log>,
     reader: Option<JoinHandle<()>>,
@@ -48,9 +52,28 @@ impl Daemon {
         Self::start_with(exports, &["--rdma-device", &server_device()])
     }
 
-    /// Starts one where another one listened that is gone now.
-    pub fn start_at(port: u16, exports: &[(&str, &Path)]) -> Self {
-        Self::start_on(port, exports, &["--rdma-device", &server_device()])
+    /// Starts another one when this one is gone: it listens where this one did, and has its state folder.
+    pub fn successor(&self, exports: &[(&str, &Path)]) -> Self {
+        let command = on_storage_host(&[], self.port());
+        let arguments = ["--rdma-device", &server_device()];
+        let started = Self::try_start(command, Arc::clone(&self.state), exports, &arguments);
+        started.unwrap_or_else(|ended| panic!("pinfoldd did not start: {ended:?}"))
+    }
+
+    /// Waits until it has written down that it is alive, later than this call: a file that nobody has
+    /// changed since then is known to its successor.
+    pub fn wait_for_sign_of_life(&self) {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        let lives = self.state.path().join(STATE_FOLDER).join("lives");
+        let is_later = |line: &str| {
+            let at_ns = line.strip_prefix("alive ").and_then(|at_ns| at_ns.parse().ok());
+            at_ns.is_some_and(|at_ns: u128| at_ns > now.as_nanos())
+        };
+        let begin = Instant::now();
+        while !std::fs::read_to_string(&lives).unwrap_or_default().lines().any(is_later) {
+            assert!(begin.elapsed() < DEADLINE, "no sign of life in {}", lives.display());
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
     }
 
     /// Where it listens.
@@ -60,11 +83,7 @@ impl Daemon {
 
     /// Starts one with these arguments on a free port, and waits until it listens.
     pub fn start_with(exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
-        Self::start_on(0, exports, arguments)
-    }
-
-    fn start_on(port: u16, exports: &[(&str, &Path)], arguments: &[&str]) -> Self {
-        Self::started(on_storage_host(&[], port), exports, arguments)
+        Self::started(on_storage_host(&[], 0), exports, arguments)
     }
 
     /// Starts one with the lab's soft NIC that may lock only so many bytes of memory.
@@ -98,8 +117,8 @@ impl Daemon {
 
     /// Runs one that does not start, to its end.
     pub fn refused(exports: &[(&str, &Path)], arguments: &[&str]) -> Finished {
-        let mut command = on_storage_host(&[], 0);
-        configure(&mut command, exports, arguments);
+        let (mut command, state) = (on_storage_host(&[], 0), state_folder());
+        configure(&mut command, state.path(), exports, arguments);
         let output = command.output().unwrap();
         let code = output.status.code().unwrap_or_else(|| panic!("it died: {}", output.status));
         let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -112,11 +131,20 @@ impl Daemon {
     }
 
     fn try_started(
-        mut command: Command,
+        command: Command,
         exports: &[(&str, &Path)],
         arguments: &[&str],
     ) -> Result<Self, Finished> {
-        configure(&mut command, exports, arguments);
+        Self::try_start(command, Arc::new(state_folder()), exports, arguments)
+    }
+
+    fn try_start(
+        mut command: Command,
+        state: Arc<TempDir>,
+        exports: &[(&str, &Path)],
+        arguments: &[&str],
+    ) -> Result<Self, Finished> {
+        configure(&mut command, state.path(), exports, arguments);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let stderr = BufReader::new(child.stderr.take().unwrap());
@@ -134,7 +162,7 @@ impl Daemon {
             let code = status.code().unwrap_or_else(|| panic!("it died: {status}; {}", log.text()));
             return Err(Finished { code, stdout: first, stderr: log.text() });
         };
-        Ok(Self { url: url.to_owned(), child, log, reader: Some(reader) })
+        Ok(Self { url: url.to_owned(), state, child, log, reader: Some(reader) })
     }
 
     /// Its process id.
@@ -253,9 +281,19 @@ fn on_storage_host(prefix: &[&str], port: u16) -> Command {
     command
 }
 
-fn configure(command: &mut Command, exports: &[(&str, &Path)], arguments: &[&str]) {
+/// In the folder of its own that each daemon has.
+const STATE_FOLDER: &str = "state";
+
+/// Also a daemon of another user may make its state folder in it.
+fn state_folder() -> TempDir {
+    let everybodys = std::fs::Permissions::from_mode(0o777);
+    tempfile::Builder::new().permissions(everybodys).tempdir().unwrap()
+}
+
+fn configure(command: &mut Command, state: &Path, exports: &[(&str, &Path)], arguments: &[&str]) {
     // Some tests serve several file systems from one process, to see how far one keeps up the others.
     command.args(["--log-format", "json", "--share-fate"]).args(arguments);
+    command.arg("--state-dir").arg(state.join(STATE_FOLDER));
     for (name, folder) in exports {
         command.arg("--export").arg(format!("{name}={}", folder.display()));
     }

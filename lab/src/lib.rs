@@ -142,7 +142,7 @@ impl Lab {
 
     /// As [`Lab::restart`], and clients find it where the old one was.
     pub fn restart_at_same_address(&mut self) {
-        self.daemon = Daemon::start_at(self.daemon.port(), &[(EXPORT, self.folder.path())]);
+        self.daemon = self.daemon.successor(&[(EXPORT, self.folder.path())]);
     }
 
     /// A file in the export.

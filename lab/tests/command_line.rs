@@ -80,7 +80,7 @@ on_each_file_system! {
         let found: Vec<&str> =
             lines.filter_map(|line| rows.into_iter().find(|row| line.starts_with(row))).collect();
         assert_eq!(found, rows, "{}", ended.stdout);
-        assert!(ended.stdout.contains("the local process was let through by the release"));
+        assert!(ended.stdout.contains("let go in time for a local process that waits for it"));
 
         lab.make_file("name", 1 << 20);
         let mut holding = lab.start_pinfold(&["pin", "lab/name", "--hold", "--json"]);

@@ -93,6 +93,8 @@ on_each_file_system! {
         pin.commit().await.unwrap();
         buffer = write(&pin, Pattern(2), HALF, buffer).await;
 
+        // What was written after its last sign of life might be a local process's.
+        lab.daemon.wait_for_sign_of_life();
         lab.daemon.kill();
         let interruption = pin.interrupted().await;
         assert!(

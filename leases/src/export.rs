@@ -301,7 +301,7 @@ impl Export {
         sync_folder(&folder, &full)
     }
 
-    fn open_beneath(
+    pub(crate) fn open_beneath(
         &self,
         what: &Path,
         flags: OFlags,
@@ -516,6 +516,8 @@ pub(crate) struct Attributes {
     pub(crate) dax: bool,
     pub(crate) times: FileTimes,
     pub(crate) kind: FileType,
+    /// `st_nlink`
+    pub(crate) names: u32,
     /// Of a device, what it is rather than where its node lies (`st_rdev`).
     pub(crate) device_number: u64,
 }
@@ -533,7 +535,11 @@ impl Attributes {
         Self::read(folder.as_fd(), name, AtFlags::SYMLINK_NOFOLLOW)
     }
 
-    fn read(fd: BorrowedFd<'_>, name: &std::ffi::CStr, flags: AtFlags) -> rustix::io::Result<Self> {
+    pub(crate) fn read(
+        fd: BorrowedFd<'_>,
+        name: &std::ffi::CStr,
+        flags: AtFlags,
+    ) -> rustix::io::Result<Self> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
         let stat = pass("statx").and_then(|()| rustix::fs::statx(fd, name, flags, mask))?;
         let born = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
@@ -555,6 +561,7 @@ impl Attributes {
                 modified_ns: nanoseconds(&stat.stx_mtime),
             },
             kind: FileType::from_raw_mode(stat.stx_mode.into()),
+            names: stat.stx_nlink,
             device_number: rustix::fs::makedev(stat.stx_rdev_major, stat.stx_rdev_minor),
         })
     }

@@ -135,6 +135,7 @@ mod lock;
 mod mapping;
 #[cfg(feature = "mutants")]
 pub mod mutant;
+mod names;
 mod openers;
 mod overlooked;
 mod report;
@@ -152,6 +153,7 @@ pub use guard::{Armed, Guard, GuardState, GuardTier, Released, WrongFence};
 pub use layout::Layout;
 pub use lock::{ExportLock, LockKind, RangeLock};
 pub use mapping::{FenceFailed, Fenced, Mapping, PinnedShare, Share};
+pub use names::{NameNews, NameState, NameWatch, NameWatcher};
 pub use openers::{OpenMode, Opener, openers, waiting_breakers};
 pub use resize::{GoOn, Progress, Resized, Under};
 pub use seal::ArmedToSeal;

@@ -79,6 +79,7 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::Operator => "operator",
         Reason::Quiesce => "quiesce",
         Reason::Steal => "steal",
+        Reason::NameGone => "name gone",
         Reason::WriteBackFailed => "write-back failed",
     }
 }

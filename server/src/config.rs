@@ -1,14 +1,17 @@
 //! What the operator decides, parsed and checked.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Deserialize;
 
+pub use crate::passage::UNSEEN_PAUSE;
 use crate::policy::Settings;
 pub use crate::policy::{GuardWish, OnRead, OnTruncate, Policy};
 use crate::registry::Limits;
@@ -33,6 +36,12 @@ pub struct Config {
     pub share_fate: bool,
     /// Kernel memory that memory regions may take, in bytes; absent: a quarter of the host's memory.
     pub region_memory_bytes_max: Option<u64>,
+    /// How long a file is left alone after a break for which nobody was seen waiting, unless somebody opens
+    /// or changes it before.
+    pub unseen_breaker_pause: Duration,
+    /// Where it remembers earlier runs, for itself alone. `None`: it remembers nothing, and the clock
+    /// alone orders its generations after those of earlier runs.
+    pub state_folder: Option<PathBuf>,
 }
 
 /// A session that is silent for this part of its time-to-live loses its queue pair.
@@ -51,6 +60,8 @@ impl Config {
             limits: Limits::default(),
             share_fate: false,
             region_memory_bytes_max: None,
+            unseen_breaker_pause: UNSEEN_PAUSE,
+            state_folder: None,
         }
     }
 
@@ -192,6 +203,28 @@ fn canonical(export: &ExportConfig) -> PathBuf {
     export.directory.canonicalize().unwrap_or_else(|_| export.directory.clone())
 }
 
+/// The state folder where none is named: systemd's (`StateDirectory=`), else root's, else the user's.
+/// Each variable is `None` where it is not set.
+pub fn default_state_folder(
+    variable: impl Fn(&str) -> Option<OsString>,
+    is_root: bool,
+) -> Result<PathBuf, String> {
+    let named = |name| variable(name).filter(|value| !value.is_empty());
+    if let Some(folders) = named("STATE_DIRECTORY") {
+        // Several are separated by colons (systemd.exec(5)).
+        let first = folders.as_bytes().split(|byte| *byte == b':').next().unwrap_or_default();
+        return Ok(PathBuf::from(OsStr::from_bytes(first)));
+    }
+    if is_root {
+        return Ok(PathBuf::from("/var/lib/pinfold"));
+    }
+    let home = || Some(PathBuf::from(named("HOME")?).join(".local/state"));
+    let users = named("XDG_STATE_HOME").map(PathBuf::from).or_else(home);
+    users.map(|folder| folder.join("pinfold")).ok_or_else(|| {
+        "no state folder is known, as HOME is not set; name one with --state-dir".to_owned()
+    })
+}
+
 /// Which RDMA device to use.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum DeviceChoice {
@@ -303,6 +336,24 @@ mod tests {
         assert!(check_exports(&twice).unwrap_err().contains("twice"));
         assert!(check_exports(&[]).unwrap_err().contains("nothing is exported"));
         check_exports(&[ExportConfig::new("a", path), ExportConfig::new("b", "/")]).unwrap();
+    }
+
+    #[test]
+    fn the_state_folder_is_systemds_or_roots_or_the_users() {
+        let folder = |set: &[(&str, &str)], is_root| {
+            let value = |name: &str| set.iter().find(|(known, _)| *known == name);
+            default_state_folder(|name| value(name).map(|(_, value)| value.into()), is_root)
+        };
+        let home = ("HOME", "/home/a");
+        for (set, is_root, expected) in [
+            (&[("STATE_DIRECTORY", "/var/lib/x:/var/lib/y"), home][..], false, "/var/lib/x"),
+            (&[home], true, "/var/lib/pinfold"),
+            (&[home], false, "/home/a/.local/state/pinfold"),
+            (&[home, ("XDG_STATE_HOME", "/s"), ("STATE_DIRECTORY", "")], false, "/s/pinfold"),
+        ] {
+            assert_eq!(folder(set, is_root).unwrap(), PathBuf::from(expected), "{set:?}");
+        }
+        assert!(folder(&[], false).unwrap_err().contains("--state-dir"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod ending;
 mod exports;
 mod files;
 mod inspection;
+mod names;
 mod obstacles;
 mod pins;
 mod reads;
@@ -28,7 +29,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use pinfold_leases::{Fenced, FileIdentity, GuardId, LeaseBreakTime, Watcher, WeakDescription};
+use pinfold_leases::{
+    Fenced, FileIdentity, GuardId, LeaseBreakTime, NameWatch, NameWatcher, Watcher, WeakDescription,
+};
 use pinfold_proto::v1;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore, broadcast, mpsc, oneshot};
 
@@ -41,16 +44,15 @@ use crate::gate::Gate;
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
 use crate::ladder::Ladder;
-use crate::lives::Lives;
 use crate::passage::Passages;
 use crate::pool::Pool;
 use crate::registry::{Action, Limits, Record, Registry};
 use crate::revocation_cost::{Budget, host_memory, usual_memory_limit};
 use crate::room::{self, Room};
 use crate::session::Outbox;
+use crate::state::{LifeBook, StateFolder, first_incarnation};
 use crate::sync::locked;
 use exports::{Opened, Served};
-use sessions::random;
 
 pub(crate) use files::PageOrder;
 pub(crate) use pins::{Granted, PinOrder, StreamPiece, TransportWish};
@@ -96,6 +98,7 @@ pub(crate) struct Engine {
     /// The operator wants no device.
     rdma_declined: bool,
     watcher: Watcher,
+    name_watcher: NameWatcher,
     fences: Sender<Order>,
     ladder: Ladder,
     teardowns: Sender<Retired>,
@@ -115,7 +118,9 @@ pub(crate) struct Engine {
     files: Mutex<HashMap<GuardId, Arc<HeldFile>>>,
     inodes: Mutex<HashMap<FileIdentity, Inode>>,
     passages: Mutex<Passages>,
-    lives: Mutex<Lives>,
+    /// Of files that are left alone for somebody who did not wait.
+    visits: Mutex<HashMap<FileIdentity, NameWatch>>,
+    lives: LifeBook,
     breaks: Mutex<Breaks>,
     looks: Mutex<Looks>,
     /// Pins that end while a stream transfer of theirs is inside the kernel: the last one out orders the rest.
@@ -203,14 +208,20 @@ impl Engine {
         let (severances, severed) = channel();
         let (unseals, sealed) = channel();
         let lease_break_time = LeaseBreakTime::open()?;
+        let state = config.state_folder.as_deref().map(StateFolder::open).transpose()?;
+        let incarnation = state
+            .as_ref()
+            .map_or_else(|| Ok(first_incarnation()), StateFolder::next_incarnation)?;
+        let lives = LifeBook::open(state, incarnation)?;
         let engine = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
-            registry: Mutex::new(Registry::new(u64::from_ne_bytes(random()), config.limits)),
+            registry: Mutex::new(Registry::new(incarnation, config.limits)),
             lease_break_time,
             exports,
             fabrics,
             rdma_declined: config.rdma_devices.iter().all(|choice| *choice == DeviceChoice::None),
             watcher,
+            name_watcher: NameWatcher::new(),
             fences,
             ladder,
             teardowns,
@@ -227,8 +238,9 @@ impl Engine {
             sessions: Mutex::default(),
             files: Mutex::default(),
             inodes: Mutex::default(),
-            passages: Mutex::default(),
-            lives: Mutex::default(),
+            passages: Mutex::new(Passages::new(config.unseen_breaker_pause)),
+            visits: Mutex::default(),
+            lives,
             breaks: Mutex::default(),
             looks: Mutex::default(),
             leaving: Mutex::default(),
@@ -268,6 +280,8 @@ impl Engine {
             queue_pairs.destroy();
         };
         fence::vital_crew("pinfold-destroy", DESTROYING_THREADS, to_destroy, destroy)?;
+        let (this, watcher) = (Weak::clone(&engine.me), engine.name_watcher.clone());
+        fence::vital("pinfold-names", move || names::hear(&watcher, &this))?;
         Ok(engine)
     }
 

@@ -107,6 +107,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// The file has lost the name by which it was pinned.
+    #[error("{} was {how} by a local process of the storage host while it was pinned, so what was written \
+             to the pin is not in a file of that name; pin it again and write it again", path.display())]
+    NameGone {
+        /// The path that named it.
+        path: PathBuf,
+        /// What became of the name.
+        how: pinfold_leases::NameState,
+    },
     /// The file has pins.
     #[error("{} has {} on it, {} of {holder}; try again when {} given back, or have {} revoked",
             path.display(), counted(*pins), if *pins == 1 { "the pin" } else { "one" },
@@ -270,6 +279,16 @@ pub enum Error {
         /// How long we waited.
         waited: Duration,
     },
+    /// A local process that did not wait for the file may come back for it.
+    #[error("{} was wanted by a local process that did not wait (O_NONBLOCK, or an NFS client), so it is left \
+             alone for up to {} s more until one has opened it; pin it again later", path.display(),
+            left.as_secs() + 1)]
+    LeftAlone {
+        /// The file.
+        path: PathBuf,
+        /// At most so long.
+        left: Duration,
+    },
     /// A stream write from before the last release has not come out of the kernel yet.
     #[error("{} can't be used yet: a stream write that began before it was taken back is still inside \
              the kernel, and may land; try again when it is out (is the file system frozen, or its \
@@ -339,6 +358,21 @@ pub enum Error {
         one: String,
         /// One on another file system.
         other: String,
+    },
+    /// The state folder can't be read or written.
+    #[error("can't use {} to remember earlier runs; name a folder that this process may write with \
+             --state-dir", path.display())]
+    StateFolder {
+        /// The folder, or the file in it.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Two servers would mix up what they know.
+    #[error("another pinfoldd uses the state folder {}; give each its own with --state-dir", path.display())]
+    StateFolderInUse {
+        /// The folder.
+        path: PathBuf,
     },
     /// A thread of ours died.
     #[error("a task of the server failed; its log has the details")]

@@ -21,6 +21,7 @@ use crate::flushes::Flushes;
 use crate::gate::Gate;
 use crate::ids::{Life, PinId};
 use crate::ladder::Cutting;
+use crate::names::Names;
 use crate::policy::Policy;
 use crate::registry::{Readers, Refusal};
 use crate::revocation_cost::FileCost;
@@ -66,6 +67,7 @@ pub(crate) struct HeldFile {
     regions_gone: OnceLock<Instant>,
     /// The exports by which it was pinned.
     exports: Mutex<Vec<String>>,
+    names: Names,
     released: watch::Sender<bool>,
     /// Space is allocated past its end that nobody asked for.
     excess: AtomicBool,
@@ -164,6 +166,7 @@ impl HeldFile {
             regions_gone: OnceLock::new(),
             mapping: Mutex::new(Some(Arc::new(mapping))),
             exports: Mutex::default(),
+            names: Names::default(),
             released: watch::Sender::new(false),
             excess: AtomicBool::new(false),
         };
@@ -182,6 +185,11 @@ impl HeldFile {
     /// Whether it may have pins that were had by this export.
     pub(crate) fn is_reached_by(&self, export: &str) -> bool {
         locked(&self.exports).iter().any(|known| known == export)
+    }
+
+    /// The names by which it is pinned.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
     }
 
     /// Names this guarding.
@@ -402,6 +410,7 @@ impl HeldFile {
     /// the kernel. How many regions failed: their keys live.
     pub(crate) fn drop_segments(&self, pin: PinId) -> usize {
         self.gate.wait_until_out(pin);
+        self.names.drop(pin);
         let lock = locked(&self.locks).remove(&pin);
         drop(lock);
         let segments = locked(&self.segments).remove(pin);

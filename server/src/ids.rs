@@ -42,11 +42,11 @@ impl fmt::Display for PinId {
     }
 }
 
-/// One guarding of one file: (random incarnation of the server, one server-wide counter). Never
-/// used again, across restarts too.
+/// One guarding of one file: (incarnation of the server, one server-wide counter). Never used
+/// again, across restarts too: later ones are greater, the incarnation counting first.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Generation {
-    /// Random for each run of the server.
+    /// Of one run of the server; above that of every run before it.
     pub incarnation: u64,
     /// Counts guardings.
     pub counter: u64,
@@ -56,17 +56,16 @@ pub struct Generation {
 /// one server-wide counter). See `lives`.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(crate) struct Life {
-    /// Random for each run of the server.
+    /// Of the run of the server in which it began.
     pub(crate) incarnation: u64,
-    /// Counts lives.
+    /// Counts lives of that run.
     pub(crate) counter: u64,
 }
 
 impl Life {
-    /// Whether this is known not to be the life that a client knew. Of lives of earlier runs of the
-    /// server nothing is known.
+    /// Whether this is not known to be the life that a client knew.
     pub(crate) fn is_another_than(self, known: Self) -> bool {
-        self.incarnation == known.incarnation && self.counter != known.counter
+        self != known
     }
 }
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pinfold_server::config::{
     Config, DEFAULT_PORT, DeviceChoice, ExportConfig, check_exports, check_listen_address,
-    read_settings,
+    default_state_folder, read_settings,
 };
 use pinfold_server::{Server, Undenied, doctor};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -32,7 +32,8 @@ use crate::signals::Signals;
     subcommand_negates_reqs = true,
     after_help = "Example:\n  pinfoldd --export logs=/mnt/pmem0/logs\n\n\
     Exit codes: 0 after SIGTERM, SIGINT or SIGQUIT, 1 if it could not start or serve, 2 for bad arguments, \
-    6 if another pinfoldd serves one of the exports, 8 if an RDMA device that was named is not \
+    6 if another pinfoldd serves one of the exports or uses the state folder, 8 if an RDMA device that was \
+    named is not \
     there or can't be opened."
 )]
 struct Args {
@@ -78,6 +79,18 @@ struct Args {
     /// What does not fit goes by the stream path
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     region_memory_max_mib: Option<u64>,
+
+    /// How long to leave a file alone that a local process wanted without waiting for it (O_NONBLOCK, NFS
+    /// clients), unless one opens or changes it before: longer than it takes them to try again
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 20_000,
+          value_parser = clap::value_parser!(u64).range(..=3_600_000))]
+    unseen_breaker_pause_ms: u64,
+
+    /// Where to remember earlier runs, a folder for this daemon alone: generations then ascend from run to
+    /// run, and changes of files while it was down are noticed [default: $STATE_DIRECTORY, else
+    /// /var/lib/pinfold for root, else $XDG_STATE_HOME/pinfold or ~/.local/state/pinfold]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
 
     /// How the log on standard error is written; RUST_LOG filters it
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
@@ -151,6 +164,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         Some(pinfold_server::Error::File(pinfold_leases::Error::ExportLocked { .. })) => {
             ExitCode::from(EXIT_BUSY)
         }
+        Some(pinfold_server::Error::StateFolderInUse { .. }) => ExitCode::from(EXIT_BUSY),
         Some(
             pinfold_server::Error::DevicePolicy { .. } | pinfold_server::Error::SharedFate { .. },
         ) => ExitCode::from(EXIT_ARGUMENTS),
@@ -255,6 +269,12 @@ fn settings(
     Ok(config)
 }
 
+fn state_folder(named: Option<PathBuf>) -> Result<PathBuf, BadConfiguration> {
+    let is_root = rustix::process::geteuid().is_root();
+    let default = || default_state_folder(|name| std::env::var_os(name), is_root);
+    named.map_or_else(default, Ok).map_err(BadConfiguration)
+}
+
 async fn run(args: Args) -> Result<()> {
     if let Err(reason) = check_listen_address(args.listen, args.plaintext_on_network) {
         bail!(reason);
@@ -263,6 +283,8 @@ async fn run(args: Args) -> Result<()> {
         .live_for(Duration::from_secs(args.time_to_live));
     config.rdma_devices = args.rdma_devices;
     config.region_memory_bytes_max = args.region_memory_max_mib.map(|mib| mib << 20);
+    config.unseen_breaker_pause = Duration::from_millis(args.unseen_breaker_pause_ms);
+    config.state_folder = Some(state_folder(args.state_dir)?);
     let mut signals = Signals::listen().context("can't listen for signals")?;
     let server = Server::start(config).await?;
     let listener = TcpListener::bind(args.listen)

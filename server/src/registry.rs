@@ -80,6 +80,8 @@ pub(crate) enum Reason {
     Quiesce,
     /// A client wants the file for itself.
     Steal,
+    /// A local process has taken the file's name away.
+    NameGone,
     /// What was written to the file may not be on its medium.
     WriteBackFailed,
 }
@@ -497,7 +499,7 @@ pub(crate) enum Stage {
 }
 
 impl Registry {
-    /// An empty one; `incarnation` is random.
+    /// An empty one. `incarnation` is above that of every earlier run that had the same state folder.
     pub(crate) fn new(incarnation: u64, limits: Limits) -> Self {
         Self {
             incarnation,
@@ -1080,6 +1082,11 @@ impl Registry {
     pub(crate) fn sessions_on(&self, guard: GuardId) -> BTreeSet<SessionId> {
         let Some(file) = self.files.get(&guard) else { return BTreeSet::new() };
         file.pins.iter().map(|pin| self.pins[pin].session).collect()
+    }
+
+    /// How many pins are on a file, also while they are being taken back.
+    pub(crate) fn pins_on(&self, guard: GuardId) -> usize {
+        self.files.get(&guard).map_or(0, |file| file.live)
     }
 
     /// Checks that a commit may start. After its flush, [`Registry::demand_unfenced`] decides.

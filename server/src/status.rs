@@ -41,7 +41,9 @@ fn classify(error: &Error) -> (Code, Reason) {
         Error::StillOpen { .. } => (Code::Unavailable, Reason::FileDraining),
         Error::CreationStopped { why, .. } | Error::ResizeStopped { why, .. } => of_stop(*why),
         Error::OtherDirectory { .. } => (Code::FailedPrecondition, Reason::FileChanged),
-        Error::FileChanged { .. } => (Code::FailedPrecondition, Reason::FileChanged),
+        Error::FileChanged { .. } | Error::NameGone { .. } => {
+            (Code::FailedPrecondition, Reason::FileChanged)
+        }
         Error::FileModified { .. } => (Code::FailedPrecondition, Reason::FileModified),
         Error::FilePinned { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::BadRange { .. } | Error::MisalignedPin { .. } => {
@@ -57,10 +59,13 @@ fn classify(error: &Error) -> (Code, Reason) {
             (Code::FailedPrecondition, Reason::UnsupportedFile)
         }
         // Only at the start, where nobody is told by gRPC.
-        Error::DevicePolicy { .. } | Error::SharedFate { .. } => (Code::Internal, Reason::Internal),
+        Error::DevicePolicy { .. }
+        | Error::SharedFate { .. }
+        | Error::StateFolder { .. }
+        | Error::StateFolderInUse { .. } => (Code::Internal, Reason::Internal),
         Error::HeldOtherwise { .. } => (Code::FailedPrecondition, Reason::FilePinned),
         Error::QueuePair { .. } => (Code::FailedPrecondition, Reason::QueuePairFailed),
-        Error::StillDraining { .. } | Error::WrittenLate { .. } => {
+        Error::StillDraining { .. } | Error::WrittenLate { .. } | Error::LeftAlone { .. } => {
             (Code::Unavailable, Reason::FileDraining)
         }
         Error::Verbs(error) | Error::Registration { source: error, .. } => of_verbs(error),

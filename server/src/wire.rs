@@ -7,7 +7,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
-    BreakKind, Entry, EntryKind, FileIdentity, GuardTier, MappingKind, Opener, RelativePath,
+    BreakKind, Entry, EntryKind, FileIdentity, GuardTier, MappingKind, NameState, Opener,
+    RelativePath,
 };
 use pinfold_proto::v1;
 use pinfold_verbs::{Endpoint, Gid, QueuePairNumber, Quirks};
@@ -371,6 +372,16 @@ pub(crate) fn file_info(view: &FileView, file: &HeldFile) -> v1::FileInfo {
         pins: pins.collect(),
         revocation_cost_us: micros(cost.time),
         region_memory_bytes: cost.memory,
+        name: name(file.names().gone()).into(),
+    }
+}
+
+fn name(gone: Option<NameState>) -> v1::NameState {
+    match gone {
+        None | Some(NameState::Stands) => v1::NameState::Stands,
+        Some(NameState::Replaced) => v1::NameState::Replaced,
+        Some(NameState::Renamed) => v1::NameState::Renamed,
+        Some(NameState::Deleted) => v1::NameState::Deleted,
     }
 }
 
@@ -433,6 +444,7 @@ fn reason(reason: Reason) -> v1::RevocationReason {
         Reason::Operator => v1::RevocationReason::Operator,
         Reason::Quiesce => v1::RevocationReason::Quiesce,
         Reason::Steal => v1::RevocationReason::Steal,
+        Reason::NameGone => v1::RevocationReason::NameGone,
         Reason::WriteBackFailed => v1::RevocationReason::WriteBackFailed,
     }
 }

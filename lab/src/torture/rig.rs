@@ -229,8 +229,7 @@ impl Rig {
         }
         server.daemon.kill();
         self.read_log(&mut server.daemon);
-        let port = server.daemon.port();
-        let next = Server::new(Daemon::start_at(port, &[(EXPORT, &self.folder)]));
+        let next = Server::new(server.daemon.successor(&[(EXPORT, &self.folder)]));
         *server = next.among_clients(&server.footprint);
     }
 

@@ -54,6 +54,7 @@ impl Engine {
         flushed.ok_or(Refusal::WriteBackFailed { pin })?;
         let took = start.elapsed();
         self.demand_not_let_go(&file, pin, generation)?;
+        self.demand_its_name(&file, pin)?;
         Ok(took)
     }
 

@@ -6,7 +6,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use pinfold_leases::{Description, Export, ExportLock, FileIdentity, Leftovers, RelativePath};
+use pinfold_leases::{
+    Description, Error as FileError, Export, ExportLock, FileIdentity, Leftovers, RelativePath,
+};
 use pinfold_proto::v1;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -306,11 +308,21 @@ impl Engine {
         self.exports.values().map(info).collect()
     }
 
-    /// Takes all pins of a file back, with notice. Returns how many, when it is let go.
+    /// Takes all pins of a file back, with notice; also those that were made by this path when it named
+    /// another file. Returns how many, when all is let go.
     pub(crate) async fn revoke(&self, export: String, path: RelativePath) -> Result<usize> {
-        let located = self.locate(export.clone(), path.clone()).await?;
+        let (orphans, orphaned_pins) = self.revoke_orphans(&export, &path).await?;
+        match self.revoke_named(&export, &path).await {
+            Ok(pins) => Ok(orphaned_pins + pins),
+            Err(Error::File(FileError::NotFound { .. })) if orphans > 0 => Ok(orphaned_pins),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn revoke_named(&self, export: &str, path: &RelativePath) -> Result<usize> {
+        let located = self.locate(export.to_owned(), path.clone()).await?;
         let _turn = self.take_turn(&located).await?;
-        self.demand_still_named(&export, &path, &located).await?;
+        self.demand_still_named(export, path, &located).await?;
         self.take_back(&located, Reason::Operator).await
     }
 

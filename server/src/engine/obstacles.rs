@@ -35,6 +35,8 @@ enum Obstacle {
     Unseen,
     /// Another process has the file open.
     Others,
+    /// Nobody, for a while: somebody who did not wait may come back.
+    LeftAlone,
     /// The export is quiesced.
     Quiet,
     /// It won't pass by itself.
@@ -50,6 +52,7 @@ fn obstacle(error: &Error, me: u32) -> Obstacle {
         // Our own descriptor, which is being closed.
         Error::File(FileError::Busy { openers, .. }) if ours(openers) => Obstacle::Ours,
         Error::File(FileError::Busy { .. }) => Obstacle::Others,
+        Error::LeftAlone { .. } => Obstacle::LeftAlone,
         Error::Quiesced { .. } => Obstacle::Quiet,
         _ => Obstacle::Lasting,
     }
@@ -76,7 +79,7 @@ impl Obstacles {
             return false;
         }
         match obstacle(error, std::process::id()) {
-            Obstacle::Ours => true,
+            Obstacle::Ours | Obstacle::LeftAlone => true,
             Obstacle::Unseen => {
                 self.unseen += 1;
                 self.unseen <= UNSEEN_TRIES || just_let_through()
@@ -129,7 +132,7 @@ impl FileWait {
     /// Whether it is worth waiting for this to pass.
     pub(super) fn is_worth(&self, error: &Error) -> bool {
         let waits = match obstacle(error, std::process::id()) {
-            Obstacle::Unseen | Obstacle::Others | Obstacle::Quiet => true,
+            Obstacle::Unseen | Obstacle::Others | Obstacle::Quiet | Obstacle::LeftAlone => true,
             Obstacle::Ours | Obstacle::Lasting => false,
         };
         waits && self.until.is_some_and(|until| Instant::now() < until)

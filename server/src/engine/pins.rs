@@ -24,6 +24,7 @@ use crate::fence::Order;
 use crate::gate::Inside;
 use crate::held::{Exported, HeldFile};
 use crate::ids::{Generation, Life, PinId, SessionId};
+use crate::passage::Waiting;
 use crate::registry::{PinAccess, Reason, Refusal, Standing, Terms, Transport};
 use crate::revocation_cost::{Cost, time_limit};
 use crate::wire;
@@ -98,10 +99,10 @@ struct Asker<'a> {
 }
 
 /// A file that is to be pinned.
-struct Found {
-    located: Located,
+pub(super) struct Found {
+    pub(super) located: Located,
     /// Not later than it was looked for.
-    at: Instant,
+    pub(super) at: Instant,
 }
 
 /// What came of an attempt that waits for nobody.
@@ -349,24 +350,17 @@ impl Engine {
         }
         // Before the look whether the export is quiesced, so that one of the two is seen.
         file.reach_by(&order.export);
-        let granted = self
-            .demand_found(&file, found, order)
-            .and_then(|()| demand_life(&file, order.expected_life))
-            .and_then(|()| self.pin_on(&file, id, session, order));
+        let granted = self.demand_found(&file, found, order).and_then(|name| {
+            demand_life(&file, order.expected_life)?;
+            let granted = self.pin_on(&file, id, session, order)?;
+            file.names().keep(granted.pin, name);
+            Ok(granted)
+        });
         if granted.is_err() {
             let unused = self.registry().release_if_unused(file.id());
             self.perform(unused);
         }
         granted
-    }
-
-    /// The path must name the file now that nobody can rename it. If it was found while the guard was
-    /// there already, it does.
-    fn demand_found(&self, file: &HeldFile, found: &Found, order: &PinOrder) -> Result<()> {
-        if file.held_its_name_since(found.at) {
-            return self.export(&order.export).map(drop);
-        }
-        self.demand_named(&order.export, &order.path, found.located.identity())
     }
 
     /// Opens, guards and maps a file, with room for what a pin reserves past its end.
@@ -395,11 +389,12 @@ impl Engine {
             self.arm_and_map(&description, policy, order.reserve_end).inspect_err(|error| {
                 // So early that there was nothing to take back yet.
                 if matches!(error, Error::File(FileError::Broken)) {
-                    self.begin_passage(&description, description.times().changed_ns);
+                    let changed = description.times().changed_ns;
+                    self.begin_passage(&description, changed, Waiting::Seen);
                 }
             })?;
         let identity = description.identity();
-        let life = self.life(&description);
+        let life = self.lives.guarded(identity, located.times(), description.times());
         let file = HeldFile::new(description, life, kind, exported, guardable, held);
         let file = Arc::new(file);
         // Known to the fence before it is known to the registry.
@@ -411,10 +406,7 @@ impl Engine {
         file.file_system().regions().make_room(files);
         let added = self.registry().add_file(identity, file.id());
         if let Err(refusal) = added {
-            // It has no regions yet.
-            if let Some(Ok(fenced)) = file.mapping().map(|mapping| mapping.fence()) {
-                file.release(fenced);
-            }
+            self.give_back_unused(&file);
             self.retire(&file, None, 0);
             return Err(refusal.into());
         }
@@ -425,11 +417,15 @@ impl Engine {
         Ok(file)
     }
 
-    /// Which life a file is in that has just been guarded.
-    fn life(&self, description: &Description) -> Life {
-        let modified = description.times().modified_ns;
-        let counter = locked(&self.lives).guarded(description.identity(), modified);
-        Life { incarnation: self.incarnation(), counter }
+    /// Lets a file go that has no regions yet.
+    fn give_back_unused(&self, file: &HeldFile) {
+        let (identity, modified) =
+            (file.description().identity(), file.description().times().modified_ns);
+        self.lives.leaving(identity);
+        let fenced = file.mapping().and_then(|mapping| mapping.fence().ok());
+        let released = fenced.and_then(|fenced| file.release(fenced));
+        let is_known = released.is_some_and(|released| !released.lapsed);
+        self.lives.let_go(identity, modified.filter(|_| is_known));
     }
 
     fn arm_and_map(
@@ -452,10 +448,14 @@ impl Engine {
     fn let_breakers_pass(&self, located: &Located) -> Result<()> {
         let (identity, changed) = (located.identity(), located.times().changed_ns);
         let now = Instant::now();
-        let (recent, over) = {
+        let (recent, over, left) = {
             let mut passages = locked(&self.passages);
-            (passages.is_recent(identity, now), passages.is_over(identity, changed, now))
+            let over = passages.is_over(identity, changed, now);
+            (passages.is_recent(identity, now), over, passages.left_alone(identity, now))
         };
+        if let Some(left) = left {
+            return Err(Error::LeftAlone { path: located.path().to_owned(), left });
+        }
         if !over || (recent && !waiting_breakers(identity).is_empty()) {
             return Err(Refusal::Draining.into());
         }

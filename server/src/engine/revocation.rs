@@ -16,6 +16,7 @@ use crate::audit::{self, Teardown};
 use crate::fence::Order;
 use crate::held::HeldFile;
 use crate::ladder::{Climbed, Fence};
+use crate::passage::Waiting;
 use crate::registry::{BreakTimes, Readers, Reason, Record};
 use crate::wire;
 
@@ -23,6 +24,8 @@ use crate::wire;
 const LONGEST_DRAIN: Duration = Duration::from_secs(5);
 /// How long their queue pairs may keep a server that goes down.
 const LAST_QUEUE_PAIRS: Duration = Duration::from_secs(5);
+/// How long the end of the server waits for its state folder.
+const STATE_PATIENCE: Duration = Duration::from_secs(2);
 /// How soon a fence that could not be completed is tried again.
 const FENCE_RETRY_FIRST: Duration = Duration::from_millis(5);
 /// … and how late at most.
@@ -151,15 +154,25 @@ impl Engine {
         let guard = file.id();
         let description = file.description();
         let times = description.times();
+        self.lives.leaving(description.identity());
+        let waiting = self.await_visit(&file);
+        if waiting == Waiting::Unseen {
+            // Who gets in by the release may have opened it before the next line.
+            self.begin_passage(description, times.changed_ns, waiting);
+        }
         let Some(released) = file.release(fenced) else { return };
         // Before it can be guarded again.
         let unwritten = file.flushes().have_failed();
         let modified = times.modified_ns.filter(|_| !released.lapsed && !unwritten);
-        locked(&self.lives).let_go(description.identity(), modified);
+        self.lives.let_go(description.identity(), modified);
         let now = Instant::now();
         let limit = self.lease_break_time.read().unwrap_or_default();
-        if released.broken.is_some() {
-            self.begin_passage(description, times.changed_ns);
+        if released.broken.is_some() && waiting == Waiting::Seen {
+            self.begin_passage(description, times.changed_ns, waiting);
+        }
+        if released.lapsed {
+            // Whom the kernel has let through need not come back.
+            locked(&self.passages).visited(description.identity(), now);
         }
         // Nobody sees it let go before its clients have been told why: the answer to another call
         // would come before that. Only notices come out of this, which take no other lock for long.
@@ -179,8 +192,14 @@ impl Engine {
     }
 
     /// Somebody was let into a file that had changed last at this time.
-    pub(super) fn begin_passage(&self, description: &Description, changed_ns: Option<u64>) {
-        locked(&self.passages).begin(description.identity(), changed_ns, Instant::now());
+    pub(super) fn begin_passage(
+        &self,
+        description: &Description,
+        changed_ns: Option<u64>,
+        waiting: Waiting,
+    ) {
+        let now = Instant::now();
+        locked(&self.passages).begin(description.identity(), changed_ns, waiting, now);
     }
 
     /// Region by region now; if that does not go on either, there is one rung left.
@@ -332,6 +351,8 @@ impl Engine {
         if self.registry().is_idle() {
             // From here on another server may have them.
             self.exports.values().for_each(Served::unlock);
+            // On this thread, which has little else to do: the end asks for no other one.
+            self.lives.close(Instant::now() + STATE_PATIENCE);
         }
         self.disconnect_all().await;
     }

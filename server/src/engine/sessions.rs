@@ -183,7 +183,7 @@ pub(super) fn no_device(declined: bool) -> Error {
 }
 
 /// Random bytes from the kernel (getrandom(2)).
-pub(super) fn random<const N: usize>() -> [u8; N] {
+fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {

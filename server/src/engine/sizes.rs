@@ -13,11 +13,12 @@ use pinfold_leases::{
 };
 use tokio::sync::watch;
 
+use super::Engine;
 use super::obstacles::{Obstacles, TRY_AGAIN};
-use super::{Engine, locked};
 use crate::error::{Error, Result, Stop};
 use crate::held::HeldFile;
 use crate::ids::{PinId, SessionId};
+use crate::passage::Waiting;
 use crate::registry::{Reason, Refusal};
 
 /// Permission bits of the files that clients create, before the umask.
@@ -250,10 +251,10 @@ impl Engine {
         };
         if resize == Resize::Longer {
             let after = description.times().modified_ns;
-            locked(&self.lives).grown(located.identity(), before, after);
+            self.lives.grown(located.identity(), before, after);
         }
         if !armed.is_held() {
-            self.begin_passage(&description, description.times().changed_ns);
+            self.begin_passage(&description, description.times().changed_ns, Waiting::Seen);
         }
         completed(resized?, size, &pace, &description)
     }

@@ -27,6 +27,7 @@ pub(crate) struct Daemon {
     log: Arc<Log>,
     /// Where the exports lie, one named "data" among them.
     pub(crate) folder: TempDir,
+    _state: TempDir,
 }
 
 #[derive(Default)]
@@ -51,6 +52,7 @@ impl Daemon {
     pub(crate) fn start_by(prefix: &[&str], stdout: Stdio) -> Self {
         // Where the build goes is a disk, more likely than /tmp.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let export = format!("data={}", folder.path().display());
         let mut command = match prefix {
             [] => Command::new(env!("CARGO_BIN_EXE_pinfoldd")),
@@ -61,6 +63,7 @@ impl Daemon {
             }
         };
         command.args(["--rdma-device", "none", "--listen", "127.0.0.1:0", "--log-format", "json"]);
+        command.arg("--state-dir").arg(state.path());
         command.args(["--export", &export]).stdin(Stdio::null());
         let mut child = command.stdout(stdout).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
@@ -71,7 +74,7 @@ impl Daemon {
                 writer.more.notify_all();
             }
         });
-        let mut daemon = Self { url: String::new(), child, log, folder };
+        let mut daemon = Self { url: String::new(), child, log, folder, _state: state };
         let line = daemon.logged("\"listening");
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
         daemon.url = line["url"].as_str().unwrap().to_owned();
