@@ -1,6 +1,7 @@
 //! A disk that does not take what the page cache writes back. The kernel says so once for each open file
 //! and counts the pages as clean then, so whatever asks next is told that all is well.
 #![forbid(unsafe_code)]
+#![allow(clippy::single_range_in_vec_init, reason = "a fate is made of lists of ranges")]
 
 use pinfold_client::{
     Code, ConnectOptions, Error, Event, FileChange, KeepPolicy, KeptSession, Pin, PinRequest,

@@ -10,7 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use pinfold_leases::{FileIdentity, FileTimes};
@@ -26,6 +26,8 @@ use log::{Line, Log};
 
 /// How often it is written down that the server is alive, while files are held.
 const SIGN_EVERY: Duration = Duration::from_secs(1);
+/// How long the end of a server waits between two looks.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -119,6 +121,8 @@ fn file_clock_ns() -> u64 {
 /// The lives of files, remembered in the state folder if there is one.
 #[derive(Debug)]
 pub(crate) struct LifeBook {
+    /// Shared by those who guard a file, until it is known to the registry or let go again.
+    guarding: RwLock<()>,
     lives: Mutex<Lives>,
     log: Option<Arc<Log>>,
 }
@@ -140,7 +144,13 @@ impl LifeBook {
                 Some(log)
             }
         };
-        Ok(Self { lives: Mutex::new(lives), log })
+        Ok(Self { guarding: RwLock::default(), lives: Mutex::new(lives), log })
+    }
+
+    /// To be held from before a file is guarded until others can see that it is, or it is let go again:
+    /// the folder is not given up meanwhile.
+    pub(crate) fn guarding(&self) -> RwLockReadGuard<'_, ()> {
+        self.guarding.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The file is guarded now. `before` is when it had changed last before it was opened, `now` under
@@ -186,8 +196,12 @@ impl LifeBook {
     /// Nothing is held any more. Waits until all is written, at most until then, and gives the folder
     /// up. What is not written will count as unknown.
     pub(crate) fn close(&self, until: Instant) {
-        if let Some(log) = &self.log {
-            log.close(until);
+        let Some(log) = &self.log else { return };
+        while Instant::now() < until {
+            if let Ok(_nobody_guards) = self.guarding.try_write() {
+                return log.close(until);
+            }
+            std::thread::sleep(LOOK);
         }
     }
 }

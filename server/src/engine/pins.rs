@@ -394,6 +394,7 @@ impl Engine {
                 }
             })?;
         let identity = description.identity();
+        let _guarding = self.lives.guarding();
         let life = self.lives.guarded(identity, located.times(), description.times());
         let file = HeldFile::new(description, life, kind, exported, guardable, held);
         let file = Arc::new(file);

@@ -15,15 +15,13 @@ use std::time::{Duration, Instant};
 
 use pinfold_leases::FileIdentity;
 
-use super::StateFolder;
+use super::{LOOK, StateFolder};
 use crate::ids::Life;
 use crate::lives::{MOST_FILES, Past};
 use crate::sync::locked;
 
 /// So many lines are added before the file is written anew.
 const MOST_LINES: usize = 1 << 17;
-/// How long a program's end waits between two looks.
-const LOOK: Duration = Duration::from_millis(5);
 
 const NAME: &str = "lives";
 
