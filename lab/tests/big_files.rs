@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use pinfold_client::{Error, Pin, PinRequest, Reason, Session, Transport};
 use pinfold_lab::{
-    EXPORT, FileSystem, Lab, LeaseBreakTimeSet, Truncation, queue_pairs, read_by_another_process,
+    EXPORT, FileSystem, Lab, LeaseBreakTimeSet, Truncation, eventually, queue_pairs,
+    read_by_another_process,
 };
 
 const GIB: u64 = 1 << 30;
@@ -156,7 +157,8 @@ async fn nobody_else_is_hit(lab: &Lab, gib: u64, sessions: usize) {
     assert_eq!(record["failed_regions"], 0);
     assert_eq!(record["break_pending_at_release"], true, "{record}");
     for (_, pin) in &holders {
-        assert!(matches!(pin.check(), Err(Error::Revoked { .. })));
+        let revoked = async || matches!(pin.check(), Err(Error::Revoked { .. }));
+        eventually("the client is told", revoked).await;
     }
     let after = queue_pairs();
     for (number, state) in &before {

@@ -116,7 +116,8 @@ on_each_bench! {
             drop(mapping);
             let armed = file.arm_at_most(&bench.watcher, GuardTier::Lease).unwrap();
             armed.give_back().unwrap();
-            assert_eq!(file.allocated().unwrap(), used);
+            // ext4 keeps a block for its tree of extents.
+            assert!(file.allocated().unwrap() <= used + (64 << 10));
         }
         assert!(bench.rest().is_empty());
     }

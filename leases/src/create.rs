@@ -229,7 +229,7 @@ impl Drop for Hidden {
             None => true,
         };
         if ours {
-            // Whoever sees it fail has the first error already.
+            // A failure here changes nothing: the caller has the first error.
             let _ = rustix::fs::unlinkat(&self.folder, name, AtFlags::empty());
         }
     }

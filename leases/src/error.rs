@@ -206,7 +206,7 @@ pub enum Error {
         /// `ENOSPC` or `EDQUOT`.
         source: io::Error,
     },
-    /// Whoever wants the new file said to stop before it was finished.
+    /// The caller stopped the creation before it was finished.
     #[error("the creation of {} was stopped; nothing of it is left", path.display())]
     CreationStopped {
         /// Its path.

@@ -16,6 +16,8 @@ use crate::guard::{Armed, GuardTier};
 
 /// Bytes that one fallocate(2) allocates. Large, for contiguous extents (ext4's longest has 128 MiB).
 const ALLOCATED_AT_A_TIME: u64 = 256 << 20;
+/// Storage that a file system may keep for its own account of a file's extents, as ext4 does.
+const METADATA_BYTES: u64 = 64 << 10;
 /// Bytes that one pwrite(2) zeroes.
 const ZEROED_AT_A_TIME: usize = 1 << 20;
 /// Bytes that one ftruncate(2) cuts off.
@@ -51,7 +53,7 @@ pub struct Under<'a> {
     pub lapsed: &'a dyn Fn() -> bool,
 }
 
-/// What holds others off while a file grows.
+/// How others are held off while a file grows.
 #[derive(Clone, Copy)]
 pub(crate) enum Hold<'a> {
     /// The file has no name yet, so nobody else can reach it. It takes its space with it.
@@ -146,8 +148,8 @@ impl Description {
         if reached < end
             && let Hold::Guard(under) = hold
         {
-            // What was allocated past the point at which it stopped. If that fails it stays in use, and the
-            // next growth finds it there.
+            // Frees the space past the point at which it stopped. If that fails the space stays in use, and
+            // the next growth finds it there.
             let _ = self.give_back(under);
         }
         self.sync_size()?;
@@ -239,12 +241,13 @@ impl Description {
 
     fn undo(&self, error: Error, allocated_before: u64, hold: Hold<'_>) -> Error {
         let Hold::Guard(under) = hold else { return error };
-        // What can't be given back is counted.
+        // If this fails, the bytes are counted as kept.
         let _ = self.give_back(under);
         match error {
             Error::NoSpace { path, bytes, source, .. } => {
                 let allocated = self.allocated().unwrap_or(allocated_before);
                 let kept_bytes = allocated.saturating_sub(allocated_before);
+                let kept_bytes = if kept_bytes > METADATA_BYTES { kept_bytes } else { 0 };
                 Error::NoSpace { path, bytes, kept_bytes, source }
             }
             error => error,

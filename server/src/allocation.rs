@@ -17,7 +17,7 @@ use crate::wire;
 /// Events that wait for the client to read them: progress that finds no place is not sent.
 const DEPTH: usize = 1;
 
-/// What an Allocate call carries to the client.
+/// The events that an Allocate call carries to the client.
 pub(crate) type Events = mpsc::Receiver<Result<v1::AllocateEvent, Status>>;
 
 /// A file to create, or to give another size.

@@ -18,6 +18,9 @@ use tonic::transport::server::Connected;
 
 use crate::sync::locked;
 
+/// A connection that has been idle for so long is asked whether its peer is still there (tcp(7)).
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+
 /// See [`Limits::newcomers_time`].
 const NEWCOMERS_TIME: Duration = Duration::from_secs(30);
 /// How long nobody is let in when no descriptor is left.
@@ -143,6 +146,12 @@ impl Door {
             tracing::debug!(%error, "a connection ended at once");
             return None;
         }
+        // A host that has vanished says nothing more, and an idle connection of it would stay for ever.
+        let kept = rustix::net::sockopt::set_socket_keepalive(&stream, true)
+            .and_then(|()| rustix::net::sockopt::set_tcp_keepidle(&stream, KEEPALIVE_AFTER));
+        if let Err(error) = kept {
+            tracing::debug!(%error, "a connection has no keepalive");
+        }
         let (number, word) = self.hall.take_in(self.limits.newcomers);
         self.hall.guests.fetch_add(1, Ordering::Relaxed);
         let deadline = Box::pin(tokio::time::sleep(self.limits.newcomers_time));
@@ -221,22 +230,30 @@ impl Connected for Guest {
     }
 }
 
+impl Guest {
+    /// Asked before each read and each write: a peer that reads nothing would keep the connection in its
+    /// writes.
+    fn check_leash(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(leash) = &mut self.leash else { return Ok(()) };
+        match leash.poll_leave(cx) {
+            Poll::Ready(true) => {
+                let why = "a connection without a session gave way or ran out of time";
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
+            Poll::Ready(false) => self.leash = None,
+            Poll::Pending => {}
+        }
+        Ok(())
+    }
+}
+
 impl AsyncRead for Guest {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if let Some(leash) = &mut self.leash {
-            match leash.poll_leave(cx) {
-                Poll::Ready(true) => {
-                    let why = "a connection without a session gave way or ran out of time";
-                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, why)));
-                }
-                Poll::Ready(false) => self.leash = None,
-                Poll::Pending => {}
-            }
-        }
+        self.check_leash(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -247,6 +264,7 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         data: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.check_leash(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, data)
     }
 
@@ -255,6 +273,7 @@ impl AsyncWrite for Guest {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check_leash(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
     }
 
@@ -263,6 +282,7 @@ impl AsyncWrite for Guest {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_leash(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

@@ -344,6 +344,13 @@ impl Engine {
         let _ = self.fences.send(order);
     }
 
+    /// A long call on a file of this export has finished a piece.
+    fn note_progress(&self, export: &str) {
+        if let Ok(file_system) = self.file_system(export) {
+            file_system.note_progress();
+        }
+    }
+
     /// Does a call's work that names an export, on the threads of its file system.
     async fn call<T: Send + 'static>(
         &self,

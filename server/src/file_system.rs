@@ -57,6 +57,11 @@ impl FileSystem {
         self.named(self.calls.run(call_at_most(bytes), work).await)
     }
 
+    /// A long call has finished a piece, so its file system does not stand still.
+    pub(crate) fn note_progress(&self) {
+        self.calls.note_progress();
+    }
+
     /// Moves a piece of the stream path.
     pub(crate) async fn piece<T: Send + 'static>(
         &self,

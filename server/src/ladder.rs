@@ -86,10 +86,20 @@ impl Regions {
 
     /// Makes room for so many files at a time: handing one over needs no memory then.
     pub(crate) fn make_room(&self, files: usize) {
-        let mut waiting = locked(&self.0.files);
         let room = files * side_by_side();
-        let more = room.saturating_sub(waiting.len());
-        waiting.reserve(more);
+        if locked(&self.0.files).capacity() >= room {
+            return;
+        }
+        // Without the lock, which the fence thread takes: allocating may wait for the process's memory lock.
+        let mut roomy = VecDeque::with_capacity(room);
+        let mut waiting = locked(&self.0.files);
+        if waiting.capacity() >= room || waiting.len() > room {
+            return;
+        }
+        roomy.append(&mut waiting);
+        let before = std::mem::replace(&mut *waiting, roomy);
+        drop(waiting);
+        drop(before);
     }
 
     /// Never waits, however many files hang.

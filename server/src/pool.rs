@@ -164,6 +164,11 @@ impl Pool {
         }
     }
 
+    /// A call that has begun is getting on.
+    pub(crate) fn note_progress(&self) {
+        self.shared.state().moved = Instant::now();
+    }
+
     fn push(&self, job: Job) -> std::result::Result<(), NotDone> {
         let mut state = self.shared.state();
         if let Some(still) = state.still(Instant::now()) {

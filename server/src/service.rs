@@ -175,7 +175,8 @@ impl Pinfold for Service {
         let request = self.message(request);
         let id = self.caller(&request.session_id)?;
         self.engine.demand_session(id)?;
-        let granted = self.engine.pin(id, wire::pin_order(request)?).await?;
+        let mut granted = self.engine.pin(id, wire::pin_order(request)?).await?;
+        granted.claim.take();
         Ok(Response::new(wire::granted(granted)))
     }
 

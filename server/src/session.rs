@@ -123,6 +123,9 @@ impl Keeper {
                 Some(Ok(Some(request))) => self.handle(request),
                 Some(Ok(None)) => break "closed by the client",
                 Some(Err(_)) => break "its stream broke",
+                None if self.mailbox.is_stuck(self.time_to_live) => {
+                    break "it does not read what it is told";
+                }
                 None => break "it was silent for too long",
             }
             if self.mailbox.is_stuck(self.time_to_live) {
@@ -132,8 +135,8 @@ impl Keeper {
         tracing::info!(session = %self.id, why, "session ended");
     }
 
-    /// Cuts the client off when it is late, and gives it up (`None`) when it is later still. Its other
-    /// calls are signs of life too.
+    /// Cuts the client off when it is late, and gives it up (`None`) when it is later still, or when it takes
+    /// nothing of what it is told. Its other calls are signs of life too.
     async fn next(&mut self, requests: &mut Streaming<v1::SessionRequest>) -> Heard {
         loop {
             let mut heard = hear(requests, self.silence.judge_at()).await;
@@ -146,6 +149,9 @@ impl Keeper {
             if heard.is_some() {
                 self.silence.heard(Instant::now());
                 return heard;
+            }
+            if self.mailbox.is_stuck(self.time_to_live) {
+                return None;
             }
             match self.silence.judge(Instant::now()) {
                 Verdict::Wait => {}

@@ -160,10 +160,16 @@ impl LifeBook {
         let life = locked(&self.lives).guarded(file, before.changed_ns, now.modified_ns);
         if let Some(log) = &self.log {
             log.add(Line::Held { file, life, at_ns });
-            // So that it is known if the server is killed right after this.
-            log.write_if_free();
         }
         life
+    }
+
+    /// Writes down at once which files are held, so that it is known if the server is killed right after
+    /// this. May block: only once the fence knows the file.
+    pub(crate) fn write_down(&self) {
+        if let Some(log) = &self.log {
+            log.write_if_free();
+        }
     }
 
     /// The file is about to be let go: from here on others may change it.
@@ -289,6 +295,7 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             let book = run(folder.path(), 1);
             let life = book.guarded(FILE, times(10), times(10));
+            book.write_down();
             kill(&book);
             let book = run(folder.path(), 2);
             // Not pinned in this run, and the runs after it know nothing better.

@@ -59,7 +59,10 @@ impl Trial {
         let export = Export::open(folder).map_err(failed("directory"))?;
         let name = RelativePath::parse(&new_name()).map_err(failed("directory"))?;
         let create = Create { size: LEN, mode: 0o600, dax: false };
-        let file = export.create(&name, &create).map_err(failed("temporary_file"))?;
+        let file = export.create(&name, &create).map_err(|error| match error {
+            Error::UnknownFileSystem { .. } => failed("file_system")(error),
+            error => failed("temporary_file")(error),
+        })?;
         export.remove(&name).map_err(failed("temporary_file"))?;
         let kind = file.kind().map_err(failed("file_system"))?;
         let (watcher, _breaks) = Watcher::start().map_err(failed("guard"))?;

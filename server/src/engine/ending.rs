@@ -23,6 +23,8 @@ pub(super) struct Unpinned {
     pub(super) fenced: Option<Arc<HeldFile>>,
     /// Told, or closed, when its keys are dead. `None`: they were already.
     pub(super) done: Option<oneshot::Receiver<()>>,
+    /// The guarding that it was of, if it had keys.
+    pub(super) guard: Option<GuardId>,
 }
 
 impl Engine {
@@ -88,8 +90,9 @@ impl Engine {
             }
             self.perform_one(action);
         }
+        let guard = of.as_ref().map(|file| file.id());
         let being_fenced = of.filter(|file| self.registry().is_fencing(file.id()));
-        Ok(Unpinned { fenced: last_of.or(being_fenced), done })
+        Ok(Unpinned { fenced: last_of.or(being_fenced), done, guard })
     }
 
     /// Orders a pin's regions deregistered as soon as none of its stream transfers is inside the kernel. One

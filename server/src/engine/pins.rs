@@ -1,7 +1,7 @@
 //! Pins, the bytes that move by them, and commits.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use pinfold_leases::{
@@ -148,6 +148,36 @@ pub(crate) struct Granted {
     pub valid_end: u64,
     /// How its bytes can travel.
     pub ways: Ways,
+    /// Gives the pin back if the grant gets lost on its way to the client.
+    pub claim: Claim,
+}
+
+/// A pin that its client does not know of yet: dropped, it is given back. A call's work may end long after
+/// its caller has been told that it took too long.
+#[derive(Debug)]
+pub(crate) struct Claim {
+    engine: Weak<Engine>,
+    session: SessionId,
+    pin: PinId,
+    taken: bool,
+}
+
+impl Claim {
+    /// The grant is on its way to the client.
+    pub(crate) fn take(&mut self) {
+        self.taken = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.taken
+            && let Some(engine) = self.engine.upgrade()
+        {
+            // The session may be over too: then nothing is left to give back.
+            let _ = engine.begin_unpin(self.session, self.pin);
+        }
+    }
 }
 
 /// What a pin asks for.
@@ -193,10 +223,8 @@ impl Engine {
         let engine = self.arc();
         tokio::spawn(async move {
             let granted = engine.pin_to_the_end(order, &Caller { id, answer: &answer }).await;
-            if let Err(Ok(unwanted)) = answer.send(granted) {
-                // The session may be over too: then there is nothing left to give back.
-                let _ = engine.unpin(id, unwanted.pin).await;
-            }
+            // If nobody takes it, its claim gives the pin back.
+            let _ = answer.send(granted);
         });
         waiting.await.map_err(|_| Error::Task)?
     }
@@ -260,7 +288,8 @@ impl Engine {
     ) -> Result<Granted> {
         let session = self.session(id)?;
         let (wanted, parts, slot) = (order.clone(), Arc::clone(&session), kept_open.clone());
-        let tried = self.call(&order.export, move |engine| {
+        let len = order.range.as_ref().map_or(0, |range| range.end.saturating_sub(range.start));
+        let tried = self.long_call(&order.export, len, move |engine| {
             let asker = Asker { id, session: &parts, order: &wanted, kept_open: slot.as_ref() };
             engine.pin_at_once(&asker)
         });
@@ -284,7 +313,7 @@ impl Engine {
         }
         let held = self.settled(located).await?.map(|(file, _)| file);
         let order = order.clone();
-        self.call(&order.export.clone(), move |engine| {
+        self.long_call(&order.export.clone(), len, move |engine| {
             let _turn = turn;
             let (session, kept_open) = (session.as_ref(), kept_open.as_ref());
             engine.pin_in_turn(&Asker { id, session, order: &order, kept_open }, &found, held)
@@ -354,6 +383,10 @@ impl Engine {
             demand_life(&file, order.expected_life)?;
             let granted = self.pin_on(&file, id, session, order)?;
             file.names().keep(granted.pin, name);
+            if self.demand_session(id).is_err() {
+                // It may have ended before the line above, and then nobody else forgets the name.
+                file.names().drop(granted.pin);
+            }
             Ok(granted)
         });
         if granted.is_err() {
@@ -415,6 +448,7 @@ impl Engine {
         if let Some(kind) = file.broken() {
             self.handle_break(Break { guard: file.id(), kind, at: Instant::now() });
         }
+        self.lives.write_down();
         Ok(file)
     }
 
@@ -488,7 +522,8 @@ impl Engine {
             if file.is_wanted() { Refusal::Draining.into() } else { error }
         })?;
         let (access, file) = (order.access, Arc::clone(file));
-        Ok(Granted { file, pin, generation, access, range, valid_end, ways })
+        let claim = Claim { engine: Weak::clone(&self.me), session: id, pin, taken: false };
+        Ok(Granted { file, pin, generation, access, range, valid_end, ways, claim })
     }
 
     /// Registers what the pin asks for, and lets the pin live.
@@ -651,7 +686,7 @@ impl Engine {
 
     /// Gives a pin back. When this returns its keys are dead.
     pub(crate) async fn unpin(&self, id: SessionId, pin: PinId) -> Result<()> {
-        let Unpinned { fenced, done } = match self.begin_unpin(id, pin) {
+        let Unpinned { fenced, done, guard } = match self.begin_unpin(id, pin) {
             Err(error @ Error::Refused(Refusal::UnknownSession)) => {
                 // A client takes this for the end of its keys.
                 self.until_ended(id).await;
@@ -664,7 +699,9 @@ impl Engine {
         {
             return Err(Error::UnpinHangs { pin, waited: UNPIN_AT_MOST });
         }
-        if let Some(file) = fenced {
+        // A fence that began meanwhile may have taken the keys out of this call's hands, too.
+        let fencing = guard.filter(|guard| self.registry().is_fencing(*guard));
+        if let Some(file) = fenced.or_else(|| self.file(fencing?)) {
             let released = tokio::time::timeout(PATIENCE, file.wait_released()).await;
             released.map_err(|_| still_draining(file.path()))?;
         }

@@ -74,6 +74,7 @@ mod tests {
     use super::*;
     use crate::config::{Config, ExportConfig};
     use crate::error::Error;
+    use crate::ids::SessionId;
     use crate::registry::{InspectPage, Stage};
     use crate::session::{Mailbox, Outbox};
 
@@ -104,16 +105,40 @@ mod tests {
         }
     }
 
+    fn engine_on(folder: &std::path::Path) -> (Arc<Engine>, SessionId) {
+        let mut config = Config::new(vec![ExportConfig::new("data", folder)]);
+        config.rdma_devices = Vec::new();
+        let engine = Engine::start(&config).unwrap();
+        let outbox = Outbox::new(Mailbox::new(16));
+        let session = engine.open_session(outbox, "reader").unwrap();
+        (engine, session)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_grant_that_gets_lost_on_its_way_leaves_no_pin() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("file"), [b'O'; LEN]).unwrap();
+        let (engine, session) = engine_on(folder.path());
+        let mut told = engine.pin(session, order()).await.unwrap();
+        told.claim.take();
+        let identity = told.file.description().identity();
+        drop(told);
+        let lost = engine.pin(session, order()).await.unwrap();
+        let pins = |engine: &Engine| match engine.standing(identity) {
+            Some(crate::registry::Standing::Held { pins, .. }) => pins,
+            _ => 0,
+        };
+        assert_eq!(pins(&engine), 2);
+        drop(lost);
+        until("the second is given back", || pins(&engine) == 1);
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_read_that_a_local_process_overtakes_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         fs::write(&path, [b'O'; LEN]).unwrap();
-        let mut config = Config::new(vec![ExportConfig::new("data", folder.path())]);
-        config.rdma_devices = Vec::new();
-        let engine = Engine::start(&config).unwrap();
-        let outbox = Outbox::new(Mailbox::new(16));
-        let session = engine.open_session(outbox, "reader").unwrap();
+        let (engine, session) = engine_on(folder.path());
         let pin = engine.pin(session, order()).await.unwrap();
         let generation = pin.generation;
         let piece = StreamPiece { session, pin: pin.pin, generation, offset: 0 };

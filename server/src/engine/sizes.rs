@@ -57,6 +57,7 @@ impl<'a> Pace<'a> {
 
     fn goes_on(&mut self, progress: Progress) -> bool {
         self.caller.progress.send_replace(progress);
+        self.engine.note_progress(self.export);
         self.stop = self.reason_to_stop();
         self.stop.is_none()
     }
@@ -126,7 +127,7 @@ impl Engine {
                 prepared => prepared?,
             };
             let identity = unpublished.identity();
-            // Whoever finds it by its name waits until its description is closed here.
+            // A pin by the new name waits until the description is closed here.
             let _turn = engine.turn_if_free(identity);
             drop(unpublished.publish()?);
             Ok(identity)
@@ -249,8 +250,9 @@ impl Engine {
             true => armed.shrink(size, &mut goes_on),
             false => armed.grow(size, &mut goes_on),
         };
-        if resize == Resize::Longer {
-            let after = description.times().modified_ns;
+        let after = description.times().modified_ns;
+        // If somebody was let in meanwhile, that may be their change.
+        if resize == Resize::Longer && armed.is_held() {
             self.lives.grown(located.identity(), before, after);
         }
         if !armed.is_held() {

@@ -240,7 +240,8 @@ impl Log {
     /// another server may have the folder.
     pub(super) fn close(&self, until: Instant) {
         loop {
-            self.write_if_free();
+            // The thread writes: it may hang there, and this must end.
+            self.more.notify_all();
             if let Ok(mut written) = self.written.try_lock()
                 && locked(&self.to_add).lines.is_empty()
             {
