@@ -88,6 +88,11 @@ async fn hangs_on(lab: Lab) {
     let mut events = session.events();
     let pin = session.pin(by_stream()).await.unwrap();
     let mut buffer = session.buffer(LEN).await.unwrap();
+    buffer.as_mut_slice().fill(0);
+    // The library's pieces grow with each one that is quick: until one carries all of it.
+    for _ in 0..4 {
+        buffer = pin.write(0, buffer, LEN).await.unwrap().0;
+    }
     buffer.as_mut_slice().fill(b'O');
     // One whose last call into the kernel is its first.
     let (client, _, short) = foreign_write(&lab, LEN as u64, b'S', PAGE).await;
