@@ -286,8 +286,10 @@ const STATE_FOLDER: &str = "state";
 
 /// Also a daemon of another user may make its state folder in it.
 fn state_folder() -> TempDir {
-    let everybodys = std::fs::Permissions::from_mode(0o777);
-    tempfile::Builder::new().permissions(everybodys).tempdir().unwrap()
+    let folder = TempDir::new().unwrap();
+    // Not when it is made: the umask would take the right away again.
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    folder
 }
 
 fn configure(command: &mut Command, state: &Path, exports: &[(&str, &Path)], arguments: &[&str]) {
