@@ -75,7 +75,7 @@ async fn calls_on_the_other_go_on(cold: FileSystem, warm: FileSystem) {
     other.stub.stat(stat).await.unwrap();
     other.unpin(pin.pin_id).await.unwrap();
 
-    // Whoever asks for more of the frozen one is refused, and told why.
+    // The server refuses one more call on the frozen export, and says why.
     let refused = other.stub.create(create(CREATES)).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "{refused}");
     assert_eq!(reason(&refused), Some(Reason::ExportStalled), "{refused}");

@@ -653,6 +653,15 @@ mod tests {
     use super::*;
     use crate::{Create, Export, RelativePath, Watcher};
 
+    /// A file of one byte, and the folder that it is removed with.
+    fn a_file() -> (tempfile::TempDir, Description) {
+        let folder = tempfile::tempdir().unwrap();
+        let export = Export::open(folder.path()).unwrap();
+        let create = Create { size: 1, mode: 0o600, dax: false };
+        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        (folder, file)
+    }
+
     /// The lines of /proc/self/maps of a file: address ranges and rights.
     fn areas_of(inode: &str) -> Vec<String> {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -662,10 +671,7 @@ mod tests {
 
     #[test]
     fn a_fence_goes_by_pieces_and_makes_no_map_area() {
-        let folder = tempfile::tempdir().unwrap();
-        let export = Export::open(folder.path()).unwrap();
-        let create = Create { size: 1, mode: 0o600, dax: false };
-        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (_folder, file) = a_file();
         let (watcher, _breaks) = Watcher::start().unwrap();
         let inode = file.identity().inode.to_string();
         let armed = file.unguarded(&watcher).unwrap();
@@ -689,10 +695,7 @@ mod tests {
 
     #[test]
     fn the_largest_file_has_not_too_many_pieces() {
-        let folder = tempfile::tempdir().unwrap();
-        let export = Export::open(folder.path()).unwrap();
-        let create = Create { size: 1, mode: 0o600, dax: false };
-        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (_folder, file) = a_file();
         let (watcher, _breaks) = Watcher::start().unwrap();
         let armed = file.unguarded(&watcher).unwrap();
         let (guard, mapping) = armed.map(20 << 40).unwrap();
@@ -704,10 +707,7 @@ mod tests {
     /// for addresses gets it, and then two mappings share them.
     #[test]
     fn nobody_else_gets_the_addresses_while_a_file_is_mapped() {
-        let folder = tempfile::tempdir().unwrap();
-        let export = Export::open(folder.path()).unwrap();
-        let create = Create { size: 1, mode: 0o600, dax: false };
-        let file = export.create(&RelativePath::parse("file").unwrap(), &create).unwrap();
+        let (_folder, file) = a_file();
         let (watcher, _breaks) = Watcher::start().unwrap();
         let inode = file.identity().inode.to_string();
         let done = AtomicBool::new(false);

@@ -58,7 +58,7 @@ pub(crate) struct Door {
     told: bool,
 }
 
-/// Who is in.
+/// The connections that are open.
 #[derive(Debug, Default)]
 struct Hall {
     guests: AtomicUsize,

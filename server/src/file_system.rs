@@ -75,7 +75,7 @@ impl FileSystem {
         &self.ends
     }
 
-    /// Who deregisters the regions of its files.
+    /// The threads that deregister the regions of its files.
     pub(crate) fn regions(&self) -> &Regions {
         &self.regions
     }

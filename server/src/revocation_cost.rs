@@ -70,7 +70,7 @@ impl Cost {
 /// Why regions can't be had.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum TooMuch {
-    /// Whoever wants the file locally would wait for too long.
+    /// A local process that wants the file would wait for too long.
     #[error(
         "a local process would have to wait {:.2} s for it, and {:.2} s is the limit, a quarter of \
          fs.lease-break-time; pin fewer bytes of it, from fewer clients, or raise fs.lease-break-time",

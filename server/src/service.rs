@@ -33,7 +33,7 @@ impl Service {
         Self { engine, config }
     }
 
-    /// Whose call it is. Each call is a sign of life of its session: heartbeats can be held up by the
+    /// The session that makes the call. Each call is a sign of life of it: heartbeats can be held up by the
     /// client's own bytes.
     fn caller(&self, session_id: &[u8]) -> Result<SessionId, Error> {
         let id = wire::session_id(session_id)?;

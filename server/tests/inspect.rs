@@ -1,4 +1,4 @@
-//! Who holds what, of more than fits into one message.
+//! Inspect of more sessions, files and pins than fit into one message.
 #![forbid(unsafe_code)]
 
 #[allow(dead_code, reason = "each test program uses a part of it")]

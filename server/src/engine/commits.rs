@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::flushes::Flushed;
 use crate::held::HeldFile;
 use crate::ids::{Generation, PinId, SessionId};
-use crate::registry::Refusal;
+use crate::registry::{PinView, Refusal};
 
 impl Engine {
     /// Makes what landed in a range durable: only if the flush returned before the release, and none of
@@ -24,13 +24,24 @@ impl Engine {
         generation: Generation,
         range: Option<Range<u64>>,
     ) -> Result<Duration> {
-        let view = self.registry().begin_commit(id, pin, generation)?;
-        let stale = || Refusal::Stale { pin, asked: generation };
-        let file = self.file(view.guard).ok_or_else(stale)?;
+        let (view, file) = self.begin_commit(id, pin, generation)?;
         let (engine, file_system) = (self.arc(), Arc::clone(file.file_system()));
         let bytes = view.range.end - view.range.start;
         drop(file);
         file_system.call(bytes, move || engine.commit_at_once(id, pin, generation, range)).await
+    }
+
+    /// The pin as it is now, and its file.
+    fn begin_commit(
+        &self,
+        id: SessionId,
+        pin: PinId,
+        generation: Generation,
+    ) -> Result<(PinView, Arc<HeldFile>)> {
+        let view = self.registry().begin_commit(id, pin, generation)?;
+        let stale = Refusal::Stale { pin, asked: generation };
+        let file = self.file(view.guard).ok_or(stale)?;
+        Ok((view, file))
     }
 
     fn commit_at_once(
@@ -40,15 +51,14 @@ impl Engine {
         generation: Generation,
         range: Option<Range<u64>>,
     ) -> Result<Duration> {
-        let view = self.registry().begin_commit(id, pin, generation)?;
-        let stale = || Refusal::Stale { pin, asked: generation };
-        let file = self.file(view.guard).ok_or_else(stale)?;
+        let (view, file) = self.begin_commit(id, pin, generation)?;
         let range = committed_range(range, &view.range, file.description().size()?)?;
         let kind = file.kind();
         if !kind.can_be_durable() {
             return Err(Error::NotDurable { path: file.path().to_owned(), kind });
         }
-        let flusher = file.mapping().ok_or_else(stale)?.share_for_flush();
+        let stale = Refusal::Stale { pin, asked: generation };
+        let flusher = file.mapping().ok_or(stale)?.share_for_flush();
         let start = Instant::now();
         let flushed = self.flush(&file, || Ok(flusher.make_durable(range)?))?;
         flushed.ok_or(Refusal::WriteBackFailed { pin })?;

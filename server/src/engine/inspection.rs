@@ -1,4 +1,4 @@
-//! Who holds what, as an operator sees it: page by page, made on threads of its own.
+//! The operator's view of sessions, files and pins: page by page, made on threads of its own.
 
 use std::time::Instant;
 

@@ -209,7 +209,7 @@ pub(crate) struct PinOrder {
     pub number: u64,
 }
 
-/// Who waits for a pin.
+/// The call that waits for a pin.
 struct Caller<'a> {
     id: SessionId,
     answer: &'a oneshot::Sender<Result<Granted>>,

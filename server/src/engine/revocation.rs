@@ -157,7 +157,7 @@ impl Engine {
         self.lives.leaving(description.identity());
         let waiting = self.await_visit(&file);
         if waiting == Waiting::Unseen {
-            // Who gets in by the release may have opened it before the next line.
+            // The process that the release lets in may open the file before the next line.
             self.begin_passage(description, times.changed_ns, waiting);
         }
         let Some(released) = file.release(fenced) else { return };
@@ -171,7 +171,7 @@ impl Engine {
             self.begin_passage(description, times.changed_ns, waiting);
         }
         if released.lapsed {
-            // Whom the kernel has let through need not come back.
+            // The kernel has let a process through already: it need not come back.
             locked(&self.passages).visited(description.identity(), now);
         }
         // Nobody sees it let go before its clients have been told why: the answer to another call

@@ -250,13 +250,12 @@ impl Engine {
             true => armed.shrink(size, &mut goes_on),
             false => armed.grow(size, &mut goes_on),
         };
-        let after = description.times().modified_ns;
-        // If somebody was let in meanwhile, that may be their change.
-        if resize == Resize::Longer && armed.is_held() {
-            self.lives.grown(located.identity(), before, after);
-        }
+        let after = description.times();
         if !armed.is_held() {
-            self.begin_passage(&description, description.times().changed_ns, Waiting::Seen);
+            // A process that was let in may have made the change: the life does not go on.
+            self.begin_passage(&description, after.changed_ns, Waiting::Seen);
+        } else if resize == Resize::Longer {
+            self.lives.grown(located.identity(), before, after.modified_ns);
         }
         completed(resized?, size, &pace, &description)
     }

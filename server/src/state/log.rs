@@ -248,7 +248,7 @@ impl Log {
                 written.closed = true;
                 return self.folder.unlock();
             }
-            // Whoever is writing hangs: the process's end unlocks it.
+            // The writer hangs: the process's end unlocks the folder.
             if Instant::now() >= until {
                 return;
             }
